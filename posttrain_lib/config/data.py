@@ -1,0 +1,68 @@
+"""The ``data`` section: where rows come from and how they become tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain_lib.config.base import Section
+
+
+class GeneratedConversations(Section):
+    """Rows made by the project's own generator (the embedded default; needs no download)."""
+
+    rows: int = Field(6000, ge=10, description="conversations to generate")
+    seed: int = 0
+
+
+class Source(Section):
+    """One named source of rows."""
+
+    name: str = Field(min_length=1, description="name shown in receipts and per-source losses")
+    path: str | None = Field(
+        None, description="file, glob, datasets folder, fsspec URL, or hub id (hf://owner/name)"
+    )
+    generate: GeneratedConversations | None = None
+    format: str = Field("messages", description="row format; a name in posttrain_lib.data.formats")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.generate is None):
+            raise ValueError("a source needs exactly one of 'path' and 'generate'")
+        return self
+
+
+class HeldOut(Section):
+    """The held-out split: by hash of a group key, so that related rows never straddle it."""
+
+    fraction: float = Field(0.05, gt=0.0, lt=0.5)
+    group_field: str | None = Field(
+        "group", description="row field naming the group; rows without it are grouped by their first user turn"
+    )
+    seed: int = 0
+
+
+class DataConfig(Section):
+    """Everything that decides the token ids and loss weights on disk."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    tokenizer: str | None = Field(None, description="tokenizer folder or hub id; default: the model's own")
+    chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's template")
+    template_date: str = Field("2026-01-01", pattern=r"^\d{4}-\d{2}-\d{2}$", description="the date templates may print")
+    template_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra variables for the template")
+    trained_turns: Literal["each", "last", "as_rendered"] = Field(
+        "each", description="what to do where a template rewrites earlier turns: one example per trained turn, "
+        "the last turn only, or the conversation as rendered once"
+    )
+    max_example_tokens: int = Field(1024, ge=8, description="longest example kept whole")
+    over_length: Literal["refuse", "truncate"] = "refuse"
+    max_refused_fraction: float = Field(0.01, ge=0.0, lt=1.0, description="refused rows allowed before the flow stops")
+    held_out: HeldOut = HeldOut()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataConfig:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must differ, got {names}")
+        return self

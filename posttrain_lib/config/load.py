@@ -1,0 +1,140 @@
+"""From a YAML file to a :class:`RunConfig`, with errors that name the place and the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from posttrain_lib.config.run import RunConfig
+from posttrain_lib.errors import ConfigError
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, expand ``${VARIABLE}``, apply ``section.key=value`` overrides, validate.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or holds an unknown key or impossible value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            "the config file cannot be read", where=path, got=error.strerror, fix="name an existing YAML file"
+        ) from error
+    return parse_run_config(text, where=str(path), overrides=overrides)
+
+
+def parse_run_config(text: str, *, where: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+    """Like :func:`load_run_config`, from the YAML text itself."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
+        raise ConfigError(
+            "the config is not valid YAML", where=line, got=getattr(error, "problem", error), fix="mend that line"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError("the config is not a mapping of sections", where=where, got=type(raw).__name__)
+    return build_run_config(raw, where=where, overrides=overrides)
+
+
+def build_run_config(raw: dict[str, Any], *, where: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+    """Validate a plain mapping, after overrides and variable expansion."""
+    for override in overrides:
+        raw = _override(raw, override)
+    raw = _expand(raw, where, ())
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+
+
+def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError("an override is not of the form section.key=value", got=override, expected="train.steps=100")
+    path = key.strip().split(".")
+    result = dict(raw)
+    node: Any = result
+    for name in path[:-1]:
+        child = node.get(name)
+        if child is not None and not isinstance(child, dict):
+            raise ConfigError("an override goes through a value that is no section", where=key, got=child)
+        node[name] = dict(child or {})
+        node = node[name]
+    node[path[-1]] = yaml.safe_load(value)
+    return result
+
+
+def _expand(value: Any, where: str, place: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, where, (*place, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, where, (*place, str(i))) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def substitute(match: re.Match[str]) -> str:
+        found = os.environ.get(match.group(1))
+        if found is None:
+            raise ConfigError(
+                f"the environment variable {match.group(1)} is not set",
+                where=f"{where}: {'.'.join(place)}",
+                got=value,
+                fix=f"export {match.group(1)}=... before the run",
+            )
+        return found
+
+    return _VARIABLE.sub(substitute, value)
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """The first problem in full, the number of the others beside it; unknown keys come first."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    place = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+    others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(RunConfig, first["loc"][:-1])
+        wrong = str(first["loc"][-1])
+        nearest = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+        fix = f"did you mean '{nearest[0]}'?" if nearest else "remove it"
+        return ConfigError(
+            f"unknown key '{place}'{others}", where=where, got=wrong, expected="one of: " + ", ".join(known), fix=fix
+        )
+    got = None if first["type"] == "missing" or isinstance(first["input"], dict | BaseModel) else repr(first["input"])
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"config field '{place}': {message}{others}", where=where, got=got)
+
+
+def _keys_at(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """Field names of the section at ``place``, walking through tuples and optionals."""
+    current: Any = model
+    for part in place:
+        if isinstance(part, int):
+            continue
+        current = _section_of(current.model_fields[part].annotation) if part in current.model_fields else current
+    return sorted(current.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, tuple, list):
+        for argument in get_args(annotation):
+            found = _section_of(argument)
+            if found is not None:
+                return found
+    return None

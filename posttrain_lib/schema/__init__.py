@@ -1,0 +1,1 @@
+"""What is stored on disk or sent between processes: plain dataclasses, no torch, no pydantic."""

@@ -1,0 +1,58 @@
+"""What a running training job says of itself, once a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Metrics of one optimiser step, global over all workers.
+
+    ``loss`` is the weighted mean over the step's trained tokens. ``fill`` = real tokens / row slots.
+    ``data_wait_seconds`` is the part of ``step_seconds`` spent waiting for the loader.
+    ``mfu`` is None where the device's peak is not known; ``held_out`` is None at steps without evaluation,
+    else ``{"all": loss, "<source>": loss, ...}``.
+    ``event`` names what else happened: "resumed", "checkpoint", "best", "early_stop", "finished"; comma-joined.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    trained_weight: float
+    real_tokens: int
+    slot_tokens: int
+    tokens_seen: int
+    step_seconds: float
+    data_wait_seconds: float
+    model_flops: float
+    mfu: float | None
+    peak_memory_gib: float
+    held_out: dict[str, float] | None = None
+    event: str = ""
+    source_loss: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def fill(self) -> float:
+        """Share of the row slots that hold real tokens."""
+        return self.real_tokens / max(1, self.slot_tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real (non-padding) tokens per second of this step."""
+        return self.real_tokens / max(1e-9, self.step_seconds)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished job returns: which checkpoints stand, and how it ended."""
+
+    step: int
+    tokens_seen: int
+    last_checkpoint: str
+    best_checkpoint: str | None
+    best_held_out: float | None
+    first_held_out: float | None
+    stopped_early: bool
