@@ -1,0 +1,65 @@
+"""What every flow shares. Import it before ``metaflow``: Metaflow reads its environment once, when imported."""
+
+import contextlib
+import getpass
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+try:
+    from posttrain_lib.config.load import parse_run_config
+    from posttrain_lib.errors import ConfigError, PosttrainError
+except ModuleNotFoundError as error:
+    print(
+        f"{error}\nThe project's environment is not active. Run the same command through it:\n"
+        f"  {ROOT / 'infra' / 'env'} python {' '.join(sys.argv)}",
+        file=sys.stderr,
+    )
+    raise SystemExit(1) from None
+
+DEFAULT_CONFIG = {"sft": ROOT / "configs" / "sft" / "default.yaml"}
+
+#: Metaflow's exit code for "failed, and a retry would fail the same way"
+_DO_NOT_RETRY = 202
+
+
+def _set_defaults() -> None:
+    """Defaults that a user's own environment overrides."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "root"  # no name for this uid, as in many containers; Metaflow refuses to guess
+    defaults = {
+        "METAFLOW_USER": "posttrain" if user == "root" else user,  # Metaflow refuses root
+        "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(ROOT),  # else a stray .metaflow in a parent folder would catch the runs
+        "METAFLOW_FEAT_ALWAYS_UPLOAD_CODE_PACKAGE": "1",  # local runs record their code too
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+_set_defaults()
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Parser of the flow's ``--config``: strict, and complete with every default, so that the run stores it whole."""
+    try:
+        return parse_run_config(text, where="--config").model_dump(mode="json")
+    except ConfigError as error:
+        from metaflow.exception import MetaflowException
+
+        raise MetaflowException(str(error)) from None
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Print what a user can act on without a traceback, and tell Metaflow that a retry would not help."""
+    try:
+        yield
+    except PosttrainError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(_DO_NOT_RETRY) from None

@@ -1,0 +1,1 @@
+"""The edge: the only files that import a host (Metaflow, vLLM, verl, transformers' models)."""

@@ -1,0 +1,208 @@
+"""Metaflow cards: the live view of a training step, and the report of a whole run.
+
+Every function takes plain manifests and reports; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from metaflow.cards import Markdown, ProgressBar, Table, VegaChart
+
+from posttrain_lib.schema.manifests import Check, StepManifest
+from posttrain_lib.schema.reports import StepReport
+
+_TRAINED, _PASSED, _FAILED = "#ffe082", "#2e7d32", "#c62828"
+#: points per curve; more makes the page slow without being visible
+_MAX_POINTS = 400
+
+
+class TrainingCard:
+    """The live card of a training step: call it with every :class:`StepReport`."""
+
+    def __init__(self, card: Any) -> None:
+        self._card = card
+        self._reports: list[StepReport] = []
+        self._progress: ProgressBar | None = None
+        self._headline = Markdown("Waiting for the first step.")
+        self._charts: dict[str, VegaChart] = {}
+
+    def __call__(self, report: StepReport) -> None:
+        self._reports.append(report)
+        if self._progress is None:
+            self._start(report)
+        assert self._progress is not None
+        self._progress.update(report.step)
+        self._headline.update(headline(report))
+        for name, spec in curves(self._reports).items():
+            if name in self._charts:
+                self._charts[name].update(spec)
+        self._card.refresh()
+
+    def _start(self, report: StepReport) -> None:
+        self._progress = ProgressBar(max=report.total_steps, label="steps", value=report.step)
+        self._charts = {name: VegaChart(spec) for name, spec in curves([report]).items()}
+        for component in (Markdown("# Training"), self._progress, self._headline, *self._charts.values()):
+            self._card.append(component)
+
+
+def headline(report: StepReport) -> str:
+    """One line on where training stands."""
+    mfu = "" if report.mfu is None else f" · MFU {report.mfu:.1%}"
+    return (
+        f"step **{report.step}** of {report.total_steps} · loss **{report.loss:.4f}** · "
+        f"{report.tokens_per_second:,.0f} tokens/s · fill {report.fill:.1%}{mfu} · "
+        f"{report.peak_memory_gib:.2f} GiB at most"
+    )
+
+
+def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
+    """Vega-Lite charts by name: loss and held-out, learning rate and gradient norm, throughput, packing fill."""
+    thin = reports[:: max(1, math.ceil(len(reports) / _MAX_POINTS))]
+    held = [report for report in reports if report.held_out]
+    loss = [{"step": r.step, "value": r.loss, "curve": "training loss"} for r in thin if r.step > 0]
+    loss += [
+        {"step": r.step, "value": value, "curve": f"held-out {'loss' if name == 'all' else name}"}
+        for r in held
+        for name, value in (r.held_out or {}).items()
+        if name == "all" or len(r.held_out or {}) > 2
+    ]
+    steps = [r for r in thin if r.step > 0]
+    return {
+        "loss": line_chart("Loss (nats per trained token)", loss),
+        "throughput": line_chart(
+            "Throughput (real tokens per second)",
+            [{"step": r.step, "value": r.tokens_per_second, "curve": "tokens/s"} for r in steps],
+        ),
+        "fill": line_chart(
+            "Packing fill (real tokens / row slots)", [{"step": r.step, "value": r.fill, "curve": "fill"} for r in steps]
+        ),
+        "gradient": line_chart(
+            "Gradient norm before clipping", [{"step": r.step, "value": r.grad_norm, "curve": "norm"} for r in steps]
+        ),
+    }
+
+
+def line_chart(title: str, values: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line chart of ``value`` over ``step``, one colour per ``curve``."""
+    several = len({value["curve"] for value in values}) > 1
+    return _chart(
+        title,
+        values,
+        {"type": "line", "point": len(values) < 30},
+        {
+            "x": {"field": "step", "type": "quantitative", "title": "optimiser step", "axis": {"tickMinStep": 1}},
+            "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+            "color": {"field": "curve", "type": "nominal", "title": None, "legend": {} if several else None},
+        },
+    )
+
+
+def bar_chart(title: str, counts: Mapping[str, float], axis: str) -> dict[str, Any]:
+    """Bars in the given order."""
+    values = [{"bin": name, "count": count} for name, count in counts.items()]
+    encoding = {
+        "x": {"field": "bin", "type": "ordinal", "sort": list(counts), "title": axis, "axis": {"labelAngle": -40}},
+        "y": {"field": "count", "type": "quantitative", "title": None},
+    }
+    return _chart(title, values, {"type": "bar"}, encoding)
+
+
+def _chart(title: str, values: list[dict[str, Any]], mark: dict[str, Any], encoding: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "title": title,
+        "width": "container",
+        "height": 220,
+        "data": {"values": values},
+        "mark": {**mark, "tooltip": True},
+        "encoding": encoding,
+    }
+
+
+def coloured_sample(sample: Mapping[str, Any]) -> Markdown:
+    """One document, its trained tokens on a coloured ground (paler for weights under 1)."""
+    pieces = []
+    for token, weight in zip(sample["tokens"], sample["weights"], strict=True):
+        # One HTML block: a bare newline is fine in it, an empty line would end it, so newlines become <br>.
+        text = html.escape(token).replace("\n", "&#9166;<br>")
+        shade = f"background:{_TRAINED};opacity:{0.55 + 0.45 * min(1.0, weight):.2f}" if weight else "color:#666"
+        pieces.append(f"<span style='{shade}'>{text}</span>")
+    name = html.escape(f"{sample['source']} {sample['row_id']}")
+    return block(f"<b>{name}</b><div style='font-family:monospace;font-size:13px;line-height:1.5'>{''.join(pieces)}</div>")
+
+
+def block(inner: str) -> Markdown:
+    """Raw HTML as one Markdown block. ``inner`` must hold no empty line."""
+    return Markdown(f"<div>{inner}</div>")
+
+
+def checks_table(checks: Iterable[tuple[str, Check]]) -> Table:
+    """Every check of every step, with value and limit."""
+    rows = []
+    for step, check in checks:
+        colour, word = (_PASSED, "passed") if check.passed else (_FAILED, "FAILED")
+        verdict = block(f"<b style='color:{colour}'>{word}</b>")
+        rows.append([step, check.name, verdict, show(check.value), show(check.limit), check.reason])
+    return Table(rows, headers=["step", "check", "result", "measured", "limit", "why this limit"])
+
+
+def show(value: Any) -> str:
+    """A number at four significant digits, anything else as text."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def lineage_table(manifests: Mapping[str, StepManifest]) -> Table:
+    """Per step: key, whether it was reused, what went in, what came out."""
+    rows = [
+        [
+            name,
+            f"v{manifest.version} {manifest.key[:12]}",
+            "reused" if manifest.reused else f"{manifest.seconds:.1f} s",
+            ", ".join(f"{key} {ref.digest[:8]}" for key, ref in manifest.inputs.items()),
+            ", ".join(f"{key} {ref.digest[:8]}" for key, ref in manifest.outputs.items()),
+        ]
+        for name, manifest in manifests.items()
+    ]
+    return Table(rows, headers=["step", "content key", "time", "inputs (sha256)", "outputs (sha256)"])
+
+
+def generations_table(samples: Sequence[Mapping[str, str]]) -> Table:
+    """Prompt, expected answer, and what the model said before and after."""
+    rows = [
+        [_text(item["prompt"]), _text(item["expected"]), _text(item["before"]), _text(item["after"])] for item in samples
+    ]
+    return Table(rows, headers=["prompt (last turn)", "expected", "before training", "after training"])
+
+
+def _text(value: str, limit: int = 400) -> Markdown:
+    shown = value if len(value) <= limit else value[:limit] + " ..."
+    return block(f"<span style='font-family:monospace;font-size:12px'>{html.escape(shown).replace(chr(10), '<br>')}</span>")
+
+
+def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, StepManifest]) -> None:
+    """The card of a finished run. ``report`` is what ``steps.report.collect`` returns."""
+    reports = [StepReport(**row) for row in report["reports"]]
+    card.append(Markdown(f"# {report['name']}: {report['recipe']} run report"))
+    card.append(Table(report["headline"], headers=["figure", "before", "after"]))
+    card.append(Markdown("## Curves"))
+    for spec in curves(reports).values():
+        card.append(VegaChart(spec))
+    card.append(Markdown("## Data"))
+    card.append(Table(report["data"], headers=["", "rows", "examples", "tokens", "trained tokens"]))
+    card.append(VegaChart(bar_chart("Length of examples (tokens)", report["lengths"], "tokens")))
+    card.append(Markdown("### Samples: what is trained is coloured"))
+    for sample in report["samples"]:
+        card.append(coloured_sample(sample))
+    card.append(Markdown("## Before and after"))
+    card.append(generations_table(report["generations"]))
+    card.append(Markdown("## Verification"))
+    card.append(checks_table([(name, check) for name, m in manifests.items() for check in m.checks]))
+    card.append(Markdown("## Lineage"))
+    card.append(lineage_table(manifests))
+    card.append(Table([[key, value] for key, value in report["environment"].items()], headers=["environment", ""]))

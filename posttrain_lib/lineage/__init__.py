@@ -1,0 +1,1 @@
+"""Artifact store, content keys and what they are made of."""

@@ -1,0 +1,88 @@
+"""sha256 of values, files and folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 20
+
+
+def digest_text(text: str) -> str:
+    """sha256 hex of UTF-8 text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def digest_value(value: Any) -> str:
+    """sha256 hex of a JSON value in canonical form (sorted keys, no spaces)."""
+    return digest_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+
+
+def digest_file(path: str | Path) -> str:
+    """sha256 hex of a file's bytes."""
+    state = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(_BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below ``folder``, sorted by relative POSIX path; links are followed, caches of editors are not."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+class FileDigests:
+    """File digests remembered by (path, size, modification time), so that a large folder is read once.
+
+    The memory is a JSON file, replaced atomically; losing it costs time, never correctness.
+    """
+
+    def __init__(self, memory: Path | None = None) -> None:
+        self._memory = memory
+        self._known: dict[str, list[Any]] = {}
+        if memory is not None and memory.is_file():
+            try:
+                self._known = json.loads(memory.read_text(encoding="utf-8"))
+            except ValueError:
+                self._known = {}  # a torn memory is rebuilt below
+
+    def file(self, path: Path) -> str:
+        """sha256 hex of ``path``."""
+        path = path.resolve()
+        status = path.stat()
+        entry = self._known.get(str(path))
+        if entry and entry[0] == status.st_size and entry[1] == status.st_mtime_ns:
+            return str(entry[2])
+        digest = digest_file(path)
+        self._known[str(path)] = [status.st_size, status.st_mtime_ns, digest]
+        return digest
+
+    def path(self, path: Path) -> str:
+        """Digest of a file, or of a folder as the digests of its files by relative name."""
+        if path.is_file():
+            return self.file(path)
+        listing: Mapping[str, str] = {item.relative_to(path).as_posix(): self.file(item) for item in list_files(path)}
+        return digest_value(listing)
+
+    def save(self) -> None:
+        """Write the memory back."""
+        if self._memory is None:
+            return
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._memory, json.dumps(self._known))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path``, flush it to the disk, then rename over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,83 @@
+"""Which project source a module depends on, and its digest.
+
+The walk is static: imports anywhere in a file (functions included), and string constants of the form
+``package.module:attribute``, because the registries name what they load that way. A change in an unrelated file
+leaves the digest alone; a change in anything reachable does not.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from posttrain_lib.lineage.digests import digest_file, digest_value
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("posttrain_lib", "steps")
+_REFERENCE = re.compile(r"^((?:posttrain_lib|steps)(?:\.\w+)+)(?::\w+)?$")
+
+
+def module_file(name: str, root: Path = PROJECT_ROOT) -> Path | None:
+    """The file of a project module or package, None for anything else."""
+    if name.split(".")[0] not in PACKAGES:
+        return None
+    base = root.joinpath(*name.split("."))
+    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+@lru_cache(maxsize=None)
+def _names_in(path: Path, _stamp: int) -> frozenset[str]:
+    """Dotted names that a file refers to, project modules or not."""
+    names: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # A module's own command line is not part of what it computes, and would pull in every other step.
+    tree.body = [node for node in tree.body if not _is_main_guard(node)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            reference = _REFERENCE.match(node.value)
+            if reference:
+                names.add(reference.group(1))
+    return frozenset(names)
+
+
+def _is_main_guard(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def project_sources(module: str, root: Path = PROJECT_ROOT) -> list[Path]:
+    """Files reachable from ``module`` by imports, ``__init__`` files of their packages included, sorted."""
+    pending, seen, files = [module], set(), set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        parent = name.rpartition(".")[0]
+        if parent:
+            pending.append(parent)
+        path = module_file(name, root)
+        if path is None:
+            continue
+        files.add(path)
+        pending.extend(_names_in(path, path.stat().st_mtime_ns))
+    return sorted(files)
+
+
+def source_digests(module: str, root: Path = PROJECT_ROOT) -> dict[str, str]:
+    """File name relative to the project -> sha256, for everything ``module`` reaches."""
+    return {path.relative_to(root).as_posix(): digest_file(path) for path in project_sources(module, root)}
+
+
+def source_digest(module: str, root: Path = PROJECT_ROOT) -> str:
+    """One digest over :func:`source_digests`."""
+    return digest_value(source_digests(module, root))

@@ -1,0 +1,221 @@
+"""The artifact store: content-addressed results of steps in a local folder.
+
+    <root>/steps/<step>/<key>/   a published result; ``manifest.json`` and ``files.json`` were written last, and the
+                                 whole folder appeared by one rename, so what is there is whole
+    <root>/work/<step>/<key>/    what an interrupted step may continue from (training checkpoints)
+    <root>/tmp/                  results being written; never read
+    <root>/locks/                one lock file per key: equal work waits for the first and then reuses it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain_lib.errors import StoreError
+from posttrain_lib.lineage.digests import list_files, write_atomically
+from posttrain_lib.lineage.source_digest import PROJECT_ROOT
+from posttrain_lib.schema.manifests import StepManifest
+
+STORE_VARIABLE = "POSTTRAIN_STORE"
+MANIFEST = "manifest.json"
+FILES = "files.json"
+
+
+def default_root() -> Path:
+    """``$POSTTRAIN_STORE``, else ``.posttrain/`` in the checkout (ignored by git)."""
+    named = os.environ.get(STORE_VARIABLE)
+    if named and "://" in named:
+        raise StoreError(
+            "the store must be a local folder", where=f"${STORE_VARIABLE}", got=named, expected="a path such as /data/posttrain"
+        )
+    return Path(named).expanduser().resolve() if named else PROJECT_ROOT / ".posttrain"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published result or work folder, for listings."""
+
+    kind: str
+    step: str
+    key: str
+    path: Path
+    size_bytes: int
+    used_at: float
+
+
+class Store:
+    """Publishes, finds and removes results. All methods raise :class:`StoreError` where the disk says no."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or default_root()
+
+    def result_folder(self, step: str, key: str) -> Path:
+        """Where the published result of (step, key) stands."""
+        return self.root / "steps" / step / key
+
+    def work_folder(self, step: str, key: str) -> Path:
+        """Scratch space of (step, key) that outlives an interrupted attempt."""
+        return self.root / "work" / step / key
+
+    def find(self, step: str, key: str) -> StepManifest | None:
+        """The published result, or None. A result whose files went missing or changed size is set aside, not used."""
+        folder = self.result_folder(step, key)
+        manifest = _read_manifest(folder)
+        if manifest is None:
+            return None
+        problem = _first_damage(folder)
+        if problem is not None:
+            aside = self.root / "tmp" / f"damaged-{step}-{key[:12]}-{uuid.uuid4().hex[:8]}"
+            with disk_errors("setting a damaged result aside", folder):
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(folder, aside)
+            print(f"{step}: stored result {key[:12]} is damaged ({problem}); set aside at {aside}, doing the work again")
+            return None
+        os.utime(folder / MANIFEST)  # last use, for the clean-up
+        return manifest
+
+    def newest(self, step: str) -> StepManifest | None:
+        """The last published or reused result of ``step`` whatever its key, to say what changed since."""
+        folders = [folder for folder in (self.root / "steps" / step).glob("*") if (folder / MANIFEST).is_file()]
+        if not folders:
+            return None
+        return _read_manifest(max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime))
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A fresh folder on the store's disk, removed if it was not published."""
+        folder = self.root / "tmp" / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        with disk_errors("making a folder in the store", folder):
+            folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, folder: Path, manifest: StepManifest) -> None:
+        """Make ``folder`` the result of (manifest.step, manifest.key), at once and whole."""
+        target = self.result_folder(manifest.step, manifest.key)
+        with disk_errors("publishing a result", target):
+            listing = {item.relative_to(folder).as_posix(): item.stat().st_size for item in list_files(folder)}
+            write_atomically(folder / FILES, json.dumps(listing, indent=1, sort_keys=True))
+            write_atomically(folder / MANIFEST, json.dumps(manifest.to_dict(), indent=1, sort_keys=True))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(folder, target)
+            _sync_folder(target.parent)
+
+    @contextlib.contextmanager
+    def lock(self, step: str, key: str, say: Callable[[str], None] = print) -> Iterator[None]:
+        """Hold (step, key) alone. The kernel drops the lock of a killed process, so none is ever stale."""
+        path = self.root / "locks" / f"{step}-{key}.lock"
+        with disk_errors("locking a key", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below, after the lock is released
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                handle.seek(0)
+                say(f"{step}: the same work is under way in another run ({handle.read().strip() or 'unknown'}); waiting")
+                _wait_for_lock(handle)
+            handle.seek(0)
+            handle.truncate()
+            handle.write(f"process {os.getpid()}")
+            handle.flush()
+            yield
+
+    def entries(self) -> list[Entry]:
+        """Everything in the store that takes space, oldest use first."""
+        found = []
+        for kind in ("steps", "work"):
+            for folder in sorted((self.root / kind).glob("*/*")):
+                marker = folder / MANIFEST
+                used = (marker if marker.is_file() else folder).stat().st_mtime
+                size = sum(item.stat().st_size for item in list_files(folder))
+                found.append(Entry(kind, folder.parent.name, folder.name, folder, size, used))
+        for folder in sorted((self.root / "tmp").glob("*")):
+            size = sum(item.stat().st_size for item in list_files(folder))
+            found.append(Entry("tmp", "-", folder.name, folder, size, folder.stat().st_mtime))
+        return sorted(found, key=lambda entry: entry.used_at)
+
+    def remove(self, entry: Entry) -> bool:
+        """Remove one entry; False if a running step holds it."""
+        if entry.kind == "tmp":
+            shutil.rmtree(entry.path)
+            return True
+        path = self.root / "locks" / f"{entry.step}-{entry.key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            shutil.rmtree(entry.path)
+            return True
+
+
+@contextlib.contextmanager
+def disk_errors(doing: str, where: object) -> Iterator[None]:
+    """Turn the operating system's refusals into a :class:`StoreError` that says what to do."""
+    fixes = {
+        errno.ENOSPC: "free space (python -m steps.store clean) or point POSTTRAIN_STORE at a larger disk",
+        errno.EDQUOT: "free space or raise the quota",
+        errno.EROFS: "point POSTTRAIN_STORE at a folder that can be written",
+        errno.EACCES: "point POSTTRAIN_STORE at a folder that you may write",
+    }
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{doing} failed", where=error.filename or where, got=error.strerror, fix=fixes.get(error.errno or 0)
+        ) from error
+
+
+def _wait_for_lock(handle: object) -> None:
+    # Polling instead of a blocking flock: a blocked system call would hold up Ctrl-C and Metaflow's @timeout.
+    while True:
+        time.sleep(0.5)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+        else:
+            return
+
+
+def _read_manifest(folder: Path) -> StepManifest | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    return StepManifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _first_damage(folder: Path) -> str | None:
+    listing = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    for name, size in listing.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,185 @@
+"""What every step shares: the content key, reuse, locking, atomic publishing, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.lineage.digests import FileDigests, digest_value
+from posttrain_lib.lineage.environment import describe_code, describe_environment, environment_digest
+from posttrain_lib.lineage.source_digest import source_digest
+from posttrain_lib.lineage.store import Store, disk_errors
+from posttrain_lib.schema.manifests import ArtifactRef, Check, StepManifest
+
+Say = Callable[[str], None]
+Manifests = Mapping[str, StepManifest]
+
+
+def say_line(text: str) -> None:
+    """Print at once: Metaflow shows a task's lines as they come."""
+    print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step's body may use. ``out`` is published when the body returns; ``work`` survives a crash."""
+
+    config: RunConfig
+    inputs: dict[str, ArtifactRef]
+    out: Path
+    work: Path
+    say: Say
+    observe: Callable[[Any], None]
+
+
+@dataclass
+class StepResult:
+    """What a step's body returns.
+
+    ``outputs`` maps a name to (path below ``out``, kind), or to a ready :class:`ArtifactRef` outside the store.
+    """
+
+    outputs: dict[str, tuple[str, str] | ArtifactRef]
+    checks: list[Check] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A versioned step.
+
+    ``module`` is walked for the source digest; ``settings`` picks the config values that decide the result, and
+    nothing else, so that an unrelated edit of the run file costs nothing; ``inputs`` names the artifacts it reads.
+    """
+
+    name: str
+    version: int
+    module: str
+    settings: Callable[[RunConfig], Any]
+    inputs: Callable[[RunConfig, Manifests], dict[str, ArtifactRef]]
+    body: Callable[[StepContext], StepResult]
+
+
+def content_key(step: Step, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> tuple[str, dict[str, str]]:
+    """The key of a step's result and the parts it is made of."""
+    parts = {
+        "version": str(step.version),
+        "config": digest_value(step.settings(config)),
+        "inputs": digest_value({name: ref.digest for name, ref in inputs.items()}),
+        "source": source_digest(step.module),
+        "environment": environment_digest(),
+    }
+    return digest_value({"step": step.name, **parts}), parts
+
+
+def run_step(
+    step: Step,
+    config: RunConfig,
+    manifests: Manifests,
+    *,
+    store: Store | None = None,
+    reuse: bool = True,
+    say: Say = say_line,
+    observe: Callable[[Any], None] = lambda _: None,
+) -> StepManifest:
+    """Return the step's result: the stored one if the same work was done before, else by doing it now.
+
+    Equal work in two processes is done once: the second waits for the first. Whatever the body wrote before an
+    exception is thrown away, save for its ``work`` folder.
+    """
+    store = store or Store()
+    inputs = step.inputs(config, manifests)
+    key, parts = content_key(step, config, inputs)
+    with store.lock(step.name, key, say):
+        found = store.find(step.name, key) if reuse else None
+        if found is not None:
+            say(f"{step.name}: reused {key[:12]} (same config, inputs, source and environment)")
+            return dataclasses.replace(found, reused=True)
+        say(f"{step.name}: running, {_reason(store, step, parts, reuse)}")
+        manifest = _do(step, config, inputs, key, parts, store, say, observe, replace=not reuse)
+    say(f"{step.name}: done in {manifest.seconds:.1f} s, stored as {key[:12]}{_tail(manifest)}")
+    return manifest
+
+
+def _do(
+    step: Step,
+    config: RunConfig,
+    inputs: dict[str, ArtifactRef],
+    key: str,
+    parts: dict[str, str],
+    store: Store,
+    say: Say,
+    observe: Callable[[Any], None],
+    *,
+    replace: bool,
+) -> StepManifest:
+    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    work = store.work_folder(step.name, key)
+    if replace:
+        _forget(store, step.name, key)
+    with store.scratch() as out:
+        with disk_errors(f"step {step.name}", out):
+            result = step.body(StepContext(config, inputs, out, work, say, observe))
+        digests = FileDigests()
+        target = store.result_folder(step.name, key)
+        outputs = {
+            name: ref
+            if isinstance(ref, ArtifactRef)
+            else ArtifactRef(uri=str(target / ref[0]), kind=ref[1], digest=digests.path(out / ref[0]))
+            for name, ref in result.outputs.items()
+        }
+        manifest = StepManifest(
+            step=step.name,
+            version=step.version,
+            key=key,
+            key_parts=parts,
+            config=step.settings(config),
+            inputs=inputs,
+            outputs=outputs,
+            checks=tuple(result.checks),
+            metrics=result.metrics,
+            environment=describe_environment(),
+            code=describe_code(),
+            started_at=started.isoformat(timespec="seconds"),
+            seconds=time.monotonic() - clock,
+            notes=(result.summary,) if result.summary else (),
+        )
+        store.publish(out, manifest)
+    if work.exists():
+        _remove_tree(work)
+    return manifest
+
+
+def _forget(store: Store, step: str, key: str) -> None:
+    """Drop an earlier result and its work folder: the caller asked for the work to be done afresh."""
+    for folder in (store.result_folder(step, key), store.work_folder(step, key)):
+        if folder.exists():
+            _remove_tree(folder)
+
+
+def _remove_tree(folder: Path) -> None:
+    with disk_errors("removing a folder", folder):
+        shutil.rmtree(folder)
+
+
+def _reason(store: Store, step: Step, parts: dict[str, str], reuse: bool) -> str:
+    """Why the stored results do not serve."""
+    if not reuse:
+        return "because reuse is off"
+    newest = store.newest(step.name)
+    if newest is None:
+        return "no earlier result in the store"
+    changed = [name for name, value in parts.items() if newest.key_parts.get(name) != value]
+    return f"{' and '.join(changed) or 'nothing'} changed since {newest.key[:12]}"
+
+
+def _tail(manifest: StepManifest) -> str:
+    return "".join(f"\n{manifest.step}: {note}" for note in manifest.notes)

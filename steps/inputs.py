@@ -1,0 +1,165 @@
+"""Step ``inputs``: everything the run starts from, made or found, with its digest.
+
+What the run file asks to be generated (rows, tokenizer, model) is made here, so that the embedded default enters the
+rest of the pipeline as files, the same way as downloaded data and a downloaded model do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.config.data import GeneratedConversations
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.lineage.digests import FileDigests
+from posttrain_lib.lineage.store import default_root
+from posttrain_lib.schema.manifests import ArtifactRef
+from steps.base import Manifests, Step, StepContext, StepResult
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What is generated, and the names of what is found (their content enters the key by digest)."""
+    return {
+        "sources": [{"name": s.name, "generate": _plain(s.generate), "path": s.path} for s in config.data.sources],
+        "model": {"path": config.model.path, "from_scratch": _plain(config.model.from_scratch)},
+        "tokenizer": config.data.tokenizer,
+        "chat_template": config.data.chat_template,
+    }
+
+
+def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
+    """References to what already exists: data files, model and tokenizer folders, the template."""
+    digests = FileDigests(default_root() / "file-digests.json")
+    found: dict[str, ArtifactRef] = {}
+    for index, source in enumerate(config.data.sources):
+        if source.path is not None:
+            found[f"source:{source.name}"] = _data_reference(source.path, f"data.sources.{index}.path")
+    scratch = config.model.from_scratch
+    folders = {
+        "model": (config.model.path, "model.path"),
+        "tokenizer": (config.data.tokenizer, "data.tokenizer"),
+        "scratch_tokenizer": (scratch.tokenizer if scratch else None, "model.from_scratch.tokenizer"),
+        "chat_template": (config.data.chat_template, "data.chat_template"),
+    }
+    for name, (path, field) in folders.items():
+        if path is not None:
+            found[name] = _reference(path, field, name, digests)
+    digests.save()
+    return found
+
+
+def body(context: StepContext) -> StepResult:
+    """Generate what is to be generated and pass on the references of the rest."""
+    config, out = context.config, context.out
+    outputs: dict[str, tuple[str, str] | ArtifactRef] = {}
+    generated: list[Path] = []
+    for source in config.data.sources:
+        if source.generate is None:
+            outputs[f"source:{source.name}"] = context.inputs[f"source:{source.name}"]
+            continue
+        path = out / "rows" / f"{source.name}.jsonl"
+        _write_rows(path, source.generate)
+        generated.append(path)
+        outputs[f"source:{source.name}"] = (path.relative_to(out).as_posix(), "rows")
+    outputs["model"] = _model(context, generated)
+    outputs["tokenizer"] = context.inputs.get("tokenizer", outputs["model"])
+    if "chat_template" in context.inputs:
+        outputs["chat_template"] = context.inputs["chat_template"]
+    return StepResult(outputs, summary=_describe(context))
+
+
+def _model(context: StepContext, generated: list[Path]) -> tuple[str, str] | ArtifactRef:
+    scratch = context.config.model.from_scratch
+    if scratch is None:
+        return context.inputs["model"]
+    from posttrain_lib.embedded.tokenizer import build_tokenizer
+    from posttrain_lib.models.scratch import write_scratch_model
+
+    if scratch.tokenizer is not None:
+        tokenizer = Path(context.inputs["scratch_tokenizer"].uri)
+    else:
+        if not generated:
+            raise ConfigError(
+                "there is no generated source to train a tokenizer on",
+                where="model.from_scratch.tokenizer",
+                fix="name a tokenizer folder, or add a source with 'generate'",
+            )
+        tokenizer = context.out / "tokenizer"
+        build_tokenizer(_texts(generated), scratch.tokenizer_vocab_size, tokenizer)
+    write_scratch_model(scratch.family, scratch.architecture, tokenizer, scratch.seed, context.out / "model")
+    return "model", "hf_model"
+
+
+def _write_rows(path: Path, generate: GeneratedConversations) -> None:
+    from posttrain_lib.embedded.conversations import generate_rows
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as handle:
+        for row in generate_rows(generate.rows, generate.seed):
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _texts(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
+        with open(path, encoding="utf-8") as handle:
+            for line in handle:
+                yield from (message["content"] for message in json.loads(line)["messages"])
+
+
+def _data_reference(path: str, field: str) -> ArtifactRef:
+    from posttrain_lib.data.sources import list_files
+    from posttrain_lib.lineage.digests import digest_value
+
+    files = list_files(path)
+    return ArtifactRef(uri=path, kind="rows", digest=digest_value(sorted(digest for _, digest in files)))
+
+
+def _reference(path: str, field: str, kind: str, digests: FileDigests) -> ArtifactRef:
+    """A local folder or file; a hub id is fetched into the hub's own cache first."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        local = _fetch_from_hub(path, field)
+    local = local.resolve()
+    return ArtifactRef(uri=str(local), kind=kind, digest=digests.path(local))
+
+
+def _fetch_from_hub(name: str, field: str) -> Path:
+    looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not looks_like_id:
+        raise ConfigError(
+            "the path does not exist", where=field, got=name, expected="an existing path or a hub id owner/name"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise ConfigError(
+            "neither a local path nor a hub id that can be fetched",
+            where=field,
+            got=f"{name} ({type(error).__name__}: {str(error).splitlines()[0]})",
+            fix="check the spelling and the network, or name a local folder",
+        ) from error
+
+
+def _describe(context: StepContext) -> str:
+    made = [source.name for source in context.config.data.sources if source.generate is not None]
+    parts = [f"generated rows for {', '.join(made)}"] if made else []
+    if context.config.model.from_scratch is not None:
+        parts.append("wrote a new model as a Hugging Face folder")
+    return "; ".join(parts) or "every input was found"
+
+
+def _plain(section: Any) -> Any:
+    return None if section is None else section.model_dump(mode="json")
+
+
+STEP = Step("inputs", 1, "steps.inputs", settings, inputs, body)
+
+if __name__ == "__main__":
+    from steps.pipeline import main
+
+    main("inputs")

@@ -1,0 +1,128 @@
+"""The chain of steps of a recipe, and the command line that every step shares."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.config import RunConfig, load_run_config
+from posttrain_lib.config.load import build_run_config
+from posttrain_lib.errors import PosttrainError
+from posttrain_lib.lineage.source_digest import PROJECT_ROOT
+from posttrain_lib.schema.manifests import StepManifest
+from steps import convert_model, evaluate, export, inputs, prepare_data, train
+from steps.base import Say, Step, run_step, say_line
+
+DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "sft" / "default.yaml"
+
+#: The steps of supervised fine-tuning, each with what it needs standing before it.
+SFT: tuple[Step, ...] = (
+    inputs.STEP,
+    prepare_data.STEP,
+    convert_model.STEP,
+    train.STEP,
+    evaluate.STEP,
+    export.STEP,
+)
+
+
+def step_named(name: str) -> Step:
+    """The step of that name."""
+    return next(step for step in SFT if step.name == name)
+
+
+def run_until(
+    last: str, config: RunConfig, *, reuse: bool = True, say: Say = say_line, observe: Callable[[Any], None] = lambda _: None
+) -> dict[str, StepManifest]:
+    """Run the chain up to and including ``last``; what is in the store is reused. ``reuse=False`` redoes ``last``."""
+    manifests: dict[str, StepManifest] = {}
+    for step in SFT:
+        is_last = step.name == last
+        manifests[step.name] = run_step(step, config, manifests, reuse=reuse or not is_last, say=say, observe=observe)
+        if is_last:
+            break
+    return manifests
+
+
+def resolve(raw: Any, overrides: str = "") -> dict[str, Any]:
+    """The resolved config as plain values, after comma-separated ``key=value`` overrides (as a flow passes them)."""
+    pieces = [piece for piece in re.split(r",(?=\s*[A-Za-z_][\w.]*=)", overrides) if piece.strip()]
+    return build_run_config(_plain(raw), where="--set" if pieces else "--config", overrides=pieces).model_dump(mode="json")
+
+
+def advance(
+    name: str,
+    run_config: dict[str, Any],
+    manifests: Mapping[str, dict[str, Any]],
+    *,
+    reuse: bool,
+    observe: Callable[[Any], None] = lambda _: None,
+) -> dict[str, dict[str, Any]]:
+    """One step of a flow: plain manifests in, plain manifests out, with that step's added."""
+    config = RunConfig.model_validate(run_config)
+    manifest = run_step(step_named(name), config, load_manifests(manifests), reuse=reuse, observe=observe)
+    return {**manifests, name: manifest.to_dict()}
+
+
+def load_manifests(manifests: Mapping[str, dict[str, Any]]) -> dict[str, StepManifest]:
+    """Manifests from their plain form."""
+    return {name: StepManifest.from_dict(raw) for name, raw in manifests.items()}
+
+
+def show_plan(run_config: dict[str, Any], manifests: Mapping[str, dict[str, Any]]) -> None:
+    """Print what the run will do (``python -m steps.plan`` prints the same without running anything)."""
+    from steps.plan import describe
+
+    say_line(describe(RunConfig.model_validate(run_config)))
+
+
+def _plain(value: Any) -> Any:
+    """Metaflow hands configs out as its own mapping types."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def main(step: str, arguments: list[str] | None = None) -> None:
+    """Command line of ``python -m steps.<step>``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m steps.{step}",
+        description=f"Run the step '{step}' alone; steps before it are taken from the store, or run if they are not there.",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--no-reuse", action="store_true", help="do this step again even if its result is in the store")
+    options = parser.parse_args(arguments)
+    with plain_errors():
+        config = load_run_config(options.config, options.set)
+        manifest = run_until(step, config, reuse=not options.no_reuse)[step]
+        for name, ref in manifest.outputs.items():
+            print(f"  {name:<14}{ref.uri}")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--config`` and ``--set``, the same everywhere."""
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="run file (default: %(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, for example train.steps=50; repeatable"
+    )
+
+
+class plain_errors:  # noqa: N801 - used as a statement
+    """Show a :class:`PosttrainError` as its message instead of a traceback, and exit with 1."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, PosttrainError):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        if isinstance(error, KeyboardInterrupt):
+            print("stopped by the user; finished steps are in the store, training resumes from its last checkpoint", file=sys.stderr)
+            raise SystemExit(130) from None

@@ -1,0 +1,119 @@
+"""The dry run: ``python -m steps.plan --config ...`` checks the config and prints what a run would do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain_lib.config import RunConfig, load_run_config
+from posttrain_lib.errors import ModelError
+from posttrain_lib.models.families import get_family, spec_from_config
+from posttrain_lib.models.spec import ModelSpec, matmul_parameters, parameter_count
+from steps.pipeline import add_config_arguments, plain_errors
+
+_FLOAT32_BYTES = 4
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved plan of a run, from the config and the model's config.json alone."""
+    train, compute = config.train, config.compute
+    slots = train.rows_per_step * train.row_tokens
+    length = f"{train.steps} steps" if train.steps is not None else f"{train.epochs:g} epochs"
+    accumulation = train.rows_per_step // (train.micro_batch_rows * compute.workers)
+    lines = [
+        f"plan of {config.name} ({config.recipe})",
+        f"  data       {', '.join(source.name for source in config.data.sources)}; "
+        f"examples up to {config.data.max_example_tokens} tokens ({config.data.over_length} longer ones)",
+        f"  training   {length} x {slots:,} token slots ({train.rows_per_step} rows of {train.row_tokens}), "
+        f"{compute.workers} worker(s), {accumulation} micro-batch(es) each",
+        f"  optimiser  {train.optimizer.name}, lr {train.optimizer.lr:g}, {train.schedule.name} after "
+        f"{train.schedule.warmup_steps} warm-up steps, {train.precision}",
+        f"  evaluation every {train.evaluate_every_steps} steps; checkpoint every {train.checkpoint.every_steps}, "
+        f"keep {train.checkpoint.keep_last} and the best",
+        *_model_lines(config),
+        f"  export     {config.export.checkpoint} checkpoint, {config.export.dtype} weights, verified in transformers"
+        f"{' and vLLM' if config.export.verify_vllm else ''}",
+    ]
+    if train.steps is not None:
+        lines.insert(3, f"  tokens     at most {train.steps * slots:,} in all")
+    return "\n".join(lines)
+
+
+def memory_estimate(spec: ModelSpec, config: RunConfig) -> dict[str, float]:
+    """GiB in one worker: weights, gradients and optimiser state in fp32, and activations of one micro-batch.
+
+    Activations count what a decoder block keeps for its backward (about 16 hidden-sized and 4 feed-forward-sized
+    values a token; one hidden-sized with checkpointing). An estimate: allocator slack and the runtime come on top.
+    """
+    decoder, train = spec.config, config.train
+    parameters = parameter_count(decoder) / config.compute.workers
+    tokens = train.micro_batch_rows * train.row_tokens
+    kept = decoder.hidden_size if train.activation_checkpointing else 16 * decoder.hidden_size + 4 * decoder.intermediate_size
+    states = 2 if train.optimizer.name == "adamw" else 1
+    estimate = {
+        "weights": parameters * _FLOAT32_BYTES,
+        "gradients": parameters * _FLOAT32_BYTES,
+        "optimiser": parameters * _FLOAT32_BYTES * states,
+        "activations": tokens * decoder.num_hidden_layers * kept * _FLOAT32_BYTES,
+    }
+    return {name: value / 2**30 for name, value in estimate.items()}
+
+
+def _model_lines(config: RunConfig) -> list[str]:
+    spec = _spec(config)
+    if spec is None:
+        return [f"  model      {config.model.path} (fetched when the run starts)"]
+    body, _ = matmul_parameters(spec)
+    memory = memory_estimate(spec, config)
+    detail = ", ".join(f"{name} {value:.2f}" for name, value in memory.items())
+    return [
+        f"  model      {spec.family}, {parameter_count(spec.config):,} parameters, {body:,} of them in the blocks",
+        f"  memory     about {sum(memory.values()):.2f} GiB a worker ({detail})",
+    ]
+
+
+def _spec(config: RunConfig) -> ModelSpec | None:
+    scratch = config.model.from_scratch
+    if scratch is not None:
+        vocabulary = _vocabulary(Path(scratch.tokenizer)) if scratch.tokenizer else scratch.tokenizer_vocab_size
+        raw: dict[str, Any] = {"model_type": scratch.family, "vocab_size": vocabulary, **scratch.architecture}
+        get_family(scratch.family, where="model.from_scratch.family")
+        return spec_from_config(raw, where="model.from_scratch.architecture")
+    path = Path(str(config.model.path)).expanduser() / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return spec_from_config(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except ValueError as error:
+        raise ModelError("config.json is not valid JSON", where=path, got=error) from error
+
+
+def _vocabulary(folder: Path) -> int:
+    """Number of ids of a tokenizer folder, added tokens included; 0 where it is not a local folder yet."""
+    path = folder.expanduser() / "tokenizer.json"
+    if not path.is_file():
+        return 0
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    ids = [*raw["model"]["vocab"].values()] if isinstance(raw["model"]["vocab"], dict) else range(len(raw["model"]["vocab"]))
+    return 1 + max([*ids, *(token["id"] for token in raw.get("added_tokens", []))])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m steps.plan", description="Check a config and print the plan of its run.")
+    add_config_arguments(parser)
+    parser.add_argument("--resolved", action="store_true", help="also print the config with every default filled in")
+    options = parser.parse_args(arguments)
+    with plain_errors():
+        config = load_run_config(options.config, options.set)
+        print(describe(config))
+        if options.resolved:
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Step ``prepare_data``: rows become token ids with loss weights, split, checked and counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.schema.manifests import ArtifactRef, Check
+from steps.base import Manifests, Step, StepContext, StepResult
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The data section, without where the rows lie: their content is an input."""
+    section = config.data.model_dump(mode="json", exclude={"tokenizer", "chat_template"})
+    section["sources"] = [{"name": source.name, "format": source.format} for source in config.data.sources]
+    return section
+
+
+def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
+    """The rows, the tokenizer folder and, if one replaces the tokenizer's own, the template."""
+    made = manifests["inputs"].outputs
+    return {name: ref for name, ref in made.items() if name.startswith("source:") or name in ("tokenizer", "chat_template")}
+
+
+def body(context: StepContext) -> StepResult:
+    """Render, mask by two methods, split and write the token stores; fail closed."""
+    from posttrain_lib.data.prepare import prepare_dataset
+
+    found = context.inputs
+    config = context.config.data
+    if "chat_template" in found:
+        config = config.model_copy(update={"chat_template": found["chat_template"].uri})
+    receipt = prepare_dataset(
+        config,
+        tokenizer_folder=found["tokenizer"].uri,
+        inputs={source.name: found[f"source:{source.name}"].uri for source in config.sources},
+        out_dir=context.out,
+        progress=context.say,
+    )
+    return StepResult(
+        outputs={
+            "train": ("train", "tokens"),
+            "held_out": ("held_out", "tokens"),
+            "prompts": ("prompts.jsonl", "prompts"),
+            "receipt": ("receipt.json", "receipt"),
+            "samples": ("samples.json", "samples"),
+            "quarantine": ("quarantine.jsonl", "quarantine"),
+        },
+        checks=[Check(**dataclasses.asdict(check)) for check in receipt.checks()],
+        metrics=receipt.to_dict(),
+        summary=receipt.summary(),
+    )
+
+
+STEP = Step("prepare_data", 1, "steps.prepare_data", settings, inputs, body)
+
+if __name__ == "__main__":
+    from steps.pipeline import main
+
+    main("prepare_data")

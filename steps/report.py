@@ -1,0 +1,116 @@
+"""What a finished run says of itself: the summary, the gates, and the figures of the report card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.errors import TrainingError
+from posttrain_lib.schema.manifests import StepManifest
+
+Manifests = Mapping[str, StepManifest]
+
+
+def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
+    """The figures a person asks for first, as plain values (an artifact of the flow's last step)."""
+    evaluation, training = manifests["evaluate"].metrics, manifests["train"].metrics
+    before, after = evaluation["held_out_before"]["all"], evaluation["held_out_after"]["all"]
+    return {
+        "name": run_config["name"],
+        "steps": training["step"],
+        "tokens_seen": training["tokens_seen"],
+        "held_out_before": before,
+        "held_out_after": after,
+        "held_out_ratio": after / before,
+        "exact_match": evaluation.get("exact_match"),
+        "tokens_per_second": training["tokens_per_second"],
+        "fill": training["fill"],
+        "data_wait_share": training["data_wait_share"],
+        "peak_memory_gib": training["peak_memory_gib"],
+        "export": manifests["export"].outputs["hf"].uri,
+        "checks_passed": all(check.passed for manifest in manifests.values() for check in manifest.checks),
+    }
+
+
+def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
+    """Print the summary and hold it against ``evaluation.gates``.
+
+    Raises:
+        TrainingError: a gate does not hold; the export stays in the store, the run counts as failed.
+    """
+    gates = RunConfig.model_validate(run_config).evaluation.gates
+    match = summary["exact_match"] or {}
+    print(f"held-out loss {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}")
+    if match:
+        print(
+            f"exact match {match['before']:.3f} -> {match['after']:.3f} on {match['prompts']} held-out prompts "
+            f"(always answering '{match['majority_answer']}' would give {match['majority']:.3f})"
+        )
+    print(f"{summary['tokens_per_second']:,.0f} tokens/s, fill {summary['fill']:.3f}, {summary['peak_memory_gib']:.2f} GiB")
+    print(f"exported to {summary['export']}")
+    demands = [
+        ("held-out loss ratio", summary["held_out_ratio"], gates.max_held_out_loss_ratio, "at most"),
+        ("exact match", match.get("after"), gates.min_exact_match, "at least"),
+        ("exact match over majority", _margin(match), gates.min_exact_match_over_majority, "at least"),
+    ]
+    for name, value, limit, sense in demands:
+        if limit is None:
+            continue
+        holds = value is not None and (value <= limit if sense == "at most" else value >= limit)
+        if not holds:
+            raise TrainingError(
+                f"the gate on {name} does not hold",
+                where="evaluation.gates",
+                got="not measured" if value is None else f"{value:.4f}",
+                expected=f"{sense} {limit}",
+                fix="look at the curves in the report card; train longer, or state another gate",
+            )
+
+
+def _margin(match: Mapping[str, Any]) -> float | None:
+    return match["after"] - match["majority"] if match else None
+
+
+def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
+    """Everything the report card draws, read from the manifests and the small files they name."""
+    receipt = json.loads(_file(manifests, "prepare_data", "receipt"))
+    evaluation = manifests["evaluate"].metrics
+    reports = [json.loads(line) for line in _file(manifests, "train", "metrics").splitlines()]
+    return {
+        "name": run_config["name"],
+        "recipe": run_config["recipe"].upper(),
+        "headline": _headline(manifests),
+        "reports": reports,
+        "data": _data_table(receipt),
+        "lengths": receipt["length_histogram"],
+        "samples": json.loads(_file(manifests, "prepare_data", "samples"))[:4],
+        "generations": evaluation["generations"],
+        "environment": manifests["train"].environment | manifests["train"].code,
+    }
+
+
+def _headline(manifests: Manifests) -> list[list[str]]:
+    evaluation = manifests["evaluate"].metrics
+    before, after = evaluation["held_out_before"], evaluation["held_out_after"]
+    rows = [[f"held-out loss, {name}", f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in before]
+    match = evaluation.get("exact_match")
+    if match:
+        rows.append(["exact match on held-out prompts", f"{match['before']:.3f}", f"{match['after']:.3f}"])
+        rows.append([f"majority answer ('{match['majority_answer']}')", f"{match['majority']:.3f}", ""])
+    return rows
+
+
+def _data_table(receipt: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for source, counts in receipt["sources"].items():
+        rows.append([source, *(f"{counts[key]:,}" for key in ("rows", "examples", "tokens", "trained_tokens"))])
+    for reason, count in receipt["refused"].items():
+        rows.append([f"refused: {reason}", f"{count:,}", "", "", ""])
+    return rows
+
+
+def _file(manifests: Manifests, step: str, output: str) -> str:
+    return Path(manifests[step].outputs[output].uri).read_text(encoding="utf-8")

@@ -1,0 +1,105 @@
+"""A run file fails at once, at the right place, with the nearest right key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from posttrain_lib.config import RunConfig, load_run_config
+from posttrain_lib.config.load import build_run_config, parse_run_config
+from posttrain_lib.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "name": "test",
+    "data": {"sources": [{"name": "a", "path": "rows.jsonl"}], "max_example_tokens": 64},
+    "model": {"path": "folder"},
+    "train": {"steps": 10, "row_tokens": 64},
+}
+
+
+def refused(change: list[str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build_run_config(MINIMAL, overrides=change)
+    return str(caught.value)
+
+
+def test_minimal_config_is_complete_and_frozen() -> None:
+    config = build_run_config(MINIMAL)
+    assert config.train.optimizer.name == "adamw"
+    with pytest.raises(ValidationError):
+        config.train.steps = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "nearest"),
+    [
+        ("trian.steps=1", "trian", "train"),
+        ("train.stepps=1", "train.stepps", "steps"),
+        ("train.optimizer.learning=1", "train.optimizer.learning", None),
+        ("train.optimizer.weight_decy=0.1", "train.optimizer.weight_decy", "weight_decay"),
+        ("data.sources=[{name: a, pth: x, path: y}]", "data.sources.0.pth", "path"),
+        ("model.verification.teir=light", "model.verification.teir", "tier"),
+    ],
+)
+def test_unknown_keys_name_their_place_and_the_nearest(key: str, place: str, nearest: str | None) -> None:
+    message = refused([key])
+    assert f"unknown key '{place}'" in message
+    assert (f"did you mean '{nearest}'" in message) is (nearest is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["data.max_example_tokens=128"], "exceeds train.row_tokens"),
+        (["train.rows_per_step=3", "compute.workers=2"], "not a multiple"),
+        (["train.epochs=1"], "exactly one of 'steps' and 'epochs'"),
+        (["train.schedule.warmup_steps=11"], "exceeds steps"),
+        (["compute.launcher=in_process", "compute.workers=2"], "one worker"),
+        (["data.sources=[{name: a, path: x}, {name: a, path: y}]"], "must differ"),
+        (["data.sources=[{name: a}]"], "exactly one of 'path' and 'generate'"),
+        (["model.from_scratch.architecture={}"], "exactly one of 'path' and 'from_scratch'"),
+        (["train.optimizer.lr=-1"], "train.optimizer.lr"),
+        (["train.clip_norm=.nan"], "train.clip_norm"),
+        (["train.optimizer.lr=fast"], "train.optimizer.lr"),
+        (["recipe=ppo"], "recipe"),
+    ],
+)
+def test_impossible_values_and_combinations(change: list[str], said: str) -> None:
+    assert said in refused(change)
+
+
+def test_overrides_do_not_touch_the_original() -> None:
+    before = yaml.safe_dump(MINIMAL)
+    assert build_run_config(MINIMAL, overrides=["train.optimizer.lr=0.5"]).train.optimizer.lr == 0.5
+    assert yaml.safe_dump(MINIMAL) == before
+
+
+def test_override_through_a_value_is_refused() -> None:
+    assert "no section" in refused(["name.first=1"])
+    assert "section.key=value" in refused(["train.steps"])
+
+
+def test_variables_expand_or_name_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_FOLDER", "there")
+    assert build_run_config(MINIMAL, overrides=["model.path=${SOME_FOLDER}/x"]).model.path == "there/x"
+    monkeypatch.delenv("SOME_FOLDER")
+    message = refused(["model.path=${SOME_FOLDER}/x"])
+    assert "SOME_FOLDER" in message
+    assert "model.path" in message
+
+
+def test_broken_yaml_names_the_line() -> None:
+    with pytest.raises(ConfigError, match="line 3"):
+        parse_run_config("name: a\ndata:\n  sources: [}\ntrain: {}\n", where="file.yaml")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent.yaml"):
+        load_run_config(tmp_path / "absent.yaml")
+
+
+def test_resolved_form_loads_to_the_same_config() -> None:
+    config = build_run_config(MINIMAL)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config

@@ -1,0 +1,121 @@
+"""The step runner: same work once, a reason when it is done again, nothing half-done left behind."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.config.load import build_run_config
+from posttrain_lib.errors import DataError, StoreError
+from posttrain_lib.lineage.store import Store
+from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
+from steps.base import Step, StepContext, StepResult, content_key, run_step
+
+RAW: dict[str, Any] = {
+    "name": "test",
+    "data": {"sources": [{"name": "a", "path": "rows.jsonl"}], "max_example_tokens": 64},
+    "model": {"path": "folder"},
+    "train": {"steps": 10, "row_tokens": 64},
+}
+
+
+class Recorder:
+    """A step whose body counts its runs and writes one file."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.fail: Exception | None = None
+
+    def step(self, version: int = 1) -> Step:
+        def body(context: StepContext) -> StepResult:
+            self.runs += 1
+            context.work.mkdir(parents=True, exist_ok=True)
+            (context.work / "progress").write_text("kept")
+            (context.out / "result.txt").write_text(str(context.config.train.steps))
+            if self.fail is not None:
+                raise self.fail
+            return StepResult({"result": ("result.txt", "text")}, summary="all good")
+
+        return Step(
+            "fake",
+            version,
+            "posttrain_lib.errors",
+            lambda config: config.train.model_dump(mode="json"),
+            lambda config, manifests: {"data": ArtifactRef("somewhere", "rows", "d1")},
+            body,
+        )
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return build_run_config(RAW)
+
+
+def run(step: Step, config: RunConfig, store: Store, **options: Any) -> tuple[StepManifest, list[str]]:
+    said: list[str] = []
+    return run_step(step, config, {}, store=store, say=said.append, **options), said
+
+
+def test_same_work_is_done_once_and_said(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    first, said_first = run(recorder.step(), config, store)
+    second, said_second = run(recorder.step(), config, store)
+    assert recorder.runs == 1
+    assert second == dataclasses.replace(first, reused=True)
+    assert "no earlier result" in said_first[0]
+    assert "reused" in said_second[0]
+    assert Path(first.outputs["result"].uri).read_text() == "10"
+
+
+def test_an_unrelated_section_does_not_matter(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    run(recorder.step(), config, store)
+    run(recorder.step(), build_run_config(RAW, overrides=["evaluation.samples=1", "name=other"]), store)
+    assert recorder.runs == 1
+
+
+@pytest.mark.parametrize("what", ["config", "version"])
+def test_a_change_is_named(tmp_path: Path, config: RunConfig, what: str) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    run(recorder.step(), config, store)
+    changed = build_run_config(RAW, overrides=["train.steps=11"]) if what == "config" else config
+    _, said = run(recorder.step(version=2 if what == "version" else 1), changed, store)
+    assert recorder.runs == 2
+    assert f"{what} changed since" in said[0]
+
+
+def test_reuse_can_be_turned_off(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    run(recorder.step(), config, store)
+    manifest, said = run(recorder.step(), config, store, reuse=False)
+    assert recorder.runs == 2
+    assert "reuse is off" in said[0]
+    assert store.find("fake", manifest.key) is not None
+
+
+def test_a_failed_body_publishes_nothing_but_keeps_its_work(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    recorder.fail = DataError("bad row")
+    with pytest.raises(DataError):
+        run(recorder.step(), config, store)
+    key, _ = content_key(recorder.step(), config, {"data": ArtifactRef("somewhere", "rows", "d1")})
+    assert store.find("fake", key) is None
+    assert (store.work_folder("fake", key) / "progress").read_text() == "kept"
+    recorder.fail = None
+    run(recorder.step(), config, store)
+    assert not store.work_folder("fake", key).exists()
+
+
+def test_a_full_disk_is_a_store_error_with_the_way_out(tmp_path: Path, config: RunConfig) -> None:
+    recorder = Recorder()
+    recorder.fail = OSError(28, "No space left on device", "somewhere/file")
+    with pytest.raises(StoreError, match="free space") as caught:
+        run(recorder.step(), config, Store(tmp_path))
+    assert caught.value.where == "somewhere/file"
+
+
+def test_the_manifest_survives_json(tmp_path: Path, config: RunConfig) -> None:
+    manifest, _ = run(Recorder().step(), config, Store(tmp_path))
+    assert StepManifest.from_dict(manifest.to_dict()) == manifest
