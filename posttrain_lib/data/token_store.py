@@ -1,0 +1,356 @@
+"""Tokenised examples on disk: Arrow shards, memory-mapped, with an index that is written last.
+
+    store/
+        shard-00000.arrow ...  one record batch each: tokens list<int32>, weights list<float32>,
+                               source dictionary<string>, row_id string
+        examples.arrow         one row per example: length, weight_sum, trained, source
+        index.json             counts, digest, and size and sha256 of every file above
+
+``examples.arrow`` holds what packing and the loss divisor need, so neither ever reads a token. A folder without
+``index.json`` is not a store: its writer did not finish.
+
+The first token of a document is never predicted, so its weight never counts: ``weight_sum`` and ``trained`` are
+taken over ``loss_weights[1:]``, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from posttrain_lib.errors import DataError
+from posttrain_lib.schema.examples import TokenizedExample
+
+INDEX_FILE = "index.json"
+EXAMPLES_FILE = "examples.arrow"
+FORMAT = "posttrain-token-store"
+VERSION = 1
+
+# Tokens in one shard: 8 bytes each on disk and, while it is being written, in memory: 64 MiB.
+SHARD_TOKENS = 8 * 1024 * 1024
+
+
+class TokenStoreWriter:
+    """Writes a token store; the store exists once :meth:`close` has returned.
+
+    Args:
+        folder: made if absent; must not hold a store yet.
+        shard_tokens: a shard is written as soon as it holds this many tokens.
+
+    Raises:
+        DataError: the folder holds a store already.
+    """
+
+    def __init__(self, folder: Path | str, *, shard_tokens: int = SHARD_TOKENS) -> None:
+        self._folder = Path(folder)
+        self._shard_tokens = shard_tokens
+        if (self._folder / INDEX_FILE).exists():
+            raise DataError("the folder holds a token store already", where=self._folder, fix="write to a new folder")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._pending: list[TokenizedExample] = []
+        self._pending_tokens = 0
+        self._files: list[dict[str, Any]] = []
+        self._sources: dict[str, int] = {}
+        self._lengths: list[int] = []
+        self._weight_sums: list[float] = []
+        self._trained: list[int] = []
+        self._source_index: list[int] = []
+        self._content = hashlib.sha256()
+        self._closed = False
+
+    def add(self, example: TokenizedExample) -> None:
+        """Append one example.
+
+        Raises:
+            DataError: empty, of unequal lengths, with a token id outside int32 or a weight that is negative or not
+                finite; the row is named.
+        """
+        tokens = np.ascontiguousarray(example.token_ids, dtype=np.int32)
+        weights = np.ascontiguousarray(example.loss_weights, dtype=np.float32)
+        self._check(example, tokens, weights)
+        counted = weights[1:]
+        self._lengths.append(len(tokens))
+        self._weight_sums.append(float(counted.sum(dtype=np.float64)))
+        self._trained.append(int(np.count_nonzero(counted)))
+        self._source_index.append(self._sources.setdefault(example.source, len(self._sources)))
+        # The digest is of the content, not of the files: another Arrow version writes other bytes for the same data.
+        for text in (example.source, example.row_id):
+            encoded = text.encode()
+            self._content.update(len(encoded).to_bytes(8, "little") + encoded)
+        self._content.update(len(tokens).to_bytes(8, "little"))
+        self._content.update(tokens.astype("<i4", copy=False).data)
+        self._content.update(weights.astype("<f4", copy=False).data)
+        self._pending.append(TokenizedExample(tokens, weights, example.source, example.row_id))
+        self._pending_tokens += len(tokens)
+        if self._pending_tokens >= self._shard_tokens:
+            self._write_shard()
+
+    def close(self) -> None:
+        """Write what is pending, then the index. Calling it again does nothing."""
+        if self._closed:
+            return
+        if self._pending:
+            self._write_shard()
+        table = pa.record_batch(
+            {
+                "length": pa.array(self._lengths, pa.int32()),
+                "weight_sum": pa.array(self._weight_sums, pa.float64()),
+                "trained": pa.array(self._trained, pa.int32()),
+                "source": pa.array(self._source_index, pa.int32()),
+            }
+        )
+        shards = list(self._files)
+        examples = self._write_file(EXAMPLES_FILE, table)
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "examples": len(self._lengths),
+            "tokens": sum(self._lengths),
+            "trained_tokens": sum(self._trained),
+            "weight": sum(self._weight_sums),
+            "longest": max(self._lengths, default=0),
+            "sources": list(self._sources),
+            "digest": self._content.hexdigest(),
+            "shards": shards,
+            "examples_file": examples,
+        }
+        unfinished = self._folder / (INDEX_FILE + ".tmp")
+        with open(unfinished, "w", encoding="utf-8") as handle:
+            json.dump(index, handle, indent=1)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(unfinished, self._folder / INDEX_FILE)
+        self._closed = True
+
+    def __enter__(self) -> TokenStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    @staticmethod
+    def _check(example: TokenizedExample, tokens: np.ndarray, weights: np.ndarray) -> None:
+        def refuse(what: str, got: object, expected: str) -> None:
+            raise DataError(what, where=f"{example.source}: {example.row_id}", got=got, expected=expected)
+
+        if tokens.ndim != 1 or tokens.shape != weights.shape or len(tokens) == 0:
+            refuse("tokens and weights do not belong together", (tokens.shape, weights.shape), "two equal, non-empty rows")
+        if not np.array_equal(tokens, example.token_ids) or int(tokens.min()) < 0:
+            refuse("token ids that are no int32", example.token_ids, "ids from 0 to 2147483647")
+        if not np.isfinite(weights).all() or float(weights.min()) < 0.0:
+            refuse("a loss weight is negative or not finite", float(weights.min()), "finite weights of at least 0")
+
+    def _write_shard(self) -> None:
+        pending = self._pending
+        ends = np.cumsum([0] + [len(example.token_ids) for example in pending], dtype=np.int32)
+
+        def ragged(parts: list[np.ndarray]) -> pa.Array:
+            return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(parts)))
+
+        batch = pa.record_batch(
+            {
+                "tokens": ragged([example.token_ids for example in pending]),
+                "weights": ragged([example.loss_weights for example in pending]),
+                "source": pa.array([example.source for example in pending]).dictionary_encode(),
+                "row_id": pa.array([example.row_id for example in pending], pa.string()),
+            }
+        )
+        self._files.append(self._write_file(f"shard-{len(self._files):05d}.arrow", batch))
+        self._pending, self._pending_tokens = [], 0
+
+    def _write_file(self, name: str, batch: pa.RecordBatch) -> dict[str, Any]:
+        path = self._folder / name
+        with open(path, "wb") as handle:
+            with pa.ipc.new_file(handle, batch.schema) as writer:
+                writer.write_batch(batch)
+            handle.flush()
+            os.fsync(handle.fileno())
+        return {"file": name, "examples": batch.num_rows, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+class TokenStore:
+    """Random access to a finished token store; shards are mapped on first use, nothing is copied.
+
+    Attributes:
+        lengths: int32 [N], tokens of each example.
+        weight_sums: float64 [N], sum of the weights that count (see the module's text).
+        trained_counts: int32 [N], how many of them are not zero.
+        source_index: int32 [N], index into ``sources``.
+        sources: names, in order of first appearance.
+        digest: sha256 of the content: the same examples in the same order give the same digest.
+
+    Raises:
+        DataError: no finished store in the folder, a file that is missing, truncated or damaged; it is named.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        self._files: list[dict[str, Any]] = index["shards"]
+        self.sources: list[str] = index["sources"]
+        self.digest: str = index["digest"]
+        self.total_tokens: int = index["tokens"]
+        self.trained_tokens: int = index["trained_tokens"]
+        self.total_weight: float = index["weight"]
+        self.longest: int = index["longest"]
+        self._examples_file: dict[str, Any] = index["examples_file"]
+        for entry in [*self._files, self._examples_file]:
+            self._check_size(entry)
+        columns = self._map(self._examples_file)
+        self.lengths = columns.column("length").to_numpy()
+        self.weight_sums = columns.column("weight_sum").to_numpy()
+        self.trained_counts = columns.column("trained").to_numpy()
+        self.source_index = columns.column("source").to_numpy()
+        # Where each shard's examples start; the last entry is the number of examples.
+        self._starts = [0]
+        for entry in self._files:
+            self._starts.append(self._starts[-1] + entry["examples"])
+        if not self._starts[-1] == len(self.lengths) == index["examples"]:
+            raise DataError(
+                "the token store disagrees with itself about how many examples it holds",
+                where=self.folder / INDEX_FILE,
+                got=f"{self._starts[-1]} in shards, {len(self.lengths)} in {EXAMPLES_FILE}, {index['examples']} stated",
+                fix="prepare the data again",
+            )
+        self._shards: dict[int, _Shard] = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def get(self, example: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (int32 [S]) and loss weights (float32 [S], target-aligned) as read-only views of the mapped file."""
+        shard, offset = self._locate(example)
+        begin, end = shard.offsets[offset], shard.offsets[offset + 1]
+        return shard.tokens[begin:end], shard.weights[begin:end]
+
+    def row_id(self, example: int) -> str:
+        """The id of the row that the example was made from."""
+        shard, offset = self._locate(example)
+        return shard.row_ids[offset].as_py()
+
+    def source(self, example: int) -> str:
+        """The name of the example's source."""
+        return self.sources[int(self.source_index[example])]
+
+    def verify(self) -> None:
+        """Read every file and compare its sha256 with the index.
+
+        Raises:
+            DataError: naming the first file that differs.
+        """
+        for entry in [*self._files, self._examples_file]:
+            path = self.folder / entry["file"]
+            self._check_size(entry)
+            found = _sha256(path)
+            if found != entry["sha256"]:
+                raise DataError(
+                    "a file of the token store is damaged",
+                    where=path,
+                    got=f"sha256 {found}",
+                    expected=f"sha256 {entry['sha256']}",
+                    fix="prepare the data again",
+                )
+
+    def _locate(self, example: int) -> tuple[_Shard, int]:
+        if not 0 <= example < len(self):
+            raise IndexError(f"example {example} of {len(self)}")
+        number = bisect_right(self._starts, example) - 1
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = self._shards[number] = self._open_shard(number)
+        return shard, example - self._starts[number]
+
+    def _open_shard(self, number: int) -> _Shard:
+        entry = self._files[number]
+        shard = _Shard(self._map(entry))
+        lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
+        if not np.array_equal(np.diff(shard.offsets), lengths):
+            raise DataError(
+                "a shard of the token store does not hold the lengths that the store states",
+                where=self.folder / entry["file"],
+                fix="prepare the data again",
+            )
+        return shard
+
+    def _check_size(self, entry: dict[str, Any]) -> None:
+        path = self.folder / entry["file"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            raise DataError(
+                "a file of the token store is missing" if size is None else "a file of the token store is truncated",
+                where=path,
+                got="no file" if size is None else f"{size} bytes",
+                expected=f"{entry['bytes']} bytes",
+                fix="prepare the data again",
+            )
+
+    def _map(self, entry: dict[str, Any]) -> pa.RecordBatch:
+        path = self.folder / entry["file"]
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            batch = reader.get_batch(0)
+            batch.validate()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                "a file of the token store is damaged", where=path, got=error, fix="prepare the data again"
+            ) from error
+        if batch.num_rows != entry.get("examples"):
+            raise DataError(
+                "a file of the token store is damaged",
+                where=path,
+                got=f"{batch.num_rows} examples",
+                expected=f"{entry.get('examples')} examples",
+                fix="prepare the data again",
+            )
+        return batch
+
+
+class _Shard:
+    """The mapped columns of one shard."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        tokens, weights = batch.column("tokens"), batch.column("weights")
+        self.offsets = tokens.offsets.to_numpy()
+        self.tokens = tokens.values.to_numpy()
+        self.weights = weights.values.to_numpy()
+        self.row_ids = batch.column("row_id")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(
+            "not a token store: it has no index, so it was never finished", where=folder, fix="prepare the data again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "the index of the token store cannot be read", where=path, got=error, fix="prepare the data again"
+        ) from error
+    stated = (index.get("format"), index.get("version")) if isinstance(index, dict) else (None, None)
+    if stated != (FORMAT, VERSION):
+        raise DataError(
+            "a token store of another format",
+            where=path,
+            got=f"{stated[0]} version {stated[1]}",
+            expected=f"{FORMAT} version {VERSION}",
+            fix="prepare the data again",
+        )
+    return index
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
