@@ -1,0 +1,106 @@
+"""transformers' own models: the reference that ours are compared with. Nothing else in the project builds them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain_lib.errors import ModelError
+
+# Every attention implementation computes the same thing; eager is the definition, without fused kernels.
+_ATTENTION = "eager"
+
+
+def architecture_config(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a new model: transformers' configuration class of ``model_type`` with these fields.
+
+    Raises:
+        ModelError: a field that the class does not have (with the nearest that it has), or a value that it refuses.
+    """
+    from transformers import AutoConfig
+
+    template = AutoConfig.for_model(model_type)
+    known = set(type(template).__dataclass_fields__) | set(template.to_dict()) | {"rope_theta", "rope_scaling"}
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            raise ModelError(
+                "the architecture has no such field",
+                where=f"model.from_scratch.architecture.{name}",
+                got=name,
+                expected=f"a field of transformers' {type(template).__name__}",
+                fix=f"did you mean {near[0]!r}?" if near else "remove it",
+            )
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise ModelError(
+            "transformers refuses this architecture", where="model.from_scratch.architecture", got=error
+        ) from error
+    content = config.to_diff_dict()
+    content.setdefault("tie_word_embeddings", config.tie_word_embeddings)
+    return content
+
+
+def build_reference(hf_config: Mapping[str, Any], *, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> nn.Module:
+    """transformers' causal LM of a config.json, unloaded, in eval mode; ``changes`` overwrite configuration fields.
+
+    Weights are left empty: :func:`fill_reference` copies real ones in.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    content = {**hf_config, **changes}
+    content.pop("dtype", None)
+    content.pop("torch_dtype", None)
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION)
+    return model.to(dtype).eval()
+
+
+def load_reference(folder: str | Path, *, dtype: torch.dtype) -> nn.Module:
+    """transformers' causal LM loaded by transformers' own loader, in eval mode on the CPU."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the flow has a progress bar of its own
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=_ATTENTION)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval()
+
+
+def reference_logits(model: nn.Module, token_ids: Tensor) -> Tensor:
+    """[S, V] logits of one document int64 [S], no cache, no gradient."""
+    with torch.no_grad():
+        return model(input_ids=token_ids[None], use_cache=False).logits[0]
+
+
+def tokenizer_facts(folder: str | Path) -> dict[str, Any]:
+    """{"length", "bos_token_id", "eos_token_id", "pad_token_id"} of a tokenizer folder, by AutoTokenizer.
+
+    Raises:
+        ModelError: AutoTokenizer cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "the tokenizer folder cannot be loaded", where=folder, got=error, fix="name a Hugging Face tokenizer folder"
+        ) from error
+    return {
+        "length": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }

@@ -1,0 +1,92 @@
+"""Architectures by Hugging Face ``model_type``. One file each: config mapping, weight map, sharding plan."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.errors import ModelError
+from posttrain_lib.models.spec import DecoderConfig, ModelSpec, Sharding
+
+FAMILIES: dict[str, str] = {
+    "llama": "posttrain_lib.models.families.llama:FAMILY",
+    "qwen2": "posttrain_lib.models.families.qwen2:FAMILY",
+    "qwen3": "posttrain_lib.models.families.qwen3:FAMILY",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    ``architecture`` is the causal-LM class name that config.json carries; ``read_config`` turns config.json into a
+    DecoderConfig or raises ModelError naming the field that it does not support.
+    """
+
+    model_type: str
+    architecture: str
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    weight_map: tuple[tuple[str, str], ...]
+    sharding_plan: Mapping[str, Sharding]
+
+
+def get_family(model_type: object, where: str = "model_type") -> Family:
+    """The family of a ``model_type``; ModelError names the supported ones."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ModelError(
+            "the architecture is not supported",
+            where=where,
+            got=model_type,
+            expected="one of " + ", ".join(sorted(FAMILIES)),
+            fix="use a model of a supported architecture, or add a file to posttrain_lib/models/families",
+        )
+    module, _, attribute = FAMILIES[model_type].partition(":")
+    family: Family = getattr(importlib.import_module(module), attribute)
+    return family
+
+
+def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+    """The ModelSpec of a config.json's content; ModelError names the field that is not supported."""
+    family = get_family(hf_config.get("model_type"), where=f"{where}: model_type")
+    architectures = hf_config.get("architectures")
+    if architectures is not None and list(architectures) != [family.architecture]:
+        raise ModelError(
+            "the model is not a plain causal language model of its family",
+            where=f"{where}: architectures",
+            got=architectures,
+            expected=[family.architecture],
+            fix="export the causal language model part of it as a folder of its own",
+        )
+    try:
+        config = family.read_config(hf_config)
+    except ModelError as error:
+        raise ModelError(
+            error.what, where=f"{where}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
+        ) from error
+    return ModelSpec(
+        family=family.model_type,
+        config=config,
+        weight_map=family.weight_map,
+        sharding_plan=family.sharding_plan,
+        hf_config=dict(hf_config),
+    )
+
+
+def spec_from_folder(folder: str | Path) -> ModelSpec:
+    """The ModelSpec of a Hugging Face folder. ModelError where config.json is missing, broken or unsupported."""
+    path = Path(folder) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            "the model folder has no config.json", where=path, fix="name a folder in Hugging Face format"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError("config.json cannot be read", where=path, got=error, fix="fetch the folder again") from error
+    if not isinstance(content, dict):
+        raise ModelError("config.json does not hold an object", where=path, got=type(content).__name__)
+    return spec_from_config(content, where=str(path))

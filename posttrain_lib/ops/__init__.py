@@ -1,0 +1,1 @@
+"""Tensor operations behind one signature each: a readable reference (``reference.py``) and the fast version."""
