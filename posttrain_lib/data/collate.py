@@ -1,0 +1,27 @@
+"""From the loader's numpy arrays to torch tensors: the one file of ``data`` that knows torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from posttrain_lib.schema.batches import PackedBatch
+
+
+def to_torch(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBatch:
+    """The batch as tensors on ``device``; shapes and dtypes stay as :class:`PackedBatch` states.
+
+    On the CPU the tensors share memory with the arrays. For a CUDA device they pass through pinned memory, so that
+    the copy runs beside the computation.
+    """
+    target = torch.device(device)
+
+    def convert(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if target.type == "cpu":
+            return tensor
+        if target.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(target, non_blocking=True)
+
+    return batch.map(convert)
