@@ -22,6 +22,7 @@ def architecture_config(model_type: str, fields: Mapping[str, Any]) -> dict[str,
     Raises:
         ModelError: a field that the class does not have (with the nearest that it has), or a value that it refuses.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     template = AutoConfig.for_model(model_type)
@@ -38,7 +39,7 @@ def architecture_config(model_type: str, fields: Mapping[str, Any]) -> dict[str,
             )
     try:
         config = AutoConfig.for_model(model_type, **fields)
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise ModelError(
             "transformers refuses this architecture", where="model.from_scratch.architecture", got=error
         ) from error
@@ -47,35 +48,53 @@ def architecture_config(model_type: str, fields: Mapping[str, Any]) -> dict[str,
     return content
 
 
-def build_reference(hf_config: Mapping[str, Any], *, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> nn.Module:
-    """transformers' causal LM of a config.json, unloaded, in eval mode; ``changes`` overwrite configuration fields.
+def build_reference(hf_config: Mapping[str, Any], *, dtype: torch.dtype, **changes: Any) -> nn.Module:
+    """transformers' causal LM of a config.json on the CPU, in eval mode, with weights of no meaning.
 
-    Weights are left empty: :func:`fill_reference` copies real ones in.
+    ``changes`` overwrite configuration fields.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    content = {**hf_config, **changes}
-    content.pop("dtype", None)
-    content.pop("torch_dtype", None)
-    config = AutoConfig.for_model(content.pop("model_type"), **content)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION)
-    return model.to(dtype).eval()
+    config = _reference_config(hf_config, **changes)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION).eval()
 
 
-def load_reference(folder: str | Path, *, dtype: torch.dtype) -> nn.Module:
-    """transformers' causal LM loaded by transformers' own loader, in eval mode on the CPU."""
+def load_reference(
+    folder: str | Path, *, dtype: torch.dtype, hf_config: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """transformers' causal LM loaded by transformers' own loader, in eval mode on the CPU.
+
+    ``hf_config`` replaces the folder's config.json where given.
+
+    Raises:
+        ModelError: transformers refuses the folder, or loads it only in part (it would fill the rest at random).
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    config = None if hf_config is None else _reference_config(hf_config)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the flow has a progress bar of its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=_ATTENTION)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=_ATTENTION, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError("transformers cannot load the model folder", where=folder, got=error) from error
     finally:
         if shown:
             logging.enable_progress_bar()
+    lost = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind])
+    if lost:
+        raise ModelError("transformers does not find all weights in the folder", where=folder, got=", ".join(lost[:4]))
     return model.eval()
+
+
+def _reference_config(hf_config: Mapping[str, Any], **changes: Any) -> Any:
+    from transformers import AutoConfig
+
+    content = {**hf_config, **changes}
+    return AutoConfig.for_model(content.pop("model_type"), **content)
 
 
 def reference_logits(model: nn.Module, token_ids: Tensor) -> Tensor:

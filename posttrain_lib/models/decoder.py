@@ -40,6 +40,10 @@ class Decoder(nn.Module):
         """[V, D] weight of the output head; the embedding's where they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cosine, sine) float32 [T, 1, H/2] for int64 positions [T]."""
+        return rope_tables(positions, self._frequencies.to(positions.device))
+
     def forward(
         self,
         token_ids: Tensor,
@@ -62,7 +66,7 @@ class Decoder(nn.Module):
         hidden = self.embed_tokens(token_ids)
         fused = has_fused_varlen(hidden.device, attention_dtype(hidden))
         layout = DocumentLayout.of(cu_seqlens, max_seqlen, fused=fused)
-        cosine, sine = rope_tables(positions, self._frequencies.to(positions.device))
+        cosine, sine = self.rope_tables(positions)
         for layer in self.layers:
             hidden = layer(hidden, cosine, sine, layout)
         return output(self.norm(hidden), self.head_weight)
