@@ -1,0 +1,1 @@
+"""Held-out loss, greedy generation, answer checks."""

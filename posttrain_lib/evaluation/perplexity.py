@@ -1,0 +1,60 @@
+"""Held-out loss per source, with the loss object that trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from posttrain_lib.data.collate import to_torch
+from posttrain_lib.data.loader import held_out_batches
+from posttrain_lib.parallel.process_group import global_sum
+from posttrain_lib.training.device import autocast
+
+if TYPE_CHECKING:
+    from posttrain_lib.data.token_store import TokenStore
+    from posttrain_lib.losses.base import Loss
+    from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.schema.batches import PackedBatch
+
+
+def source_sums(batch: PackedBatch, nll_N: Tensor, sources: int) -> Tensor:
+    """Weighted loss and weight per source: float64 [sources, 2] on the batch's device."""
+    document_N = torch.searchsorted(batch.cu_seqlens, batch.supervised_index.to(torch.int32), right=True) - 1
+    source_N = batch.document_sources[document_N].long()
+    weight_N = batch.loss_weights[batch.supervised_index].double()
+    sums = torch.zeros(sources, 2, dtype=torch.float64, device=nll_N.device)
+    sums.index_add_(0, source_N, torch.stack([nll_N.double() * weight_N, weight_N], dim=1))
+    return sums
+
+
+def mean_losses(sums: Tensor, names: list[str]) -> dict[str, float]:
+    """``{"all": mean, "<source>": mean}`` from global [sources, 2] sums; sources without trained tokens are left out."""
+    total, weight = sums.sum(dim=0).tolist()
+    means = {name: loss / count for name, (loss, count) in zip(names, sums.tolist(), strict=True) if count > 0}
+    return {"all": total / weight, **means}
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Decoder,
+    loss: Loss,
+    store: TokenStore,
+    *,
+    row_tokens: int,
+    batch_rows: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | None = None,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Mean loss per trained token over the whole store, overall and per source, the same on every rank."""
+    device = device or next(model.parameters()).device
+    sums = torch.zeros(len(store.sources), 2, dtype=torch.float64, device=device)
+    for arrays in held_out_batches(store, row_tokens=row_tokens, rank=rank, world=world, batch_rows=batch_rows):
+        batch = to_torch(arrays, device)
+        with autocast(device, precision):
+            output = loss(model, batch)
+        sums += source_sums(batch, output.nll, len(store.sources))
+    return mean_losses(global_sum(sums), store.sources)

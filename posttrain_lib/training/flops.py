@@ -1,0 +1,49 @@
+"""Floating-point operations that the model needs for the useful tokens, and peaks to hold them against.
+
+Counted as PaLM (Chowdhery et al. 2022, appendix B) does, made exact for packed rows: 6 per token and matrix
+parameter of the body, 6 per *supervised* token and head parameter (the head skips the others), attention over the
+causal pairs of each document. Embedding lookups, norms, recomputation and padding are not counted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from posttrain_lib.models.spec import matmul_parameters
+
+if TYPE_CHECKING:
+    from posttrain_lib.models.spec import ModelSpec
+    from posttrain_lib.schema.batches import PackedBatch
+
+#: dense bf16 FLOP/s from the makers' data sheets, without sparsity
+PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def causal_pairs(lengths: np.ndarray, window: int | None) -> float:
+    """Query-key pairs of causal attention over documents of these lengths: a query sees at most ``window`` keys."""
+    lengths = lengths.astype(np.float64)
+    if window is None:
+        return float((lengths * (lengths + 1) / 2).sum())
+    short = np.minimum(lengths, window)
+    return float((short * (short + 1) / 2 + (lengths - short) * window).sum())
+
+
+def batch_flops(spec: ModelSpec, batch: PackedBatch) -> float:
+    """Forward and backward FLOPs of one packed batch (numpy), padding left out."""
+    config = spec.config
+    body, head = matmul_parameters(spec)
+    lengths = np.diff(batch.cu_seqlens)[batch.document_ids >= 0]
+    # QK^T and PV: 2 products x 2 FLOPs x 3 (one forward, two backward) per pair and per head entry.
+    attention = sum(12.0 * config.num_attention_heads * config.head_dim * causal_pairs(lengths, w) for w in config.windows)
+    return 6.0 * body * batch.real_tokens + 6.0 * head * len(batch.supervised_index) + attention
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of the device for this precision; None where none is known (CPUs, fp32)."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)

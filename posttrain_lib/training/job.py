@@ -1,0 +1,36 @@
+"""What a training worker is told: plain values, picklable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from posttrain_lib.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One rank's orders; ranks of one job differ in ``rank`` alone.
+
+    ``train`` is a TrainConfig, or anything with its attributes (a bare machine needs no pydantic).
+    ``work_dir`` is seen by all ranks and holds ``checkpoints/``; a job whose checkpoints are there goes on from the
+    newest good one. ``threads`` are CPU threads of this rank, None = leave as is.
+    """
+
+    model_folder: str
+    train_store: str
+    held_out_store: str
+    work_dir: str
+    train: TrainConfig
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    rank: int = 0
+    world: int = 1
+    rendezvous: str | None = None
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the job's checkpoints stand."""
+        return Path(self.work_dir) / "checkpoints"
