@@ -45,7 +45,7 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 def body(context: StepContext) -> StepResult:
     """Evaluate the starting model, then the trained weights in the same module."""
     from posttrain_lib.checkpoint.manager import load_model_state
-    from posttrain_lib.models.families import load_model
+    from posttrain_lib.evaluation.model import load_model
 
     tokenizer = load_tokenizer(context.config, context.inputs)
     prompts = read_prompts(Path(context.inputs["prompts"].uri))

@@ -39,7 +39,7 @@ def body(context: StepContext) -> StepResult:
     """Write the folder, then load it back in transformers and in vLLM and compare with the trained model."""
     from posttrain_lib.checkpoint.hf import exported_dtype, save_hf_folder
     from posttrain_lib.checkpoint.manager import load_model_state
-    from posttrain_lib.models.families import load_model
+    from posttrain_lib.evaluation.model import load_model
 
     source, folder = Path(context.inputs["model"].uri), context.out / "hf"
     model = load_model(str(source))
@@ -123,7 +123,7 @@ def _same_in_vllm(context: StepContext, model: Decoder, folder: Path) -> list[Ch
             fix="install the environment from the lock, or set export.verify_vllm: false",
         )
     settings = context.config.export
-    room = min(1024, model.spec.decoder.max_position_embeddings) - settings.new_tokens
+    room = min(1024, model.config.max_position_embeddings) - settings.new_tokens
     prompts = _prompts(context, room)
     context.say(f"export: loading the folder in vLLM, {len(prompts)} prompts")
     request = vllm_check.Request(str(folder), prompts, settings.new_tokens, "float32", room + settings.new_tokens)

@@ -1,0 +1,138 @@
+"""The SFT flow as a user meets it: real Metaflow runs, real Ray workers, a tiny model."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOW = ROOT / "flows" / "sft_flow.py"
+TINY = Path(__file__).with_name("tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the module's store and Metaflow runs, so that later tests can reuse and resume."""
+    return tmp_path_factory.mktemp("flow")
+
+
+def environment(home: Path) -> dict[str, str]:
+    settings = {
+        "METAFLOW_USER": "tester",
+        "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(home),
+        "POSTTRAIN_STORE": str(home / "store"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**os.environ, **settings}
+
+
+def flow(home: Path, *arguments: str, config: Path = TINY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FLOW), "--no-pylint", "--config", str(config), *arguments]
+    if "resume" in arguments:  # Metaflow takes the origin run's config
+        command = [sys.executable, str(FLOW), "--no-pylint", *arguments]
+    return subprocess.run(
+        command, env=environment(home), cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def first_run(home: Path) -> str:
+    done = flow(home, "run", "--tag", "kind:first")
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_a_run_goes_through_and_says_what_it_does(first_run: str) -> None:
+    for said in ("plan of tiny", "8/8", "held-out loss", "exact match", "exported to"):
+        assert said in first_run
+
+
+def test_the_client_finds_manifests_and_references_only(home: Path, first_run: str) -> None:
+    script = (
+        "from metaflow import Flow, namespace\n"
+        "namespace('user:tester')\n"
+        "run = list(Flow('SFTFlow').runs('kind:first'))[0]\n"
+        "assert run.successful\n"
+        "print(run.data.summary['steps'], run.data.manifests['export']['outputs']['hf']['uri'])\n"
+        "print(run['start'].task.data.run_config['name'], run.code is not None)\n"
+        "print(max(artifact.size for step in run for artifact in step.task if not artifact.id.startswith('_')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(home), cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, size = done.stdout.splitlines()
+    assert first.startswith("8 ")
+    assert Path(first.split(" ", 1)[1], "model.safetensors").is_file()
+    assert second == "tiny True"
+    assert int(size) < 200_000  # bytes: references and figures, no tensors
+
+
+def test_the_card_shows_the_run(home: Path, first_run: str) -> None:
+    target = home / "report.html"
+    done = flow(home, "card", "get", "end", str(target), "--id", "report")
+    assert done.returncode == 0, done.stdout
+    page = target.read_text()
+    assert "<html" in page
+    assert page.count("data:text/javascript") + page.count("<script") > 0
+
+
+def test_a_second_run_reuses_every_step(home: Path, first_run: str) -> None:
+    done = flow(home, "run")
+    assert done.returncode == 0, done.stdout
+    for step in ("inputs", "prepare_data", "convert_model", "train", "evaluate", "export"):
+        assert f"{step}: reused" in done.stdout
+
+
+def test_only_what_changed_is_done_again(home: Path, first_run: str) -> None:
+    done = flow(home, "run", "--set", "evaluation.samples=1")
+    assert done.returncode == 0, done.stdout
+    assert "train: reused" in done.stdout
+    assert "evaluate: running, config changed" in done.stdout
+
+
+def test_a_misspelt_key_fails_at_once(home: Path, tmp_path: Path) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text(TINY.read_text().replace("evaluate_every_steps", "evaluate_evry_steps"))
+    done = flow(home, "run", config=config)
+    assert done.returncode != 0
+    assert "did you mean 'evaluate_every_steps'?" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_bad_data_stops_before_training_and_resume_goes_on(home: Path, tmp_path: Path, first_run: str) -> None:
+    rows, config = tmp_path / "rows.jsonl", tmp_path / "bad.yaml"
+    rows.write_text("")
+    text = TINY.read_text().replace("{name: generated, generate: {rows: 200}}", f"{{name: file, path: '{rows}'}}")
+    model = Path(subprocess.check_output(["find", str(home / "store"), "-name", "tokenizer.json", "-path", "*inputs*"]).split()[0].decode())
+    text = text.replace("tokenizer_vocab_size: 320", f"tokenizer: '{model.parent}'")
+    config.write_text(text)
+    done = flow(home, "run", config=config)
+    assert done.returncode != 0
+    assert "Error:" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "train: running" not in done.stdout
+
+
+@pytest.mark.slow
+def test_kill_of_the_training_process_is_survived(home: Path) -> None:
+    command = [sys.executable, str(FLOW), "--no-pylint", "--config", str(TINY), "run", "--set", "train.steps=60,train.seed=5"]
+    log = home / "killed.log"
+    with open(log, "w") as output:
+        run = subprocess.Popen(command, env=environment(home), cwd=home, stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 200
+        killed = False
+        while run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+            if not killed and list((home / "store" / "work" / "train").glob("*/checkpoints/step-*")):
+                found = subprocess.run(["pgrep", "-f", "sft_flow.py.* step train"], capture_output=True, text=True)
+                for pid in found.stdout.split():
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed = True
+        assert run.wait(timeout=200) == 0, log.read_text()
+    text = log.read_text()
+    assert killed
+    assert "resumed" in text
+    assert "60/60" in text
