@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posttrain_lib.errors import ModelError
 
@@ -48,7 +48,7 @@ def architecture_config(model_type: str, fields: Mapping[str, Any]) -> dict[str,
     return content
 
 
-def build_reference(hf_config: Mapping[str, Any], *, dtype: torch.dtype, **changes: Any) -> nn.Module:
+def build_reference(hf_config: Mapping[str, Any], *, dtype: torch.dtype, **changes: Any) -> Any:
     """transformers' causal LM of a config.json on the CPU, in eval mode, with weights of no meaning.
 
     ``changes`` overwrite configuration fields.
@@ -59,9 +59,7 @@ def build_reference(hf_config: Mapping[str, Any], *, dtype: torch.dtype, **chang
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION).eval()
 
 
-def load_reference(
-    folder: str | Path, *, dtype: torch.dtype, hf_config: Mapping[str, Any] | None = None
-) -> nn.Module:
+def load_reference(folder: str | Path, *, dtype: torch.dtype, hf_config: Mapping[str, Any] | None = None) -> Any:
     """transformers' causal LM loaded by transformers' own loader, in eval mode on the CPU.
 
     ``hf_config`` replaces the folder's config.json where given.
@@ -75,8 +73,9 @@ def load_reference(
     config = None if hf_config is None else _reference_config(hf_config)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the flow has a progress bar of its own
+    loader: Any = AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=_ATTENTION, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -97,7 +96,7 @@ def _reference_config(hf_config: Mapping[str, Any], **changes: Any) -> Any:
     return AutoConfig.for_model(content.pop("model_type"), **content)
 
 
-def reference_logits(model: nn.Module, token_ids: Tensor) -> Tensor:
+def reference_logits(model: Any, token_ids: Tensor) -> Tensor:
     """[S, V] logits of one document int64 [S], no cache, no gradient."""
     with torch.no_grad():
         return model(input_ids=token_ids[None], use_cache=False).logits[0]

@@ -353,7 +353,7 @@ def copy_side_files(source: Path, out: Path) -> list[str]:
 
 
 def config_with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> str:
-    """config.json's text with the weights' dtype, under the name (``dtype`` or ``torch_dtype``) that it already uses."""
+    """config.json's text with the weights' dtype, spelled ``dtype`` or ``torch_dtype`` as it already is."""
     content = dict(hf_config)
     spelled = [key for key in ("dtype", "torch_dtype") if key in content] or ["dtype"]
     content.update(dict.fromkeys(spelled, str(dtype).removeprefix("torch.")))
@@ -379,7 +379,7 @@ def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if kind not in _DTYPES.values():
+    if kind is None or kind not in _DTYPES.values():
         raise ModelError(
             "weights cannot be written in this dtype",
             got=dtype,
@@ -393,4 +393,3 @@ def _files(folder: Path) -> list[Path]:
     found = [path for path in folder.rglob("*") if path.is_file()]
     visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
-

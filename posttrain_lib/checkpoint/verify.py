@@ -19,7 +19,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from posttrain_lib.checkpoint.hf import check_hf_folder, iter_hf_weights, load_hf_weights
 from posttrain_lib.checkpoint.verify_blocks import block_bytes, verify_blocks
@@ -101,7 +100,8 @@ def verify_light(model: Decoder, spec: ModelSpec, folder: Path, documents: Docum
     ours = documents.packed_logits(model)
     floor, difference = largest(coarse - fine), largest(ours - fine)
     limit = noise_limit(floor, fine)
-    apart = max(largest(alone - packed) for alone, packed in zip(*_alone_and_packed(model, documents, ours)))
+    alone = torch.cat([documents.alone(index).packed_logits(model) for index in range(len(documents.lengths))])
+    apart = largest(alone - ours)
     parameters, bits = dict(model.named_parameters()), WeightsCheck()
     for name, stored in iter_hf_weights(spec, folder):
         bits.add(name, parameters.get(name), stored)
@@ -119,7 +119,7 @@ def verify_light(model: Decoder, spec: ModelSpec, folder: Path, documents: Docum
             apart <= limit,
             apart,
             limit,
-            f"{len(documents.lengths)} documents of {min(documents.lengths)} to {max(documents.lengths)} tokens in a row",
+            f"documents of {', '.join(map(str, documents.lengths))} tokens in a row",
         ),
         *check_gradients(spec, lambda layer: _copy_block(model, spec, layer), documents.lengths),
     ]
@@ -153,11 +153,6 @@ def _copy_block(model: Decoder, spec: ModelSpec, layer: int) -> Decoder:
     block = build_model(one_layer_spec(spec, layer))
     block.layers[0].load_state_dict(model.layers[layer].state_dict())
     return block
-
-
-def _alone_and_packed(model: Decoder, documents: Documents, packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    alone = [documents.alone(index).packed_logits(model) for index in range(len(documents.lengths))]
-    return alone, list(packed.split(documents.lengths))
 
 
 def shrink_windows(spec: ModelSpec) -> ModelSpec:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from posttrain_lib.checkpoint.hf import read_headers
@@ -74,7 +74,7 @@ def build_block(spec: ModelSpec, weights: StoredWeights, layer: int) -> Decoder:
     return block
 
 
-def build_reference_block(spec: ModelSpec, weights: StoredWeights, layer: int, dtype: torch.dtype) -> nn.Module:
+def build_reference_block(spec: ModelSpec, weights: StoredWeights, layer: int, dtype: torch.dtype) -> Any:
     """transformers': a model of this one layer with its stored weights."""
     from posttrain_lib.adapters.hf_reference import build_reference
 
@@ -91,7 +91,7 @@ def build_reference_block(spec: ModelSpec, weights: StoredWeights, layer: int, d
     return reference
 
 
-def run_reference_block(reference: nn.Module, hidden_TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def run_reference_block(reference: Any, hidden_TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """[T, D] through the reference's only layer, each document by itself, before the final norm."""
     outputs: list[Tensor] = []
     kept = reference.model.layers[0].register_forward_hook(
@@ -108,28 +108,24 @@ def run_reference_block(reference: nn.Module, hidden_TD: Tensor, lengths: tuple[
 
 
 @dataclasses.dataclass
-class _Findings:
-    """Largest floor, difference and limit over the parts, and the first part that is wrong."""
+class _Worst:
+    """The part nearest to its limit; once a part is beyond it, that first one."""
 
     floor: float = 0.0
     difference: float = 0.0
     limit: float = 0.0
-    excess: float = -1.0
-    wrong: str | None = None
-    modules: list[ModuleDifference] = dataclasses.field(default_factory=list)
     scale: float = 0.0
+    wrong: str | None = None
+    _share: float = -1.0
 
-    def add(self, name: str, ours: Tensor, coarse: Tensor, fine: Tensor) -> bool:
-        """Compare one part; True where it agrees. The reported numbers are those of the part nearest its limit."""
-        floor, difference = largest(coarse - fine), largest(ours - fine)
-        limit = noise_limit(floor, fine)
-        agrees = difference <= limit
-        excess = difference / limit if limit > 0 else float(difference > 0)
-        if not agrees and self.wrong is None:
-            self.wrong = name
-        if not excess <= self.excess and (agrees or name == self.wrong):
-            self.excess, self.floor, self.difference, self.limit = excess, floor, difference, limit
-            self.scale = largest(fine)
+    def add(self, name: str, ours: Tensor, other: Tensor, floor: float, exact: Tensor) -> bool:
+        """Compare a part with another version of it; True where they agree within the noise of ``floor``."""
+        difference, limit = largest(ours - other), noise_limit(floor, exact)
+        agrees = difference <= limit  # False for NaN
+        share = difference / limit if limit > 0 else float(difference > 0)
+        if self.wrong is None and (not agrees or share > self._share):
+            self.floor, self.difference, self.limit, self.scale = floor, difference, limit, largest(exact)
+            self._share, self.wrong = share, None if agrees else name
         return agrees
 
 
@@ -141,9 +137,9 @@ def verify_blocks(
     block: Callable[[ModelSpec, StoredWeights, int], Decoder] = build_block,
 ) -> VerificationReport:
     """The report of a comparison block by block. ``block`` makes ours, apart so that a test can make a wrong one."""
-    weights, found = StoredWeights(spec, folder), _Findings()
+    weights, found, packing = StoredWeights(spec, folder), _Worst(), _Worst()
+    modules: list[ModuleDifference] = []
     hidden = torch.nn.functional.embedding(documents.token_ids, weights["embed_tokens.weight"]).float()
-    apart, apart_limit = 0.0, 0.0
     bits = WeightsCheck()
     for layer in range(spec.config.num_hidden_layers):
         ours = block(spec, weights, layer)
@@ -153,10 +149,10 @@ def verify_blocks(
         reference = build_reference_block(spec, weights, layer, torch.float32)
         coarse = run_reference_block(reference, hidden, documents.lengths)
         fine = run_reference_block(reference.double(), hidden, documents.lengths)
-        if not found.add(f"layers.{layer}", packed, coarse, fine) and not found.modules:
-            found.modules = _inside(spec, weights, layer, ours, hidden, documents)
-        if not largest(alone - packed) <= apart:
-            apart, apart_limit = largest(alone - packed), noise_limit(largest(coarse - fine), fine)
+        floor = largest(coarse - fine)
+        if not found.add(f"layers.{layer}", packed, fine, floor, fine) and not modules:
+            modules = _inside(spec, weights, layer, ours, hidden, documents)
+        packing.add(f"layers.{layer}", alone, packed, floor, fine)
         held = dict(ours.layers[0].named_parameters())
         for name, stored in weights.layer(spec, layer).items():
             bits.add(f"layers.{layer}.{name}", held.get(name), stored)
@@ -172,7 +168,13 @@ def verify_blocks(
             f"{NOISE_FACTOR:g} times its float32's distance",
         ),
         bits.check(),
-        Check("packed = alone, hidden states", apart <= apart_limit, apart, apart_limit, "every block, float32"),
+        Check(
+            "packed = alone, hidden states",
+            packing.wrong is None,
+            packing.difference,
+            packing.limit,
+            packing.wrong or "every block, float32",
+        ),
         *check_gradients(spec, lambda layer: block(spec, weights, layer), documents.lengths),
     )
     report = VerificationReport(
@@ -187,7 +189,7 @@ def verify_blocks(
         logit_scale=found.scale,
         checks=checks,
     )
-    report = with_first_wrong(report, found.modules)
+    report = with_first_wrong(report, modules)
     return report if report.first_wrong_module else dataclasses.replace(report, first_wrong_module=found.wrong)
 
 
@@ -220,7 +222,7 @@ def _inside(
     ]
 
 
-def _compare_head(spec: ModelSpec, weights: StoredWeights, hidden: Tensor, found: _Findings) -> None:
+def _compare_head(spec: ModelSpec, weights: StoredWeights, hidden: Tensor, found: _Worst) -> None:
     """Final norm and head: ours as the spec ties it, transformers' as its configuration does."""
     from posttrain_lib.adapters.hf_reference import build_reference
     from posttrain_lib.models.blocks import RMSNorm
@@ -236,14 +238,13 @@ def _compare_head(spec: ModelSpec, weights: StoredWeights, hidden: Tensor, found
         theirs.weight.copy_(weights["norm.weight"])
         ours, coarse = norm(hidden), theirs(hidden)
         fine = theirs.double()(hidden.double())
-    found.add("norm", ours, coarse, fine)
+    found.add("norm", ours, fine, largest(coarse - fine), fine)
     # The tie is read from both sides: a wrong one multiplies by another matrix.
     own = weights["embed_tokens.weight" if "lm_head.weight" not in parameter_shapes(spec.config) else "lm_head.weight"]
     tied = bool(reference.config.tie_word_embeddings)
     other = weights["embed_tokens.weight" if tied else "lm_head.weight"]
     for start in range(0, spec.config.vocab_size, _HEAD_ROWS):
         rows = slice(start, start + _HEAD_ROWS)
-        mine, exact = own[rows].float(), other[rows].double()
-        found.add(
-            "lm_head", linear(ours, mine), linear(coarse, other[rows].float()), linear(fine, exact)
-        )
+        exact = linear(fine, other[rows].double())
+        floor = largest(linear(coarse, other[rows].float()) - exact)
+        found.add("lm_head", linear(ours, own[rows].float()), exact, floor, exact)

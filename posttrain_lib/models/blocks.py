@@ -54,9 +54,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rope(query, cosine, sine), apply_rope(key, cosine, sine)
-        mixed = packed_attention(
-            query, key, value, layout, layout.max_seqlen, scale=self.scale, window=self.window
-        )
+        mixed = packed_attention(query, key, value, layout, layout.max_seqlen, scale=self.scale, window=self.window)
         return self.o_proj(mixed.flatten(-2))
 
 

@@ -72,9 +72,7 @@ class Decoder(nn.Module):
         return output(self.norm(hidden), self.head_weight)
 
 
-def build_model(
-    spec: ModelSpec, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Decoder:
+def build_model(spec: ModelSpec, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
     """The decoder of a spec, on a device; ``"meta"`` allocates nothing.
 
     Weights are NaN until they are loaded (``checkpoint.hf.load_hf_weights``) or initialised

@@ -15,14 +15,16 @@ within 25 % of the best at one end, first at the other, needs memory linear in t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+varlen_attn: Callable[..., Tensor] | None
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # type: ignore[assignment]
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
@@ -86,7 +88,7 @@ def packed_attention(
     layout = cu_seqlens if isinstance(cu_seqlens, DocumentLayout) else DocumentLayout.of(cu_seqlens, max_seqlen)
     if window is not None and window >= layout.max_seqlen:
         window = None
-    if fused:
+    if fused and varlen_attn is not None:
         return varlen_attn(
             query_TNH.to(dtype),
             key_TKH.to(dtype),

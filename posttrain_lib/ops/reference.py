@@ -57,7 +57,5 @@ def linear_cross_entropy_reference(
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``ops.linear_cross_entropy.linear_cross_entropy`` through the full logits. Same arguments and result."""
-    picked, _ = token_logprobs_reference(
-        hidden_TD, weight_VD, target_ids_T, supervised_index_N, vocab_size=vocab_size
-    )
+    picked, _ = token_logprobs_reference(hidden_TD, weight_VD, target_ids_T, supervised_index_N, vocab_size=vocab_size)
     return -(picked * loss_weights_T[supervised_index_N]).sum(), -picked.detach()

@@ -16,12 +16,15 @@ REQUIRED = object()
 
 # Fields that say nothing about the forward or the training of the decoder.
 HARMLESS = frozenset(
-    """architectures model_type transformers_version _name_or_path name_or_path dtype torch_dtype use_cache
+    """
+    architectures model_type transformers_version _name_or_path name_or_path dtype torch_dtype use_cache
     initializer_range pad_token_id bos_token_id eos_token_id return_dict output_attentions output_hidden_states
-    max_length min_length do_sample temperature top_k top_p typical_p repetition_penalty num_beams id2label label2id
-    problem_type finetuning_task task_specific_params _attn_implementation attn_implementation _attn_implementation_autoset
-    chunk_size_feed_forward is_encoder_decoder tokenizer_class prefix decoder_start_token_id sep_token_id
-    _commit_hash unsloth_version unsloth_fixed base_model_tp_plan base_model_pp_plan""".split()
+    max_length min_length do_sample temperature top_k top_p typical_p repetition_penalty num_beams id2label
+    label2id problem_type finetuning_task task_specific_params _attn_implementation attn_implementation
+    _attn_implementation_autoset chunk_size_feed_forward is_encoder_decoder tokenizer_class prefix
+    decoder_start_token_id sep_token_id _commit_hash unsloth_version unsloth_fixed base_model_tp_plan
+    base_model_pp_plan
+    """.split()  # noqa: SIM905 - a list of forty quoted lines would be harder to read
 )
 # Fields allowed only where they change nothing: name -> the values that do.
 INERT: dict[str, tuple[Any, ...]] = {
@@ -97,7 +100,7 @@ class ConfigReader:
         names = {given.pop("rope_type", None), given.pop("type", None)} - {None}
         if len(names) > 1:
             raise _wrong(f"{field}.rope_type", sorted(names), "one name")
-        kind = names.pop() if names else "default"
+        kind: Any = names.pop() if names else "default"
         if kind not in _ROPE_KEYS:
             raise _wrong(f"{field}.rope_type", kind, "one of " + ", ".join(_ROPE_KEYS))
         theta = given.pop("rope_theta", theta if theta is not None else 10_000.0)
@@ -117,9 +120,10 @@ class ConfigReader:
         return RopeConfig(theta=float(theta), kind=kind, original_max_position_embeddings=original, **values)
 
     def windows(self, layers: int, default_window: int, default_first: int) -> tuple[int | None, ...]:
-        """Sliding windows per layer, of ``use_sliding_window``, ``sliding_window``, ``max_window_layers``, ``layer_types``.
+        """Sliding windows per layer, of the four fields that decide them.
 
-        As transformers does it: without ``layer_types``, layers from ``max_window_layers`` on slide.
+        As transformers does it: nothing slides unless ``use_sliding_window``; without ``layer_types``, layers from
+        ``max_window_layers`` on slide.
         """
         enabled = self.boolean("use_sliding_window", False)
         window = self._take("sliding_window", default_window)
