@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.errors import ExportError
-from posttrain_lib.lineage.store import disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from steps import evaluate
 from steps.base import Manifests, Step, StepContext, StepResult
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
     from posttrain_lib.adapters.vllm_check import Answer
     from posttrain_lib.models.decoder import Decoder
 
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+#: the template file that transformers and vLLM prefer over one inside tokenizer_config.json
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -37,20 +37,25 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 
 def body(context: StepContext) -> StepResult:
     """Write the folder, then load it back in transformers and in vLLM and compare with the trained model."""
-    from posttrain_lib.checkpoint.hf import exported_dtype, save_hf_folder
+    import torch
+
+    from posttrain_lib.checkpoint.exported import compare_with_reference, exported_dtype
+    from posttrain_lib.checkpoint.hf import copy_side_files, save_hf_folder
     from posttrain_lib.checkpoint.manager import load_model_state
     from posttrain_lib.evaluation.model import load_model
+    from posttrain_lib.models.families import spec_from_folder
 
     source, folder = Path(context.inputs["model"].uri), context.out / "hf"
-    model = load_model(str(source))
     state = load_model_state(context.inputs["checkpoint"].uri)
     dtype = exported_dtype(source, context.config.export.dtype)
-    save_hf_folder(state, model.spec, source, folder, dtype, tokenizer_folder=Path(context.inputs["tokenizer"].uri))
+    save_hf_folder(state, spec_from_folder(source), source, folder, dtype)
+    names = copy_side_files(Path(context.inputs["tokenizer"].uri), folder)
     if "chat_template" in context.inputs:
-        shutil.copyfile(context.inputs["chat_template"].uri, folder / "chat_template.jinja")
+        shutil.copyfile(context.inputs["chat_template"].uri, folder / TEMPLATE_FILE)
+    model = load_model(source)
     # Comparisons are with the weights as exported: rounding to the export's dtype is a choice of the run file.
-    model.load_state_dict({name: value.to(dtype).float() for name, value in state.items()})
-    checks = [*_same_tokenizer(context, folder), *_same_in_transformers(context, model, folder)]
+    model.load_state_dict({name: value.to(getattr(torch, dtype)).float() for name, value in state.items()})
+    checks = [_same_tokenizer(context, folder, names), *compare_with_reference(model, folder, _prompts(context, 1024))]
     if context.config.export.verify_vllm:
         checks += _same_in_vllm(context, model, folder)
     for check in checks:
@@ -64,12 +69,11 @@ def body(context: StepContext) -> StepResult:
             expected=f"at most {failed[0].limit}",
             fix=failed[0].reason,
         )
-    _copy_out(context, folder)
     (context.out / "verification.json").write_text(json.dumps([vars(check) for check in checks], indent=1), encoding="utf-8")
     return StepResult(
         outputs={"hf": ("hf", "hf_model"), "verification": ("verification.json", "verification")},
         checks=checks,
-        metrics={"dtype": str(dtype).removeprefix("torch.")},
+        metrics={"dtype": dtype},
         summary=f"{len(checks)} checks passed",
     )
 
@@ -87,29 +91,19 @@ def _prompts(context: StepContext, limit_tokens: int) -> list[list[int]]:
     return fitting[: context.config.export.prompts]
 
 
-def _same_tokenizer(context: StepContext, folder: Path) -> list[Check]:
-    """Every tokenizer file of the input stands in the export byte for byte."""
-    from posttrain_lib.checkpoint.hf import tokenizer_files
-
-    source = Path(context.inputs["tokenizer"].uri)
-    replaced = {"chat_template.jinja"} if "chat_template" in context.inputs else set()
-    names = [name for name in tokenizer_files(source) if name not in replaced]
-    different = [n for n in names if not (folder / n).is_file() or (source / n).read_bytes() != (folder / n).read_bytes()]
-    return [
-        Check(
-            "tokenizer files byte-equal",
-            not different,
-            ", ".join(different) or f"{len(names)} files",
-            "0 differences",
-            "a changed tokenizer or template is a silent skew between training and serving",
-        )
-    ]
-
-
-def _same_in_transformers(context: StepContext, model: Decoder, folder: Path) -> list[Check]:
-    from posttrain_lib.checkpoint.verify import compare_with_reference
-
-    return compare_with_reference(model, folder, _prompts(context, limit_tokens=1024))
+def _same_tokenizer(context: StepContext, folder: Path, names: list[str]) -> Check:
+    """Every tokenizer file of the input stands in the export byte for byte; a template that replaces one, too."""
+    wanted = {name: Path(context.inputs["tokenizer"].uri) / name for name in names}
+    if "chat_template" in context.inputs:
+        wanted[TEMPLATE_FILE] = Path(context.inputs["chat_template"].uri)
+    different = [name for name, path in wanted.items() if (folder / name).read_bytes() != path.read_bytes()]
+    return Check(
+        "tokenizer and template files byte-equal",
+        not different,
+        ", ".join(different) or f"{len(wanted)} files",
+        "0 differences",
+        "a changed tokenizer or template is a silent skew between training and serving",
+    )
 
 
 def _same_in_vllm(context: StepContext, model: Decoder, folder: Path) -> list[Check]:
@@ -157,19 +151,6 @@ def _same_greedy_text(context: StepContext, model: Decoder, prompts: list[list[i
         parted += both[0][-1] - both[1][-1] > 2 * limit  # each side may be off by the bound
     reason = "a different greedy token where ours is clearly ahead means different weights, template or positions"
     return Check("vLLM greedy text agrees", parted == 0, float(parted), 0.0, reason)
-
-
-def _copy_out(context: StepContext, folder: Path) -> None:
-    if context.config.export.output is None:
-        return
-    target = Path(context.config.export.output).expanduser()
-    partial = target.with_name(f".{target.name}.partial")
-    with disk_errors("copying the export", target):
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial)
-        if target.exists():
-            raise ExportError("the output folder exists", where="export.output", got=target, fix="remove it or name another")
-        partial.rename(target)
 
 
 STEP = Step("export", 1, "steps.export", settings, inputs, body)

@@ -23,4 +23,3 @@ class ExportConfig(Section):
         0.02, gt=0, description="largest |log-prob difference| to vLLM in fp32; vLLM packs and fuses its CPU linears, "
         "which moved log-probs by up to 0.005 on tiny random models, so four times that"
     )
-    output: str | None = Field(None, description="also copy the export to this folder")
