@@ -86,7 +86,7 @@ def _watch(events: Iterator[StepReport], context: StepContext) -> tuple[TrainRes
     """Drain the job. Reports are also kept in the work folder, so that a resumed job has the whole curve."""
     path = context.work / METRICS
     reports = {report.step: report for report in _earlier(path)}
-    bar = ProgressLine(context.config.train.evaluate_every_steps)
+    bar = ProgressLine()
     with open(path, "a", encoding="utf-8") as log:
         while True:
             try:
@@ -115,7 +115,7 @@ def _earlier(path: Path) -> Iterator[StepReport]:
 class ProgressLine:
     """A progress bar in lines: Metaflow and log files show whole lines only. One every few seconds, plus events."""
 
-    def __init__(self, evaluate_every: int, every_seconds: float = 5.0) -> None:
+    def __init__(self, every_seconds: float = 5.0) -> None:
         self._every_seconds = every_seconds
         self._last = -every_seconds
         self._started: tuple[float, int] | None = None

@@ -1,0 +1,70 @@
+"""What the cards draw."""
+
+from dataclasses import replace
+
+from posttrain_lib.adapters.metaflow_card import TrainingCard, coloured_sample, curves, show
+from posttrain_lib.schema.reports import StepReport
+
+REPORT = StepReport(
+    step=1, total_steps=10, loss=1.25, lr=0.1, grad_norm=1.0, trained_weight=50.0, real_tokens=90, slot_tokens=100,
+    tokens_seen=450, step_seconds=0.5, data_wait_seconds=0.05, model_flops=1e12, mfu=None, peak_memory_gib=1.0,
+)  # fmt: skip
+
+
+def points(spec: dict, curve: str) -> list[tuple[int, float]]:
+    return [(value["step"], value["value"]) for value in spec["data"]["values"] if value["curve"] == curve]
+
+
+def test_curves_hold_training_and_held_out_loss() -> None:
+    start = replace(REPORT, step=0, loss=None, held_out={"all": 6.0, "a": 6.0})
+    reports = [start, REPORT, replace(REPORT, step=2, loss=1.0, held_out={"all": 1.5, "a": 1.5})]
+    loss = curves(reports)["loss"]
+    assert points(loss, "training loss") == [(1, 1.25), (2, 1.0)]
+    assert points(loss, "held-out loss") == [(0, 6.0), (2, 1.5)]
+    assert points(curves(reports)["throughput"], "tokens/s") == [(1, 180.0), (2, 180.0)]
+
+
+def test_sources_get_curves_of_their_own_when_there_are_several() -> None:
+    report = replace(REPORT, held_out={"all": 1.5, "a": 1.0, "b": 2.0})
+    assert points(curves([report])["loss"], "held-out a") == [(1, 1.0)]
+
+
+def test_long_runs_are_thinned() -> None:
+    reports = [replace(REPORT, step=step) for step in range(1, 5001)]
+    assert len(curves(reports)["fill"]["data"]["values"]) <= 400
+
+
+def test_a_sample_escapes_markup_and_colours_trained_tokens_only() -> None:
+    sample = {"source": "s", "row_id": "1", "tokens": ["<|im_start|>", "hi\n\nthere"], "weights": [0.0, 1.0]}
+    text = coloured_sample(sample)._text
+    assert "&lt;|im_start|&gt;" in text
+    assert "\n\n" not in text  # an empty line would end the HTML block
+    assert text.count("background:") == 1
+
+
+class Recorder:
+    """Stands where Metaflow's card does: keeps what is appended, counts refreshes."""
+
+    def __init__(self) -> None:
+        self.components: list[object] = []
+        self.refreshes = 0
+
+    def append(self, component: object) -> None:
+        self.components.append(component)
+
+    def refresh(self) -> None:
+        self.refreshes += 1
+
+
+def test_the_live_card_is_built_once_and_then_updated() -> None:
+    card = Recorder()
+    watch = TrainingCard(card)
+    watch(REPORT)
+    built = len(card.components)
+    watch(replace(REPORT, step=2))
+    assert len(card.components) == built > 3
+    assert card.refreshes == 2
+
+
+def test_numbers_are_short() -> None:
+    assert [show(value) for value in (None, 0.123456, "x", 3)] == ["", "0.1235", "x", "3"]

@@ -1,0 +1,57 @@
+"""The dry run prints what would happen, from the config alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain_lib.config import load_run_config
+from posttrain_lib.errors import ModelError
+from steps import plan
+from steps.pipeline import DEFAULT_CONFIG
+
+
+def test_plan_of_the_default() -> None:
+    config = load_run_config(DEFAULT_CONFIG, ["train.steps=100", "train.rows_per_step=8", "train.row_tokens=512"])
+    text = plan.describe(config)
+    assert "100 steps x 4,096 token slots" in text
+    assert "at most 409,600" in text
+    assert "parameters" in text
+
+
+def test_memory_counts_weights_gradients_and_both_moments() -> None:
+    config = load_run_config(DEFAULT_CONFIG)
+    spec = plan._spec(config)
+    assert spec is not None
+    memory = plan.memory_estimate(spec, config)
+    assert memory["gradients"] == memory["weights"]
+    assert memory["optimiser"] == 2 * memory["weights"]
+
+
+def test_more_workers_hold_less_each() -> None:
+    one = load_run_config(DEFAULT_CONFIG, ["train.micro_batch_rows=1"])
+    two = load_run_config(DEFAULT_CONFIG, ["train.micro_batch_rows=1", "compute.workers=2"])
+    spec = plan._spec(one)
+    assert spec is not None
+    assert plan.memory_estimate(spec, two)["weights"] == plan.memory_estimate(spec, one)["weights"] / 2
+
+
+def test_unsupported_family_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    config = load_run_config(DEFAULT_CONFIG, ["model.from_scratch=null", f"model.path={tmp_path}"])
+    with pytest.raises(ModelError, match="mamba"):
+        plan.describe(config)
+
+
+def test_command_prints_the_resolved_config(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(["--resolved", "--set", "train.steps=70"])
+    printed = capsys.readouterr().out
+    assert "plan of" in printed
+    assert "steps: 70" in printed
+
+
+def test_command_names_a_misspelt_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(["--set", "train.stps=7"])
+    assert stopped.value.code == 1
+    assert "did you mean 'steps'?" in capsys.readouterr().err

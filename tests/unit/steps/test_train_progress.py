@@ -1,0 +1,57 @@
+"""What a person sees while training runs."""
+
+from dataclasses import replace
+
+import pytest
+
+from posttrain_lib.schema.reports import StepReport
+from steps.train import ProgressLine, throughput
+
+REPORT = StepReport(
+    step=5, total_steps=10, loss=1.25, lr=0.1, grad_norm=1.0, trained_weight=50.0, real_tokens=90, slot_tokens=100,
+    tokens_seen=450, step_seconds=0.5, data_wait_seconds=0.05, model_flops=1e12, mfu=None, peak_memory_gib=1.0,
+)  # fmt: skip
+
+
+def test_a_line_has_loss_speed_fill_and_bar() -> None:
+    line = ProgressLine(every_seconds=0.0).line(REPORT)
+    assert line is not None
+    assert line.startswith("[##########..........] 5/10")
+    for part in ("loss 1.2500", "180 tok/s", "fill 0.900"):
+        assert part in line
+    assert "MFU" not in line
+
+
+def test_mfu_only_where_a_peak_is_known() -> None:
+    assert "MFU 41.5%" in (ProgressLine(every_seconds=0.0).line(replace(REPORT, mfu=0.415)) or "")
+
+
+def test_quiet_between_lines_but_never_about_events() -> None:
+    bar = ProgressLine(every_seconds=1000.0)
+    assert bar.line(REPORT) is not None
+    assert bar.line(replace(REPORT, step=6)) is None
+    assert "held-out 2.0000" in (bar.line(replace(REPORT, step=7, held_out={"all": 2.0})) or "")
+    assert "(resumed)" in (bar.line(replace(REPORT, step=8, event="resumed")) or "")
+    assert bar.line(replace(REPORT, step=10)) is not None
+
+
+def test_step_zero_shows_no_loss() -> None:
+    line = ProgressLine(every_seconds=0.0).line(replace(REPORT, step=0, loss=None, held_out={"all": 6.0}))
+    assert line == "[....................] 0/10  held-out 6.0000"
+
+
+def test_eta_is_the_rate_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 8.0])
+    monkeypatch.setattr("steps.train.time.monotonic", lambda: next(clock))
+    bar = ProgressLine(every_seconds=0.0)
+    bar.line(replace(REPORT, step=0, loss=None))
+    bar.line(replace(REPORT, step=1))
+    assert "ETA 1:12" in (bar.line(replace(REPORT, step=1)) or "")  # 9 steps at 8 s
+
+
+def test_throughput_leaves_out_step_zero_and_the_first_step() -> None:
+    slow = replace(REPORT, step=1, step_seconds=100.0)
+    figures = throughput([replace(REPORT, step=0), slow, replace(REPORT, step=2), replace(REPORT, step=3)])
+    assert figures["tokens_per_second"] == pytest.approx(180.0)
+    assert figures["data_wait_share"] == pytest.approx(0.1)
+    assert figures["fill"] == pytest.approx(0.9)
