@@ -2,12 +2,12 @@
 
     step-00000120/
       __0_0.distcp, .metadata   tensors (torch.distributed.checkpoint), one file a rank; any number of ranks may load
-      state.json                counters, data position
-      rng-0.pt ...              random generators, one a rank
+      state.json                counters, data position, what the run is, the step's report
+      rng-0.json ...            random generators, one a rank
       manifest.json             format version, size and sha256 of every other file: written last
 
-A checkpoint is written in a folder whose name starts with a dot and gets its name by one rename. ``best.json`` beside
-them names the step with the lowest held-out loss.
+A checkpoint is written in a folder whose name starts with a dot and gets its name by one rename. Which step was best
+is part of each checkpoint's own counters, so no second file can disagree with them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.distributed.checkpoint as dcp
 
 from posttrain_lib.errors import CheckpointError
 from posttrain_lib.lineage.digests import digest_file, list_files, write_atomically
-from posttrain_lib.parallel.process_group import barrier, gather_objects
+from posttrain_lib.parallel.process_group import barrier, from_first_rank, gather_objects, world_size
 from posttrain_lib.training.device import rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from posttrain_lib.training.state import TrainState
 
 FORMAT_VERSION = 1
-MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
 def step_folder(step: int) -> str:
@@ -48,7 +48,7 @@ def step_folder(step: int) -> str:
 class CheckpointManager:
     """Saves, finds and loads the checkpoints of one job. Every rank calls every method.
 
-    ``say`` gets the sentences that a person should read (a damaged checkpoint was passed over).
+    ``say`` gets the sentences that a person should read (a damaged checkpoint was passed over), on every rank.
     """
 
     folder: Path
@@ -64,75 +64,92 @@ class CheckpointManager:
         """
         target = self.folder / step_folder(state.progress.step)
         partial = target.with_name(f".{target.name}.partial")
-        failure: str | None = None
-        try:
-            if self.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            barrier()
-            _write(partial, state, self.rank)
-        except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
-            # torch reports a full disk as RuntimeError or wraps it; every rank must hear of it before raising
-            failure = f"rank {self.rank}: {_root_cause(error)}"
-        self._agree(failure, partial, target)
-        try:
-            if self.rank == 0:
-                _seal(partial)
-                shutil.rmtree(target, ignore_errors=True)
-                os.rename(partial, target)
-        except OSError as error:
-            failure = f"rank 0: {error}"
-        self._agree(failure, partial, target)
-        if self.rank == 0:
-            self._mark_best(state)
-            self._retain(state)
-        barrier()
+        self._together(target, lambda: self.rank == 0 and _make_empty(partial))
+        self._together(target, lambda: _write(partial, state, self.rank))
+        self._together(target, lambda: self.rank == 0 and _publish(partial, target))
+        self._together(target, lambda: self.rank == 0 and self._retain())
         return target
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; each damaged one on the way is named through ``say``."""
-        for path in sorted(self.folder.glob("step-*"), reverse=True):
-            problem = damage(path)
-            if problem is None:
-                return path
-            if self.rank == 0:
-                self.say(f"checkpoint {path} is damaged ({problem}); trying the one before it")
-        return None
+        """The newest checkpoint that is whole; each damaged one on the way is named through ``say``.
 
-    def best(self) -> Path | None:
-        """The checkpoint with the lowest held-out loss, None before the first evaluation."""
-        path = self.folder / BEST
-        if not path.is_file():
-            return None
-        return self.folder / step_folder(json.loads(path.read_text(encoding="utf-8"))["step"])
+        Raises:
+            CheckpointError: the newest whole one is of a format newer than this code reads.
+        """
+        found: tuple[Path | None, list[str], CheckpointError | None] = (None, [], None)
+        if self.rank == 0:  # one rank reads and hashes for all
+            found = self._search()
+        path, notes, error = from_first_rank(found)
+        for note in notes:
+            self.say(note)
+        if error is not None:
+            raise error
+        return path
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` stands, if it does."""
+        return self.folder / step_folder(step)
 
     def load(self, path: Path, state: TrainState) -> None:
-        """Fill ``state`` from a checkpoint, whatever number of ranks wrote it.
+        """Fill ``state`` from a checkpoint that :meth:`newest` found good, whatever number of ranks wrote it.
 
         Random generators come back only where as many ranks wrote it as read it; the data position always does.
 
         Raises:
-            CheckpointError: it is damaged, of a newer format, or of other data.
+            CheckpointError: it is of another run (other train section or data), or of another model or optimiser.
         """
-        problem = damage(path)
-        if problem is not None:
-            raise CheckpointError("the checkpoint is damaged", where=path, got=problem, fix="use an earlier one")
         raw = json.loads((path / STATE).read_text(encoding="utf-8"))
+        for name, value in state.trajectory.items():
+            if raw["trajectory"].get(name) != value:
+                raise CheckpointError(
+                    f"the checkpoint is of another run: train.{name} differs",
+                    where=path,
+                    got=raw["trajectory"].get(name),
+                    expected=value,
+                    fix="restore that value, or start anew with an empty work folder",
+                )
         tensors = state.tensors()
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        try:
+            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                "the checkpoint does not fit this model and optimiser", where=path, got=_root_cause(error)
+            ) from error
         state.load_tensors(tensors)
         state.loader.load_state(raw["loader"])
         state.progress = type(state.progress)(**raw["progress"])
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if raw["world"] == world:
-            set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=False))
+        state.report = raw["report"]
+        if raw["world"] == world_size():
+            set_rng_state(json.loads((path / f"rng-{self.rank}.json").read_text(encoding="utf-8")))
 
-    def _agree(self, failure: str | None, partial: Path, target: Path) -> None:
+    def _search(self) -> tuple[Path | None, list[str], CheckpointError | None]:
+        for leftover in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+        notes: list[str] = []
+        for path in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                problem = damage(path)
+            except CheckpointError as error:
+                return None, notes, error
+            if problem is None:
+                return path, notes, None
+            notes.append(f"skipped checkpoint {path.name}: {problem}")
+        return None, notes, None
+
+    def _together(self, target: Path, work: Callable[[], object]) -> None:
+        """Do a part of a save on every rank; if it failed on any, clean up and fail on all."""
+        failure: str | None = None
+        try:
+            work()
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            # torch reports a full disk as RuntimeError or wraps it; every rank must hear of it before one raises
+            failure = f"rank {self.rank}: {_root_cause(error)}"
         failures = [item for item in gather_objects(failure) if item]
         if not failures:
             return
         if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)
+        barrier()
         raise CheckpointError(
             "the checkpoint could not be written; those before it are untouched",
             where=target,
@@ -140,14 +157,16 @@ class CheckpointManager:
             fix="free space or point POSTTRAIN_STORE at a larger disk; the run then goes on from the last checkpoint",
         )
 
-    def _mark_best(self, state: TrainState) -> None:
-        if state.progress.best_step == state.progress.step:
-            write_atomically(self.folder / BEST, json.dumps({"step": state.progress.best_step}))
-
-    def _retain(self, state: TrainState) -> None:
-        best = self.best()
-        for path in sorted(self.folder.glob("step-*"))[: -self.keep_last]:
-            if path != best:
+    def _retain(self) -> None:
+        """Keep the newest ``keep_last``, and whichever checkpoint each of those calls the best."""
+        paths = sorted(self.folder.glob("step-*"))
+        kept = set(paths[-self.keep_last :])
+        for path in list(kept):
+            step = _best_step(path)
+            if step is not None:
+                kept.add(self.path(step))
+        for path in paths:
+            if path not in kept:
                 shutil.rmtree(path)
 
 
@@ -155,34 +174,37 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Reads them all: a flipped bit must not train on.
 
     Raises:
-        CheckpointError: it is whole, but of a format newer than this code reads.
+        CheckpointError: it is of a format newer than this code reads.
     """
     manifest = path / MANIFEST
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST}: {error}"
-    if content["format_version"] > FORMAT_VERSION:
+        version, files = content["format_version"], content["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    if version > FORMAT_VERSION:
         raise CheckpointError(
             "the checkpoint is of a newer format",
             where=path,
-            got=content["format_version"],
+            got=version,
             expected=f"at most {FORMAT_VERSION}",
             fix="read it with the version of this project that wrote it",
         )
-    for name, (size, digest) in content["files"].items():
+    for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+            return f"{name} has {file.stat().st_size} of {size} bytes"
         if digest_file(file) != digest:
-            return f"{name} does not have its sha256"
+            return f"{name} has another sha256"
     return None
 
 
 def load_model_state(path: str | Path) -> dict[str, Tensor]:
-    """Whole weights of a checkpoint on the CPU, by our parameter names; in one process, whatever wrote it.
+    """Whole float32 weights of a checkpoint on the CPU, by our parameter names; in one process, whatever wrote it.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -190,7 +212,7 @@ def load_model_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     problem = damage(path)
     if problem is not None:
-        raise CheckpointError("the checkpoint is damaged", where=path, got=problem)
+        raise CheckpointError("the checkpoint is damaged", where=path, got=problem, fix="use another checkpoint")
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = "model."
     wanted = {
@@ -202,30 +224,64 @@ def load_model_state(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in wanted.items()}
 
 
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
 def _write(folder: Path, state: TrainState, rank: int) -> None:
     dcp.save(state.tensors(), checkpoint_id=folder, no_dist=not dist.is_initialized())
-    torch.save(rng_state(), folder / f"rng-{rank}.pt")
+    _write_json(folder / f"rng-{rank}.json", rng_state())
     if rank == 0:
         content: dict[str, Any] = {
             "progress": dataclasses.asdict(state.progress),
+            "trajectory": state.trajectory,
             "loader": state.loader.state(),
-            "world": dist.get_world_size() if dist.is_initialized() else 1,
+            "report": state.report,
+            "world": world_size(),
         }
-        (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
+        _write_json(folder / STATE, content)
 
 
-def _seal(folder: Path) -> None:
-    """Flush every file, then write the manifest, so that a manifest on the disk means files on the disk."""
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Flush every file, then write the manifest, so that a manifest on the disk means files on the disk; then rename."""
     files: dict[str, tuple[int, str]] = {}
-    for path in list_files(folder):
+    for path in list_files(partial):
         with open(path, "rb") as handle:
             os.fsync(handle.fileno())
-        files[path.relative_to(folder).as_posix()] = (path.stat().st_size, digest_file(path))
-    write_atomically(folder / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+        files[path.relative_to(partial).as_posix()] = (path.stat().st_size, digest_file(path))
+    write_atomically(partial / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    _sync_folder(partial)
+    if target.exists():  # a damaged one that was passed over when this run resumed
+        shutil.rmtree(target)
+    os.rename(partial, target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _best_step(path: Path) -> int | None:
+    """Which step a checkpoint calls the best; None too where it is damaged, which then keeps nothing alive."""
+    try:
+        step = json.loads((path / STATE).read_text(encoding="utf-8"))["progress"]["best_step"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if step is None else int(step)
 
 
 def _root_cause(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException):
         causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
-        return "; ".join(str(cause) for cause in causes)
+        return "; ".join(dict.fromkeys(str(cause) for cause in causes))
     return str(error)

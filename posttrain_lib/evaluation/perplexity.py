@@ -33,7 +33,7 @@ def mean_losses(sums: Tensor, names: list[str]) -> dict[str, float]:
     """``{"all": mean, "<source>": mean}`` from global [sources, 2] sums; sources without trained tokens are left out."""
     total, weight = sums.sum(dim=0).tolist()
     means = {name: loss / count for name, (loss, count) in zip(names, sums.tolist(), strict=True) if count > 0}
-    return {"all": total / weight, **means}
+    return {"all": total / weight if weight > 0 else 0.0, **means}
 
 
 @torch.no_grad()
@@ -49,7 +49,11 @@ def held_out_loss(
     device: torch.device | None = None,
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """Mean loss per trained token over the whole store, overall and per source, the same on every rank."""
+    """Mean loss per trained token over the whole store, overall and per source, the same on every rank.
+
+    ``row_tokens`` is the length of a packed row and bounds memory with ``batch_rows``; neither changes the result
+    beyond rounding. ``device``: default, where the model is.
+    """
     device = device or next(model.parameters()).device
     sums = torch.zeros(len(store.sources), 2, dtype=torch.float64, device=device)
     for arrays in held_out_batches(store, row_tokens=row_tokens, rank=rank, world=world, batch_rows=batch_rows):
@@ -57,4 +61,5 @@ def held_out_loss(
         with autocast(device, precision):
             output = loss(model, batch)
         sums += source_sums(batch, output.nll, len(store.sources))
-    return mean_losses(global_sum(sums), store.sources)
+    total = torch.tensor(global_sum(sums.flatten().tolist()), dtype=torch.float64)
+    return mean_losses(total.view(len(store.sources), 2), store.sources)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.losses.base import Loss
+from posttrain_lib.registry import resolve
 
 LOSSES: dict[str, str] = {
     "sft": "posttrain_lib.losses.sft:SFTLoss",
@@ -20,18 +20,11 @@ def build_loss(name: str, options: Mapping[str, Any] | None = None) -> Loss:
     Raises:
         ConfigError: no such loss, or options that it does not take.
     """
-    target = LOSSES.get(name, name)
-    module, colon, attribute = target.partition(":")
-    if not colon:
-        raise ConfigError(
-            "unknown loss", where="train.loss", got=name, expected=f"one of {sorted(LOSSES)}, or module:attribute"
-        )
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ConfigError("the loss cannot be imported", where="train.loss", got=name, fix=str(error)) from error
+    factory = resolve(name, LOSSES, what="loss", where="train.loss")
     try:
         loss: Loss = factory(**(options or {}))
     except TypeError as error:
-        raise ConfigError("the loss does not take these options", where="train.loss_options", got=options, fix=str(error)) from error
+        raise ConfigError(
+            "the loss does not take these options", where="train.loss_options", got=dict(options or {}), fix=str(error)
+        ) from error
     return loss

@@ -22,6 +22,9 @@ def apply_parallelism(model: Decoder, *, world: int, device: torch.device, activ
     2. Each block is a sharding unit: one all-gather for its forward, one for its backward.
     3. The root takes what is left (embedding, last norm, head). The loss runs inside the root's forward, where
        those weights are whole.
+
+    Weights stay float32 and autocast picks the precision of the products, so that one rank and many compute the same;
+    FSDP2's own mixed precision would round norms and embeddings as well.
     """
     if activation_checkpointing:
         for layer in model.layers:
@@ -32,6 +35,18 @@ def apply_parallelism(model: Decoder, *, world: int, device: torch.device, activ
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
+
+
+def gradient_scale(model: nn.Module, divisor: float, world: int) -> float:
+    """Factor on a rank's loss sum that makes the reduced gradient that of ``global sum / divisor``.
+
+    FSDP2 averages gradients over ranks: the factor ``world`` makes the average the sum that is meant. (Its
+    ``set_gradient_divide_factor(1)`` would ask for a pre-multiplied sum, which gloo does not have.) A step without
+    any trained token has divisor 0 and gradient 0.
+    """
+    if divisor == 0.0:
+        return 0.0
+    return (world if isinstance(model, FSDPModule) else 1) / divisor
 
 
 def synchronise_gradients(model: nn.Module, on: bool) -> None:

@@ -1,8 +1,9 @@
 """Floating-point operations that the model needs for the useful tokens, and peaks to hold them against.
 
 Counted as PaLM (Chowdhery et al. 2022, appendix B) does, made exact for packed rows: 6 per token and matrix
-parameter of the body, 6 per *supervised* token and head parameter (the head skips the others), attention over the
-causal pairs of each document. Embedding lookups, norms, recomputation and padding are not counted.
+parameter of the body, 6 per *supervised* token and head parameter (the head skips the others), and for attention
+6 * layers * heads * head_dim * (sum of squared document lengths), which is causal and within documents. Embedding
+lookups, norms, recomputation and padding are not counted.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def causal_pairs(lengths: np.ndarray, window: int | None) -> float:
-    """Query-key pairs of causal attention over documents of these lengths: a query sees at most ``window`` keys."""
+    """Query-key pairs of causal attention over documents of these lengths, a query seeing at most ``window`` keys.
+
+    Half of the full square, as is the custom; the diagonal's other half is not counted.
+    """
     lengths = lengths.astype(np.float64)
     if window is None:
-        return float((lengths * (lengths + 1) / 2).sum())
+        return float((lengths**2 / 2).sum())
     short = np.minimum(lengths, window)
-    return float((short * (short + 1) / 2 + (lengths - short) * window).sum())
+    return float((short**2 / 2 + (lengths - short) * window).sum())
 
 
 def batch_flops(spec: ModelSpec, batch: PackedBatch) -> float:
