@@ -269,8 +269,10 @@ class _TokenLogprobs(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             rows_ND = hidden_TD.index_select(0, index_N).to(dtype)
             head = _Head(rows_ND, weight_VD.to(dtype), chunk_rows, vocab_size)
-            grad_rows = torch.empty_like(rows_ND)
-            grad_weight = torch.zeros(weight_VD.shape, dtype=head.wide, device=device)
+            grad_rows = torch.empty_like(rows_ND) if ctx.needs_input_grad[0] else None
+            grad_weight = None
+            if ctx.needs_input_grad[1]:
+                grad_weight = torch.zeros(weight_VD.shape, dtype=head.wide, device=device)
             for part in head.chunks(index_N.shape[0]):
                 targets, grads = targets_N[part, None], grad_logprobs[part, None].to(head.wide)
                 probabilities = head.logits(rows_ND[part])
@@ -286,7 +288,13 @@ class _TokenLogprobs(torch.autograd.Function):
                 else:
                     grad_logits = probabilities.mul_(-grads)
                 grad_logits = grad_logits.scatter_add_(1, targets, grads).div_(temperature).to(dtype)
-                torch.mm(grad_logits, head.weight, out=grad_rows[part])
-                _accumulate_(grad_weight, grad_logits, rows_ND[part], first=part.start == 0)
-            grad_hidden = torch.zeros_like(hidden_TD).index_copy_(0, index_N, grad_rows.to(hidden_TD.dtype))
-        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None, None, None, None
+                if grad_rows is not None:
+                    torch.mm(grad_logits, head.weight, out=grad_rows[part])
+                if grad_weight is not None:
+                    _accumulate_(grad_weight, grad_logits, rows_ND[part], first=part.start == 0)
+            grad_hidden = None
+            if grad_rows is not None:
+                grad_hidden = torch.zeros_like(hidden_TD).index_copy_(0, index_N, grad_rows.to(hidden_TD.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from posttrain_lib.models.spec import RopeConfig
+from posttrain_lib.ops.norm import rms_norm
+from posttrain_lib.ops.rope import apply_rope, inverse_frequencies, rope_tables
+from posttrain_lib.ops.swiglu import swiglu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_has_the_bits_of_transformers(dtype):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    torch.manual_seed(0)
+    theirs = Qwen3RMSNorm(24, eps=1e-5)
+    theirs.weight.data.normal_(1.0, 0.3)
+    theirs = theirs.to(dtype)
+    hidden = torch.randn(9, 24).to(dtype)
+    assert torch.equal(rms_norm(hidden, theirs.weight, 1e-5), theirs(hidden))
+
+
+def test_norm_keeps_float64():
+    hidden, weight = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    exact = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(rms_norm(hidden, weight, 1e-6), exact, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("rope", "parameters"),
+    [
+        (RopeConfig(theta=1e6), {"rope_type": "default", "rope_theta": 1e6}),
+        (RopeConfig(theta=1e4, kind="linear", factor=4.0), {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+        (
+            RopeConfig(5e5, "llama3", 32.0, 1.0, 4.0, 8192),
+            {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+    ],
+)
+def test_rope_has_the_bits_of_transformers(rope, parameters):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=dict(parameters)
+    )
+    theirs = LlamaRotaryEmbedding(config)
+    assert torch.equal(inverse_frequencies(rope, 64), theirs.inv_freq)
+    positions = torch.tensor([0, 1, 5, 4000, 100_000])
+    heads = torch.randn(5, 4, 64)
+    cosine, sine = theirs(heads, positions[None])
+    wanted, _ = apply_rotary_pos_emb(heads[None], heads[None], cosine, sine, unsqueeze_dim=2)
+    got = apply_rope(heads, *rope_tables(positions, inverse_frequencies(rope, 64)))
+    # Same products and sums; a fused multiply-add in either may round once less: 2 roundings of values up to 5.
+    torch.testing.assert_close(got, wanted[0], rtol=0, atol=1e-6)
+
+
+def test_rope_stays_float32_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cosine, sine = rope_tables(torch.arange(5000), torch.tensor([1.0, 0.1]))
+        assert cosine.dtype == sine.dtype == torch.float32
+        assert apply_rope(torch.randn(5000, 1, 4).bfloat16(), cosine, sine).dtype == torch.bfloat16
+    torch.testing.assert_close(cosine[:, 0, 0], torch.arange(5000.0).cos())
+
+
+def test_swiglu():
+    gate, up = torch.randn(4, 6), torch.randn(4, 6)
+    torch.testing.assert_close(swiglu(gate, up), gate * torch.sigmoid(gate) * up)
