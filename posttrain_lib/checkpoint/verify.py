@@ -150,7 +150,7 @@ def verify_light(model: Decoder, spec: ModelSpec, folder: Path, documents: Docum
 
 def _copy_block(model: Decoder, spec: ModelSpec, layer: int) -> Decoder:
     """A one-layer decoder with the layer's weights, apart from the model."""
-    block = build_model(one_layer_spec(spec, layer))
+    block = build_model(one_layer_spec(dataclasses.replace(spec, config=model.config), layer))
     block.layers[0].load_state_dict(model.layers[layer].state_dict())
     return block
 

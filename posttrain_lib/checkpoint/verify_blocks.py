@@ -30,7 +30,13 @@ from posttrain_lib.checkpoint.verify_modules import (
 )
 from posttrain_lib.checkpoint.verify_report import ModuleDifference, VerificationReport, with_first_wrong
 from posttrain_lib.models.decoder import Decoder, build_model
-from posttrain_lib.models.spec import ModelSpec, layer_parameter_shapes, parameter_count, parameter_shapes
+from posttrain_lib.models.spec import (
+    ModelSpec,
+    layer_number,
+    layer_parameter_shapes,
+    layer_pattern,
+    parameter_count,
+)
 from posttrain_lib.schema.manifests import Check
 
 # A reference without its vocabulary: the embedding and the head are compared apart.
@@ -55,22 +61,30 @@ class StoredWeights:
     """Tensors of a folder by our names, mapped when asked for."""
 
     def __init__(self, spec: ModelSpec, folder: Path) -> None:
-        self._folder, self._entries, self._names = folder, read_headers(folder), spec.hf_names()
+        self._folder, self._entries = folder, read_headers(folder)
+        # By pattern, not by the spec's own parameters: what is stored is not what a definition expects to be.
+        self._table = dict(spec.weight_map)
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = self._names[name]
+        stored = self._table[layer_pattern(name)].format(n=layer_number(name))
         with safe_open(self._folder / self._entries[stored].file, framework="pt") as shard:
             return shard.get_tensor(stored)
 
-    def layer(self, spec: ModelSpec, layer: int) -> dict[str, Tensor]:
-        """Parameter name within the layer -> stored tensor."""
-        return {name: self[f"layers.{layer}.{name}"] for name in layer_parameter_shapes(spec.config)}
+    def layer(self, layer: int) -> dict[str, Tensor]:
+        """Parameter name within the layer -> tensor, for all that the files hold of it."""
+        prefix = "layers.{n}."
+        names = [
+            ours.removeprefix(prefix)
+            for ours, theirs in self._table.items()
+            if ours.startswith(prefix) and theirs.format(n=layer) in self._entries
+        ]
+        return {name: self[f"layers.{layer}.{name}"] for name in names}
 
 
 def build_block(spec: ModelSpec, weights: StoredWeights, layer: int) -> Decoder:
     """Ours: a decoder of this one layer with its stored weights, float32."""
     block = build_model(one_layer_spec(spec, layer))
-    block.layers[0].load_state_dict(weights.layer(spec, layer))
+    block.layers[0].load_state_dict(weights.layer(layer))
     return block
 
 
@@ -86,7 +100,7 @@ def build_reference_block(spec: ModelSpec, weights: StoredWeights, layer: int, d
     table = {ours: theirs.format(n=0) for ours, theirs in spec.weight_map}
     parameters = dict(reference.named_parameters())
     with torch.no_grad():
-        for name, stored in weights.layer(spec, layer).items():
+        for name, stored in weights.layer(layer).items():
             parameters[table[f"layers.{{n}}.{name}"]].copy_(stored)
     return reference
 
@@ -154,7 +168,7 @@ def verify_blocks(
             modules = _inside(spec, weights, layer, ours, hidden, documents)
         packing.add(f"layers.{layer}", alone, packed, floor, fine)
         held = dict(ours.layers[0].named_parameters())
-        for name, stored in weights.layer(spec, layer).items():
+        for name, stored in weights.layer(layer).items():
             bits.add(f"layers.{layer}.{name}", held.get(name), stored)
         hidden = coarse
     _compare_head(spec, weights, hidden, found)
@@ -240,7 +254,7 @@ def _compare_head(spec: ModelSpec, weights: StoredWeights, hidden: Tensor, found
         fine = theirs.double()(hidden.double())
     found.add("norm", ours, fine, largest(coarse - fine), fine)
     # The tie is read from both sides: a wrong one multiplies by another matrix.
-    own = weights["embed_tokens.weight" if "lm_head.weight" not in parameter_shapes(spec.config) else "lm_head.weight"]
+    own = weights["embed_tokens.weight" if spec.config.tie_word_embeddings else "lm_head.weight"]
     tied = bool(reference.config.tie_word_embeddings)
     other = weights["embed_tokens.weight" if tied else "lm_head.weight"]
     for start in range(0, spec.config.vocab_size, _HEAD_ROWS):
