@@ -12,11 +12,13 @@ is part of each checkpoint's own counters, so no second file can disagree with t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +112,8 @@ class CheckpointManager:
                 )
         tensors = state.tensors()
         try:
-            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+            with _one_process_is_fine():
+                dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
         except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 "the checkpoint does not fit this model and optimiser", where=path, got=_root_cause(error)
@@ -220,8 +223,17 @@ def load_model_state(path: str | Path) -> dict[str, Tensor]:
         for name, entry in metadata.items()
         if name.startswith(prefix)
     }
-    dcp.load(wanted, checkpoint_id=path, no_dist=True)
+    with _one_process_is_fine():
+        dcp.load(wanted, checkpoint_id=path, no_dist=True)
     return {name.removeprefix(prefix): value for name, value in wanted.items()}
+
+
+@contextlib.contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """torch warns at every save and load without a process group, even where ``no_dist`` says that it is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _make_empty(folder: Path) -> None:
@@ -231,7 +243,8 @@ def _make_empty(folder: Path) -> None:
 
 
 def _write(folder: Path, state: TrainState, rank: int) -> None:
-    dcp.save(state.tensors(), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with _one_process_is_fine():
+        dcp.save(state.tensors(), checkpoint_id=folder, no_dist=not dist.is_initialized())
     _write_json(folder / f"rng-{rank}.json", rng_state())
     if rank == 0:
         content: dict[str, Any] = {

@@ -10,11 +10,8 @@ from the last checkpoint. Anything an actor raised itself is the user's to see a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -22,18 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
+from posttrain_lib.compute.ray_session import RaySession, ray_session
 from posttrain_lib.errors import ConfigError, PosttrainError, TrainingError
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training.job import TrainJob
 from posttrain_lib.training.loop import Events, train
 
-SESSION_FILE = "ray-session.json"
-#: Ray's own least is 75 MB; reports are small, tensors never pass through it
-_OBJECT_STORE_BYTES = 100 * 2**20
 #: after the first failure, how long to listen for the others: the first heard is often only a victim
 _SETTLE_SECONDS = 5.0
+#: how long the actors may take to come up; a cluster may have to start machines for them
+_START_SECONDS = 900.0
+_POLL_SECONDS = 1.0
+#: what a rank says whose peer has gone
+_VICTIM_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_VICTIM_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class WorkerLost(Exception):
@@ -44,11 +45,12 @@ class WorkerLost(Exception):
 class TrainingWorker:
     """One rank."""
 
-    def rendezvous(self) -> str:
-        """A free ``host:port`` on this actor's node, for rank 0 to listen on."""
+    def rendezvous(self, private: bool) -> str:
+        """A free ``host:port`` of this actor's node, for rank 0 to listen on; loopback if all ranks are on one."""
+        host = "127.0.0.1" if private else ray.util.get_node_ip_address()
         with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+            probe.bind((host, 0))
+            return f"{host}:{probe.getsockname()[1]}"
 
     def run(self, job: TrainJob) -> Iterator[StepReport | TrainResult]:
         """The loop of this rank: rank 0 streams its reports, every rank ends with the result."""
@@ -66,31 +68,36 @@ class TrainingWorker:
 def launch_on_ray(job: TrainJob, *, address: str | None, retries: int) -> Events:
     """Run ``job.world`` ranks as actors, restarting them from the last checkpoint when one is lost.
 
+    On a cluster, the job's folders must be on storage that every node sees.
+
     Raises:
         TrainingError: a rank was lost more than ``retries`` times; or whatever :class:`PosttrainError` a rank raised.
+        ConfigError: no cluster at ``address``, or fewer GPUs than workers where ``device`` asks for them.
     """
-    with ray_session(Path(job.work_dir), address, job.world):
-        for attempt in range(retries + 1):
-            try:
-                return (yield from _run_once(job))
-            except WorkerLost as lost:
-                if attempt == retries:
-                    raise TrainingError(
-                        f"a training worker was lost {attempt + 1} times",
-                        where=str(lost),
-                        expected=f"at most {retries} losses (compute.retries)",
-                        fix="look for an out-of-memory kill in the system log; lower train.micro_batch_rows or "
-                        "turn on train.activation_checkpointing. Running again goes on from the last checkpoint",
-                    ) from lost
-                print(f"{lost}; starting again from the last checkpoint", flush=True)
+    cores = max(job.world, len(os.sched_getaffinity(0)))
+    for attempt in range(retries + 1):
+        try:
+            # A session of its own for each attempt: whatever killed a worker may have hurt Ray as well.
+            with ray_session(Path(job.work_dir), address, cores) as session:
+                return (yield from _run_once(job, session))
+        except WorkerLost as lost:
+            if attempt == retries:
+                raise TrainingError(
+                    f"a training worker was lost {attempt + 1} times",
+                    where=str(lost),
+                    expected=f"at most {retries} losses (compute.retries)",
+                    fix="look for an out-of-memory kill in the system log; lower train.micro_batch_rows or "
+                    "turn on train.activation_checkpointing. Running again goes on from the last checkpoint",
+                ) from lost
+            print(f"{lost}; starting again from the last checkpoint", flush=True)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _run_once(job: TrainJob) -> Events:
-    devices = {"num_gpus": 1} if job.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= job.world else {}
-    workers = [TrainingWorker.options(num_cpus=1, **devices).remote() for _ in range(job.world)]
+def _run_once(job: TrainJob, session: RaySession) -> Events:
+    workers = [TrainingWorker.options(**_resources(job)).remote() for _ in range(job.world)]
     try:
-        rendezvous = ray.get(workers[0].rendezvous.remote()) if job.world > 1 else None
+        rendezvous = _first_contact(workers, private=session.folder is not None)
+        session.record()
         streams = {
             rank: worker.run.options(num_returns="streaming").remote(
                 dataclasses.replace(job, rank=rank, rendezvous=rendezvous)
@@ -98,11 +105,46 @@ def _run_once(job: TrainJob) -> Events:
             for rank, worker in enumerate(workers)
         }
         return (yield from _listen(streams))
-    except RayActorError as error:
-        raise WorkerLost(f"a training worker died while starting ({_first_line(error)})") from error
     finally:
         for worker in workers:
-            ray.kill(worker)
+            if ray.is_initialized():
+                ray.kill(worker)
+
+
+def _resources(job: TrainJob) -> dict[str, float]:
+    """What Ray reserves for a rank: its threads, and a GPU where the job uses them."""
+    if job.device == "cpu":
+        return {"num_cpus": 1}
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if gpus >= job.world:
+        return {"num_cpus": 1, "num_gpus": 1}
+    if job.device == "cuda":
+        raise ConfigError(
+            "Ray has fewer GPUs than the job has workers",
+            where="compute.workers",
+            got=f"{job.world} workers",
+            expected=f"at most {gpus:g}",
+            fix="lower compute.workers, or give Ray more GPUs",
+        )
+    return {"num_cpus": 1}
+
+
+def _first_contact(workers: list[Any], *, private: bool) -> str:
+    """Wait until every actor answers; rank 0's answer is the rendezvous."""
+    answers = [worker.rendezvous.remote(private) for worker in workers]
+    deadline = time.monotonic() + _START_SECONDS
+    while len(ray.wait(answers, num_returns=len(answers), timeout=_POLL_SECONDS)[0]) < len(answers):
+        if time.monotonic() > deadline:
+            raise TrainingError(
+                "the training workers did not start",
+                where=f"{len(workers)} workers",
+                got=f"Ray has {ray.available_resources()} free",
+                fix="wait for the cluster to be free, or ask for fewer workers",
+            )
+    try:
+        return str(ray.get(answers)[0])
+    except RayActorError as error:
+        raise WorkerLost(f"a training worker died while starting ({_first_line(error)})") from error
 
 
 def _listen(streams: dict[int, Any]) -> Events:
@@ -110,7 +152,7 @@ def _listen(streams: dict[int, Any]) -> Events:
     ranks = {stream: rank for rank, stream in streams.items()}
     result: TrainResult | None = None
     while ranks:
-        ready, _ = ray.wait(list(ranks), num_returns=1, timeout=1.0)
+        ready, _ = ray.wait(list(ranks), num_returns=1, timeout=_POLL_SECONDS)
         for stream in ready:
             try:
                 item = ray.get(next(stream))
@@ -118,7 +160,7 @@ def _listen(streams: dict[int, Any]) -> Events:
                 del ranks[stream]
                 continue
             except RayError as error:
-                raise _blame(ranks.pop(stream), error, ranks) from None
+                raise _blame({ranks.pop(stream): error}, ranks) from None
             if isinstance(item, TrainResult):
                 result = item
             else:
@@ -128,12 +170,15 @@ def _listen(streams: dict[int, Any]) -> Events:
     return result
 
 
-def _blame(rank: int, error: RayError, others: dict[Any, int]) -> Exception:
-    """Find the rank that failed first in the chain: a dead one, else one that says why, else the first heard."""
-    failures = {rank: error}
+def _blame(failures: dict[int, RayError], others: dict[Any, int]) -> Exception:
+    """What to raise for the rank that failed first in the chain.
+
+    A dead rank comes first, then one that raised an error of ours, then one that raised anything but the loss of a
+    peer's connection.
+    """
     deadline = time.monotonic() + _SETTLE_SECONDS
     while others and time.monotonic() < deadline:
-        ready, _ = ray.wait(list(others), num_returns=1, timeout=0.5)
+        ready, _ = ray.wait(list(others), num_returns=1, timeout=_POLL_SECONDS / 4)
         for stream in ready:
             try:
                 ray.get(next(stream))
@@ -141,73 +186,25 @@ def _blame(rank: int, error: RayError, others: dict[Any, int]) -> Exception:
                 del others[stream]
             except RayError as another:
                 failures[others.pop(stream)] = another
-    for dead, failure in failures.items():
-        if isinstance(failure, RayActorError):
-            return WorkerLost(f"training worker {dead} died ({_first_line(failure)})")
-    causes = {who: failure.cause if isinstance(failure, RayTaskError) else failure for who, failure in failures.items()}
+    for rank, failure in failures.items():
+        if isinstance(failure, RayActorError | ActorUnavailableError):
+            return WorkerLost(f"training worker {rank} died ({_first_line(failure)})")
+    causes = {rank: getattr(failure, "cause", failure) for rank, failure in failures.items()}
     for cause in causes.values():
         if isinstance(cause, PosttrainError):
             return cause
+    rank = next((rank for rank, cause in causes.items() if not _is_victim(cause)), next(iter(causes)))
     return TrainingError(
-        f"training worker {rank} failed", where=f"rank {rank}", got=f"\n{failures[rank]}", fix="see its traceback above"
+        f"training worker {rank} failed: {type(causes[rank]).__name__}: {_first_line(causes[rank])}",
+        where=f"rank {rank}",
+        got=f"\n{failures[rank]}" if isinstance(failures[rank], RayTaskError) else failures[rank],
+        fix="see the worker's traceback above",
     )
 
 
+def _is_victim(cause: BaseException) -> bool:
+    return type(cause).__name__ in _VICTIM_TYPES or any(text in str(cause) for text in _VICTIM_TEXTS)
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-@contextlib.contextmanager
-def ray_session(work: Path, address: str | None, workers: int) -> Iterator[None]:
-    """Be connected to Ray while inside: to the cluster at ``address``, else to a private one that ends with us."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    remove_orphans(work)
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": True}
-    if address is not None:
-        _check_reachable(address)
-        import posttrain_lib
-
-        ray.init(address=address, runtime_env={"py_modules": [posttrain_lib]}, **quiet)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=max(workers, os.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **quiet,
-        )
-        session = {"driver": os.getpid(), "session": Path(ray._private.worker.global_worker.node.get_session_dir_path()).name}
-        (work / SESSION_FILE).write_text(json.dumps(session), encoding="utf-8")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        (work / SESSION_FILE).unlink(missing_ok=True)
-
-
-def remove_orphans(work: Path) -> list[int]:
-    """Stop what a killed driver's private Ray left running (its agents outlive it); returns the process ids."""
-    path = work / SESSION_FILE
-    if not path.is_file():
-        return []
-    session = json.loads(path.read_text(encoding="utf-8"))
-    removed = []
-    if not Path(f"/proc/{session['driver']}").exists():
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # the process ended while we looked
-                if session["session"].encode() in (entry / "cmdline").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
-                    removed.append(int(entry.name))
-    path.unlink(missing_ok=True)
-    return removed
-
-
-def _check_reachable(address: str) -> None:
-    """Ray waits for minutes on a dead address; a socket says at once."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5.0).close()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "no Ray cluster answers", where="compute.address", got=f"{address} ({error})", expected="host:port of a head node"
-        ) from error
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
