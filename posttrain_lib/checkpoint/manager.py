@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from posttrain_lib.errors import CheckpointError
 from posttrain_lib.lineage.digests import digest_file, list_files, write_atomically
@@ -66,10 +67,10 @@ class CheckpointManager:
         """
         target = self.folder / step_folder(state.progress.step)
         partial = target.with_name(f".{target.name}.partial")
-        self._together(target, lambda: self.rank == 0 and _make_empty(partial))
+        self._together(target, lambda: _make_empty(partial), everywhere=False)
         self._together(target, lambda: _write(partial, state, self.rank))
-        self._together(target, lambda: self.rank == 0 and _publish(partial, target))
-        self._together(target, lambda: self.rank == 0 and self._retain())
+        self._together(target, lambda: _publish(partial, target), everywhere=False)
+        self._together(target, self._retain, everywhere=False)
         return target
 
     def newest(self) -> Path | None:
@@ -139,11 +140,12 @@ class CheckpointManager:
             notes.append(f"skipped checkpoint {path.name}: {problem}")
         return None, notes, None
 
-    def _together(self, target: Path, work: Callable[[], object]) -> None:
-        """Do a part of a save on every rank; if it failed on any, clean up and fail on all."""
+    def _together(self, target: Path, work: Callable[[], None], *, everywhere: bool = True) -> None:
+        """Do a part of a save on every rank, or on rank 0 alone; if it failed on any, clean up and fail on all."""
         failure: str | None = None
         try:
-            work()
+            if everywhere or self.rank == 0:
+                work()
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             # torch reports a full disk as RuntimeError or wraps it; every rank must hear of it before one raises
             failure = f"rank {self.rank}: {_root_cause(error)}"
@@ -221,7 +223,7 @@ def load_model_state(path: str | Path) -> dict[str, Tensor]:
     wanted = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     with _one_process_is_fine():
         dcp.load(wanted, checkpoint_id=path, no_dist=True)
@@ -262,7 +264,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Flush every file, then write the manifest, so that a manifest on the disk means files on the disk; then rename."""
+    """Flush every file, write the manifest, rename: a manifest on the disk means files on the disk."""
     files: dict[str, tuple[int, str]] = {}
     for path in list_files(partial):
         with open(path, "rb") as handle:

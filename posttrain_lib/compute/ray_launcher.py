@@ -37,13 +37,12 @@ _VICTIM_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _VICTIM_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-class WorkerLost(Exception):
+class WorkerLostError(Exception):
     """A rank's process died; the job can go on from its last checkpoint."""
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class TrainingWorker:
-    """One rank."""
+    """One rank, as an actor."""
 
     def rendezvous(self, private: bool) -> str:
         """A free ``host:port`` of this actor's node, for rank 0 to listen on; loopback if all ranks are on one."""
@@ -80,7 +79,7 @@ def launch_on_ray(job: TrainJob, *, address: str | None, retries: int) -> Events
             # A session of its own for each attempt: whatever killed a worker may have hurt Ray as well.
             with ray_session(Path(job.work_dir), address, cores) as session:
                 return (yield from _run_once(job, session))
-        except WorkerLost as lost:
+        except WorkerLostError as lost:
             if attempt == retries:
                 raise TrainingError(
                     f"a training worker was lost {attempt + 1} times",
@@ -94,9 +93,10 @@ def launch_on_ray(job: TrainJob, *, address: str | None, retries: int) -> Events
 
 
 def _run_once(job: TrainJob, session: RaySession) -> Events:
-    workers = [TrainingWorker.options(**_resources(job)).remote() for _ in range(job.world)]
+    actor = ray.remote(max_restarts=0, max_task_retries=0, **_resources(job))(TrainingWorker)
+    workers = [actor.remote() for _ in range(job.world)]
     try:
-        rendezvous = _first_contact(workers, private=session.folder is not None)
+        rendezvous = _first_contact(workers, private=session.private)
         session.record()
         streams = {
             rank: worker.run.options(num_returns="streaming").remote(
@@ -144,7 +144,7 @@ def _first_contact(workers: list[Any], *, private: bool) -> str:
     try:
         return str(ray.get(answers)[0])
     except RayActorError as error:
-        raise WorkerLost(f"a training worker died while starting ({_first_line(error)})") from error
+        raise WorkerLostError(f"a training worker died while starting ({_first_line(error)})") from error
 
 
 def _listen(streams: dict[int, Any]) -> Events:
@@ -188,7 +188,7 @@ def _blame(failures: dict[int, RayError], others: dict[Any, int]) -> Exception:
                 failures[others.pop(stream)] = another
     for rank, failure in failures.items():
         if isinstance(failure, RayActorError | ActorUnavailableError):
-            return WorkerLost(f"training worker {rank} died ({_first_line(failure)})")
+            return WorkerLostError(f"training worker {rank} died ({_first_line(failure)})")
     causes = {rank: getattr(failure, "cause", failure) for rank, failure in failures.items()}
     for cause in causes.values():
         if isinstance(cause, PosttrainError):

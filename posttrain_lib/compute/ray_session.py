@@ -37,20 +37,21 @@ _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "OMP_WAIT
 
 @dataclass(frozen=True)
 class RaySession:
-    """An open connection. ``folder`` is the private Ray's own, None on a cluster."""
+    """An open connection. ``private``: this process started that Ray; ``folder`` is then what is removed with it."""
 
     work: Path
+    private: bool
     folder: Path | None
 
     def record(self) -> None:
         """Write down which processes belong to this session; again whenever it has started more."""
-        if self.folder is None:
+        if not self.private:
             return
         driver = os.getpid()
         content = {
             "driver": [driver, _started(driver)],
             "processes": [[pid, _started(pid)] for pid in _descendants(driver)],
-            "folder": str(self.folder),
+            "folder": None if self.folder is None else str(self.folder),
         }
         write_atomically(self.work / SESSION_FILE, json.dumps(content))
 
@@ -66,7 +67,7 @@ def ray_session(work: Path, address: str | None, cores: int) -> Iterator[RaySess
     remove_orphans(work)
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": True}
     with _environment(_ENVIRONMENT):
-        session = RaySession(work, None if address else _session_folder())
+        session = RaySession(work, address is None, _session_folder() if address is None else None)
         try:
             if address is not None:
                 check_reachable(address)
@@ -79,7 +80,7 @@ def ray_session(work: Path, address: str | None, cores: int) -> Iterator[RaySess
                     num_cpus=cores,
                     include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
-                    _temp_dir=str(session.folder),
+                    _temp_dir=None if session.folder is None else str(session.folder),
                     **quiet,
                 )
             session.record()
@@ -88,6 +89,7 @@ def ray_session(work: Path, address: str | None, cores: int) -> Iterator[RaySess
             ray.shutdown()
             if session.folder is not None:
                 shutil.rmtree(session.folder, ignore_errors=True)
+            if session.private:
                 (work / SESSION_FILE).unlink(missing_ok=True)
 
 
@@ -115,7 +117,8 @@ def remove_orphans(work: Path) -> list[int]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 stopped.append(pid)
-    shutil.rmtree(session["folder"], ignore_errors=True)
+    if session["folder"] is not None:
+        shutil.rmtree(session["folder"], ignore_errors=True)
     path.unlink(missing_ok=True)
     return stopped
 
@@ -150,13 +153,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _session_folder() -> Path:
-    """A fresh folder with a path short enough for the sockets that Ray makes in it."""
+def _session_folder() -> Path | None:
+    """A fresh folder for a private Ray; None (Ray's own choice) where its path is too long for sockets."""
     folder = tempfile.mkdtemp(prefix="ray-")
     if len(folder) <= _LONGEST_FOLDER:
         return Path(folder)
     os.rmdir(folder)
-    return Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    return None
 
 
 def _descendants(root: int) -> list[int]:

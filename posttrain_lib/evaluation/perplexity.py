@@ -30,7 +30,7 @@ def source_sums(batch: PackedBatch, nll_N: Tensor, sources: int) -> Tensor:
 
 
 def mean_losses(sums: Tensor, names: list[str]) -> dict[str, float]:
-    """``{"all": mean, "<source>": mean}`` from global [sources, 2] sums; sources without trained tokens are left out."""
+    """``{"all": mean, "<source>": mean}`` of global [sources, 2] sums, without sources of no weight."""
     total, weight = sums.sum(dim=0).tolist()
     means = {name: loss / count for name, (loss, count) in zip(names, sums.tolist(), strict=True) if count > 0}
     return {"all": total / weight if weight > 0 else 0.0, **means}

@@ -28,7 +28,7 @@ def apply_parallelism(model: Decoder, *, world: int, device: torch.device, activ
     """
     if activation_checkpointing:
         for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if world > 1:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("dp_shard",))
         for layer in model.layers:

@@ -75,10 +75,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def rng_state() -> dict[str, Any]:
     """State of every random generator of this process, JSON-ready."""
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    twister = numpy_state["state"]
     state: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr]
+        "numpy": [twister["key"].tolist(), twister["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
         "torch": _hex(torch.get_rng_state()),
     }
     if torch.cuda.is_available():
@@ -90,8 +92,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Inverse of :func:`rng_state`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_unhex(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_unhex(state["cuda"]))

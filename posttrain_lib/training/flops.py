@@ -41,7 +41,8 @@ def batch_flops(spec: ModelSpec, batch: PackedBatch) -> float:
     body, head = matmul_parameters(spec)
     lengths = np.diff(batch.cu_seqlens)[batch.document_ids >= 0]
     # QK^T and PV: 2 products x 2 FLOPs x 3 (one forward, two backward) per pair and per head entry.
-    attention = sum(12.0 * config.num_attention_heads * config.head_dim * causal_pairs(lengths, w) for w in config.windows)
+    per_pair = 12.0 * config.num_attention_heads * config.head_dim
+    attention = sum(per_pair * causal_pairs(lengths, window) for window in config.windows)
     return 6.0 * body * batch.real_tokens + 6.0 * head * len(batch.supervised_index) + attention
 
 
