@@ -196,12 +196,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 nll_N[part] = _softmax_(logits) - at_target
                 if grad_rows is None and grad_weight is None:
                     continue
-                weights = weights_N[part, None]
-                grad_logits = logits.mul_(weights).scatter_add_(1, targets, -weights).to(head.dtype)
+                # The loss weight is a factor of a row: it goes into the narrow side of each product.
+                weights = weights_N[part, None].to(head.dtype)
+                grad_logits = logits.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=head.wide))
+                grad_logits = grad_logits.to(head.dtype)
                 if grad_rows is not None:
-                    torch.mm(grad_logits, head.weight, out=grad_rows[part])
+                    torch.mm(grad_logits, head.weight, out=grad_rows[part]).mul_(weights)
                 if grad_weight is not None:
-                    _accumulate_(grad_weight, grad_logits, rows, first=part.start == 0)
+                    _accumulate_(grad_weight, grad_logits, rows * weights, first=part.start == 0)
             ctx.gradients = (grad_rows, grad_weight)
             ctx.index = index_N
             ctx.hidden_like, ctx.weight_dtype = (hidden_TD.shape, hidden_TD.dtype), weight_VD.dtype
