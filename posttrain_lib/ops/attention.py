@@ -6,11 +6,10 @@ Which path runs is decided by device and dtype alone, never by a flag read insid
   where this torch has it. It runs on a GPU only; the GPU suite covers it.
 * everything else: one ``scaled_dot_product_attention`` call per document.
 
-Why a plain loop on a CPU, measured (2 cores, fp32, 4096 tokens, forward and backward, minimum of 9): 49 documents of
-84 tokens on average, 4 heads of 32: loop 20 ms, loop over the fused kernels in an own autograd function 20 ms, own
-batched-matmul per document 21 ms, padded buckets with batched matmuls 16 ms, padded buckets with SDPA 29 ms; 5
-documents of 819 tokens, 8 heads of 64: loop 164 ms, own kernels 166 ms, matmuls 456 ms, buckets 465 ms. The loop is
-within 25 % of the best at one end, first at the other, needs memory linear in the document, and is four lines.
+Why a plain loop on a CPU: sketches of the alternatives (an own autograd function over the same kernels, batched
+matmuls per document, buckets of equal padded length with matmuls or with SDPA) gained at most a fifth on documents of
+80 tokens, and those with matmuls took nearly three times as long on documents of 800. ``tests/benchmarks/ops.py`` times
+the loop beside the dense mask that it replaces.
 """
 
 from __future__ import annotations

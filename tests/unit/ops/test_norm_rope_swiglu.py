@@ -21,6 +21,25 @@ def test_norm_has_the_bits_of_transformers(dtype):
     assert torch.equal(rms_norm(hidden, theirs.weight, 1e-5), theirs(hidden))
 
 
+def test_norm_gradients_by_finite_differences():
+    hidden = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h, w: rms_norm(h, w, 1e-3), (hidden, weight))
+
+
+def test_norm_gradients_in_bfloat16_are_near_the_exact_ones():
+    hidden = torch.randn(5, 16).bfloat16().requires_grad_()
+    weight = torch.randn(16).bfloat16().requires_grad_()
+    exact = [item.detach().double().requires_grad_() for item in (hidden, weight)]
+    pull = torch.randn(5, 16)
+    got = torch.autograd.grad(rms_norm(hidden, weight, 1e-6), (hidden, weight), pull.bfloat16())
+    wanted = torch.autograd.grad(rms_norm(*exact, 1e-6), exact, pull.bfloat16().double())
+    for left, right in zip(got, wanted, strict=True):
+        assert left.dtype == torch.bfloat16
+        # One rounding to 8 bits of the result, after a computation in float32.
+        torch.testing.assert_close(left.double(), right, rtol=2**-7, atol=1e-3)
+
+
 def test_norm_keeps_float64():
     hidden, weight = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     exact = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()

@@ -1,0 +1,120 @@
+"""Times of the tensor operations beside what they replace: ``python -m tests.benchmarks.ops``, or by path.
+
+Peers take turns within each round, so that a noisy neighbour hits all; minimum and median are printed in ms, with the
+load and the threads. ``OMP_NUM_THREADS`` sets the threads.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from posttrain_lib.ops.attention import packed_attention
+from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
+from posttrain_lib.ops.norm import rms_norm
+from posttrain_lib.ops.reference import packed_attention_reference
+
+
+def compare(title: str, peers: dict[str, Callable[[], object]], rounds: int) -> None:
+    """Print minimum and median of each peer."""
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, run in peers.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    print(title)
+    for name, values in times.items():
+        print(f"  {name:28s} min {min(values):8.1f}   median {sorted(values)[len(values) // 2]:8.1f}")
+
+
+def _lengths(tokens: int, mean: float, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths: list[int] = []
+    while (left := tokens - sum(lengths)) > 0:
+        drawn = torch.empty(1).log_normal_(float(torch.tensor(mean).log()) - 0.25, 0.7, generator=generator)
+        lengths.append(min(left, max(1, int(drawn))))
+    return lengths
+
+
+def attention(tokens: int, mean: float, heads: int, key_heads: int, head_dim: int) -> None:
+    """Forward and backward, packed documents: ours against one dense mask."""
+    lengths = _lengths(tokens, mean)
+    shapes = [(tokens, heads, head_dim), (tokens, key_heads, head_dim), (tokens, key_heads, head_dim)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+    def run(attend: Callable[..., Tensor]) -> None:
+        attend(*inputs, cu_seqlens, max(lengths), scale=head_dim**-0.5).sum().backward()
+
+    compare(
+        f"attention: {tokens} tokens, {len(lengths)} documents, {heads}/{key_heads} heads of {head_dim}",
+        {"per document": lambda: run(packed_attention), "dense mask": lambda: run(packed_attention_reference)},
+        rounds=5,
+    )
+
+
+def head(tokens: int, hidden_size: int, vocab: int, share: float, rounds: int) -> None:
+    """Forward and backward of the loss: ours, full logits, and the three bare products on the supervised rows."""
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
+    weight = (0.02 * torch.randn(vocab, hidden_size)).requires_grad_()
+    targets = torch.randint(vocab, (tokens,))
+    weights = (torch.rand(tokens) < share).float()
+    index = weights.nonzero().squeeze(1)
+    rows, grads = torch.randn(len(index), hidden_size), torch.randn(len(index), vocab)
+
+    def naive() -> None:
+        (cross_entropy(linear(hidden, weight), targets, reduction="none") * weights).sum().backward()
+
+    def products() -> Sequence[Tensor]:
+        plain = weight.detach()
+        return rows @ plain.t(), grads @ plain, grads.t() @ rows
+
+    compare(
+        f"head: {tokens} tokens, hidden {hidden_size}, vocabulary {vocab}, {share:.0%} supervised",
+        {
+            "linear_cross_entropy": lambda: linear_cross_entropy(hidden, weight, targets, weights, index)[0].backward(),
+            "full logits": naive,
+            "three bare products": products,
+        },
+        rounds,
+    )
+
+
+def norm(tokens: int, size: int) -> None:
+    """Forward and backward: ours against the same operations under autograd."""
+    hidden, weight = torch.randn(tokens, size, requires_grad=True), torch.ones(size, requires_grad=True)
+
+    def plain() -> None:
+        (weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6))).sum().backward()
+
+    compare(
+        f"norm: {tokens} x {size}",
+        {"rms_norm": lambda: rms_norm(hidden, weight, 1e-6).sum().backward(), "under autograd": plain},
+        rounds=15,
+    )
+
+
+def main() -> None:
+    """All cases, a minute or two."""
+    load = Path("/proc/loadavg")
+    print(f"threads {torch.get_num_threads()}, load {load.read_text().split()[0] if load.is_file() else 'unknown'}")
+    attention(4096, 100, 4, 2, 32)
+    attention(4096, 256, 8, 4, 64)
+    head(4096, 128, 512, 0.5, rounds=9)
+    head(1024, 512, 32000, 1.0, rounds=3)
+    head(1024, 512, 32000, 0.3, rounds=3)
+    head(1024, 256, 151936, 0.5, rounds=3)
+    norm(4096, 128)
+
+
+if __name__ == "__main__":
+    main()
