@@ -44,6 +44,7 @@ _WINDOW = 24
 # Length 1 (no context at all), lengths around and past the window, one long enough for scaled rotary frequencies.
 _LENGTHS = (7, 1, 33, 2, 96, 19)
 _BYTES_LIGHT = 9  # per parameter: the float64 reference, and the tensor being converted
+_BYTES_LOGITS = 32  # per logit: the reference's float32 and float64, ours packed and alone, and a float64 difference
 
 
 def verify_model(
@@ -70,7 +71,7 @@ def verify_model(
     spec = shrink_windows(spec_from_folder(folder))
     limit = free_memory_bytes() // 2 if memory_limit_bytes is None else memory_limit_bytes
     documents = Documents.random(spec, _LENGTHS, seed)
-    needed = _BYTES_LIGHT * parameter_count(spec.config)
+    needed = light_bytes(spec, documents)
     if tier == "light" and needed <= limit:
         model = build_model(spec)
         load_hf_weights(model, spec, folder)
@@ -87,6 +88,12 @@ def verify_model(
             )
         report = verify_blocks(spec, folder, documents)
     return dataclasses.replace(report, seed=seed, files=files, memory_estimate_bytes=needed)
+
+
+def light_bytes(spec: ModelSpec, documents: Documents) -> int:
+    """Memory that the comparison of the whole model takes, in bytes."""
+    logits = sum(documents.lengths) * spec.config.vocab_size
+    return _BYTES_LIGHT * parameter_count(spec.config) + _BYTES_LOGITS * logits
 
 
 def verify_light(model: Decoder, spec: ModelSpec, folder: Path, documents: Documents) -> VerificationReport:
