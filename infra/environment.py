@@ -90,7 +90,11 @@ def is_made(marker: str) -> bool:
 
 
 def announce_wait(guard) -> None:
-    """Take the guard (released when its file is closed, or this process dies), saying so where another holds it."""
+    """Take the guard, saying so where another process holds it. Released when its file is closed or all holders end.
+
+    pip inherits it: where this process is killed, its pip goes on writing, and the next must wait for that too.
+    """
+    os.set_inheritable(guard.fileno(), True)
     try:
         fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -185,7 +189,9 @@ def pip(*arguments: str) -> None:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
         begin = log.tell()
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False, close_fds=False
+        )
     if done.returncode != 0:
         output = LOG.read_bytes()[begin:].decode("utf-8", errors="replace")
         last = "\n".join(line for line in output.splitlines()[-15:])

@@ -158,7 +158,9 @@ def main() -> None:
     if arguments.check:
         missing = sorted(set(versions) ^ set(present))
         if missing:
-            raise SystemExit(f"lock: {machine}.txt is not the complete set; in only one of the two: {', '.join(missing)}")
+            raise SystemExit(
+                f"lock: {machine}.txt is not the complete set; in only one of the two: {', '.join(missing)}"
+            )
         command = f"python infra/lock.py {machine} --check"
         print(f"{machine}.txt resolves: {len(versions)} packages; {write_proof(machine, command, versions)}")
         return
