@@ -29,9 +29,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     frequency = theta ** (-torch.arange(half, dtype=x.dtype) / half)
     angle = torch.arange(x.shape[0], dtype=x.dtype)[:, None, None] * frequency
     first, second = x[..., :half], x[..., half:]
-    return torch.cat(
-        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
-    )
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
 def logits_of(weights: dict[str, Tensor], config: dict, tokens: Tensor) -> Tensor:

@@ -98,10 +98,12 @@ def tiny_config(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**settings, **changes})
 
 
-def make_job(folder: Path, config: TrainConfig, work: str = "work", **changes: Any) -> TrainJob:
-    """The job in ``folder``; model and stores are written on first use."""
+def make_job(
+    folder: Path, config: TrainConfig, work: str = "work", architecture: dict[str, Any] | None = None, **changes: Any
+) -> TrainJob:
+    """The job in ``folder``; model (of ``architecture``) and stores are written on first use."""
     if not (folder / "model").exists():
-        write_model(folder / "model")
+        write_model(folder / "model", **(architecture or {}))
         write_store(folder / "train", 200, seed=1)
         write_store(folder / "held_out", 30, seed=2)
     settings: dict[str, Any] = {"device": "cpu", "threads": 1, **changes}

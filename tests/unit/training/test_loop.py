@@ -117,9 +117,7 @@ def test_epochs_decide_the_steps(tmp_path: Path) -> None:
     config = tiny_config(steps=None, epochs=1.5)
     reports, result = run(make_job(tmp_path, config))
     store = TokenStore(tmp_path / "train")
-    expected = count_steps(
-        store.lengths, row_tokens=32, rows_per_step=8, packing_buffer=16, seed=0, epochs=1.5
-    )
+    expected = count_steps(store.lengths, row_tokens=32, rows_per_step=8, packing_buffer=16, seed=0, epochs=1.5)
     assert result.step == expected == reports[-1].total_steps
     examples = int(store.lengths.sum())
     assert 1.3 * examples < result.tokens_seen < 1.7 * examples
@@ -207,9 +205,7 @@ class LastTokensLoss:
 
 def test_a_loss_from_outside_with_a_divisor_of_its_own(tmp_path: Path) -> None:
     plain, _ = run(make_job(tmp_path, tiny_config(steps=3), work="plain"))
-    config = tiny_config(
-        steps=3, loss="tests.unit.training.test_loop:LastTokensLoss", loss_options={"scale": 4.0}
-    )
+    config = tiny_config(steps=3, loss="tests.unit.training.test_loop:LastTokensLoss", loss_options={"scale": 4.0})
     scaled, _ = run(make_job(tmp_path, config, work="scaled"))
     # a power of two: exact
     assert [report.loss for report in scaled] == [report.loss for report in plain]

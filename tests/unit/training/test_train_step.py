@@ -43,16 +43,16 @@ def settings(store: TokenStore, **changes: object) -> StepSettings:
 
 def gradients(model: Decoder, micro_batches: list[PackedBatch], store: TokenStore) -> tuple[float, dict]:
     divisor = sum(batch.weight for batch in micro_batches)
-    loss, _ = accumulate_gradients(
-        model, build_loss("sft"), micro_batches, settings(store), global_divisor=divisor
-    )
+    loss, _ = accumulate_gradients(model, build_loss("sft"), micro_batches, settings(store), global_divisor=divisor)
     return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     for name, expected in one.items():
         # float64: only the order of sums differs, 1e-16 each over at most thousands of terms
-        torch.testing.assert_close(other[name], expected, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            other[name], expected, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("micro_batch_rows", [2, 4, 8])
@@ -103,10 +103,10 @@ def test_loss_is_the_weighted_mean_and_sources_add_up(folder: Path) -> None:
     store = TokenStore(folder / "train")
     batch = pack_rows(store, [(0, 1, 2, 3)], 128)
     model = load(folder)
-    loss, sums = accumulate_gradients(
-        model, build_loss("sft"), [batch], settings(store), global_divisor=batch.weight
+    loss, sums = accumulate_gradients(model, build_loss("sft"), [batch], settings(store), global_divisor=batch.weight)
+    logits = model(
+        *(torch.from_numpy(x) for x in (batch.token_ids, batch.positions, batch.cu_seqlens)), batch.max_seqlen
     )
-    logits = model(*(torch.from_numpy(x) for x in (batch.token_ids, batch.positions, batch.cu_seqlens)), batch.max_seqlen)
     nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.target_ids), reduction="none")
     weights = torch.from_numpy(batch.loss_weights).double()
     assert loss == pytest.approx(((nll.detach() * weights).sum() / weights.sum()).item(), rel=1e-10)

@@ -1,0 +1,1 @@
+"""The tests. A package: some installed libraries bring a ``tests`` of their own, which would win in subprocesses."""

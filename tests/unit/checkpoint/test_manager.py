@@ -1,0 +1,159 @@
+"""Checkpoints are whole or not there: retention, damage, formats, a full disk, random generators."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain_lib.checkpoint.manager import FORMAT_VERSION, CheckpointManager, load_model_state
+from posttrain_lib.errors import CheckpointError
+from posttrain_lib.optim import build_optimizer
+from posttrain_lib.training.state import Progress, TrainState
+from tests.oracles.tiny_job import tiny_config
+
+
+class Position:
+    """The loader's part: a position that is a number."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state(self) -> dict[str, int]:
+        return {"value": self.value}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+
+
+def make_state(step: int = 0, best: int | None = None, size: int = 8) -> TrainState:
+    model = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.LayerNorm(size))
+    optimizer = build_optimizer(model, tiny_config().optimizer)
+    model(torch.randn(4, size)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    state = TrainState(model, optimizer, Position(), {"seed": 0}, Progress(step=step, best_step=best), {"step": step})
+    state.loader.value = step
+    return state
+
+
+def tensors_of(state: TrainState) -> list[torch.Tensor]:
+    moments = [value for entry in state.optimizer.state_dict()["state"].values() for value in entry.values()]
+    return [*state.model.state_dict().values(), *moments]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    manager, state = CheckpointManager(tmp_path / "c", 2), make_state(step=3)
+    path = manager.save(state)
+    drawn = (random.random(), np.random.random(), torch.rand(3))
+    other = make_state(step=99)
+    assert manager.newest() == path
+    manager.load(path, other)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(state), tensors_of(other), strict=True))
+    assert (other.progress, other.loader.value, other.report) == (state.progress, 3, {"step": 3})
+    again = (random.random(), np.random.random(), torch.rand(3))
+    assert drawn[:2] == again[:2]
+    assert torch.equal(drawn[2], again[2])
+
+
+def test_weights_in_a_plain_process(tmp_path: Path) -> None:
+    state = make_state(step=1)
+    weights = load_model_state(CheckpointManager(tmp_path, 1).save(state))
+    assert set(weights) == set(state.model.state_dict())
+    assert all(torch.equal(weights[name], value) for name, value in state.model.state_dict().items())
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_retention_keeps_the_last_and_the_best_of_each_kept(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep_last=2)
+    kept = []
+    for step, best in [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4)]:
+        manager.save(make_state(step, best))
+        kept.append([int(name[-1]) for name in names(tmp_path)])
+    # At 4, step 3 still calls 1 its best: should 4 turn out torn, a resume from 3 finds it.
+    assert kept == [[1], [1, 2], [1, 2, 3], [1, 3, 4], [4, 5], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json", "rng-0.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["missing", "truncated", "flipped"])
+def test_damage_is_named_and_passed_over(tmp_path: Path, file: str, harm: str) -> None:
+    said: list[str] = []
+    manager = CheckpointManager(tmp_path, 3, say=said.append)
+    good, bad = manager.save(make_state(1)), manager.save(make_state(2))
+    content = (bad / file).read_bytes()
+    if harm == "missing":
+        (bad / file).unlink()
+    elif harm == "truncated":
+        (bad / file).write_bytes(content[: len(content) // 2])
+    else:
+        (bad / file).write_bytes(bytes([content[0] ^ 0x80]) + content[1:])
+    assert manager.newest() == good
+    assert len(said) == 1
+    assert said[0].startswith("skipped checkpoint step-00000002: ")
+    assert file in said[0]
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model_state(bad)
+
+
+def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2)
+    good = manager.save(make_state(1))
+    (tmp_path / ".step-00000002.partial").mkdir()
+    (tmp_path / ".step-00000002.partial/__0_0.distcp").write_bytes(b"torn")
+    assert manager.newest() == good
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_newer_format_is_refused_not_passed_over(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2)
+    manager.save(make_state(1))
+    manifest = manager.save(make_state(2)) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(CheckpointError, match="newer format"):
+        manager.newest()
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2)
+    path = manager.save(make_state(1))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        manager.load(path, make_state(size=16))
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """The kernel refuses to grow any file of this process beyond ``limit`` bytes, as a full disk or quota does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("limit", [20_000, 500])
+def test_a_full_disk_leaves_the_old_checkpoints_and_no_rest(tmp_path: Path, limit: int) -> None:
+    """Half way through the tensors (50 kB), and at their start."""
+    manager, state = CheckpointManager(tmp_path, 2), make_state(1, size=64)
+    good = manager.save(state)
+    state.progress.step = 2
+    with file_size_limit(limit), pytest.raises(CheckpointError, match="could not be written") as caught:
+        manager.save(state)
+    assert "rank 0" in str(caught.value.got)
+    assert names(tmp_path) == ["step-00000001"]
+    assert manager.newest() == good
+    assert manager.save(state).name == "step-00000002", "and once there is room, it is written"
