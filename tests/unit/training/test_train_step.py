@@ -119,8 +119,8 @@ def test_non_finite_loss_stops_before_the_update_and_names_step_and_rows(folder:
     store = TokenStore(folder / "train")
     model = load(folder, torch.float32)
     rare = 63
-    bad = [i for i in range(len(store)) if rare in store.get(i)[0][:-1] and store.trained_counts[i]][0]
-    good = [i for i in range(len(store)) if rare not in store.get(i)[0]][0]
+    bad = next(i for i in range(len(store)) if rare in store.get(i)[0][:-1] and store.trained_counts[i])
+    good = next(i for i in range(len(store)) if rare not in store.get(i)[0])
     with torch.no_grad():
         model.embed_tokens.weight[rare] = float("nan")
     optimizer = build_optimizer(model, tiny_config().optimizer)
