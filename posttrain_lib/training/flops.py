@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from posttrain_lib.models.spec import ModelSpec
     from posttrain_lib.schema.batches import PackedBatch
 
-#: dense bf16 FLOP/s from the makers' data sheets, without sparsity
-PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+#: dense bf16 FLOP/s from the maker's data sheets, without sparsity; the first name that the device's contains counts
+PEAK_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
 def causal_pairs(lengths: np.ndarray, window: int | None) -> float:

@@ -75,9 +75,7 @@ def test_in_process_and_one_and_two_workers_train_alike(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
     config = tiny_config(steps=60, evaluate_every_steps=60)
-    undisturbed, _ = drain(
-        make_job(tmp_path, config, work="whole"), ComputeConfig(launcher="in_process", device="cpu")
-    )
+    undisturbed, _ = drain(make_job(tmp_path, config, work="whole"), ComputeConfig(launcher="in_process", device="cpu"))
     killed: list[int] = []
 
     def kill_one(report: StepReport) -> None:

@@ -121,8 +121,6 @@ def test_resuming_on_the_same_and_on_another_layout(two_ranks: TwoRanks, tmp_pat
 
 
 def test_a_non_finite_loss_on_one_rank_stops_both_with_the_same_words(two_ranks: TwoRanks, tmp_path: Path) -> None:
-    config = tiny_config(
-        steps=9, clip_norm=None, optimizer={"name": "sgd", "lr": 1e30}, schedule={"name": "constant"}
-    )
+    config = tiny_config(steps=9, clip_norm=None, optimizer={"name": "sgd", "lr": 1e30}, schedule={"name": "constant"})
     with pytest.raises(TrainingError, match="of step 2 is not finite"):
         two_ranks(make_job(tmp_path, config))
