@@ -3,6 +3,8 @@
     python flows/sft_flow.py run
     python flows/sft_flow.py --config configs/sft/chat_qwen3.yaml run --set train.steps=50
     python flows/sft_flow.py resume
+
+``--help`` after any of them lists what it takes.
 """
 
 # First, because it sets the environment that Metaflow reads when it is imported.

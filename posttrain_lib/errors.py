@@ -39,7 +39,7 @@ class PosttrainError(Exception):
         return (_rebuild, (type(self), self.what, self.where, self.got, self.expected, self.fix))
 
 
-def _rebuild(kind: type[PosttrainError], what: str, where: object, got: object, expected: object, fix: str | None):  # noqa: ANN202
+def _rebuild(kind: type[PosttrainError], what: str, where: object, got: object, expected: object, fix: str | None):
     return kind(what, where=where, got=got, expected=expected, fix=fix)
 
 

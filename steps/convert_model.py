@@ -49,7 +49,7 @@ def body(context: StepContext) -> StepResult:
     )
 
 
-STEP = Step("convert_model", 1, "steps.convert_model", settings, inputs, body)
+STEP: Step = Step("convert_model", 1, "steps.convert_model", settings, inputs, body)
 
 if __name__ == "__main__":
     from steps.pipeline import main

@@ -13,6 +13,7 @@ from steps.base import Manifests, Step, StepContext, StepResult
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+
     from posttrain_lib.models.decoder import Decoder
 
 
@@ -147,7 +148,7 @@ def _side_by_side(
     ]
 
 
-STEP = Step("evaluate", 1, "steps.evaluate", settings, inputs, body)
+STEP: Step = Step("evaluate", 1, "steps.evaluate", settings, inputs, body)
 
 if __name__ == "__main__":
     from steps.pipeline import main

@@ -153,7 +153,7 @@ def _same_greedy_text(context: StepContext, model: Decoder, prompts: list[list[i
     return Check("vLLM greedy text agrees", parted == 0, float(parted), 0.0, reason)
 
 
-STEP = Step("export", 1, "steps.export", settings, inputs, body)
+STEP: Step = Step("export", 1, "steps.export", settings, inputs, body)
 
 if __name__ == "__main__":
     from steps.pipeline import main

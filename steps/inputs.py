@@ -157,7 +157,7 @@ def _plain(section: Any) -> Any:
     return None if section is None else section.model_dump(mode="json")
 
 
-STEP = Step("inputs", 1, "steps.inputs", settings, inputs, body)
+STEP: Step = Step("inputs", 1, "steps.inputs", settings, inputs, body)
 
 if __name__ == "__main__":
     from steps.pipeline import main

@@ -36,7 +36,12 @@ def step_named(name: str) -> Step:
 
 
 def run_until(
-    last: str, config: RunConfig, *, reuse: bool = True, say: Say = say_line, observe: Callable[[Any], None] = lambda _: None
+    last: str,
+    config: RunConfig,
+    *,
+    reuse: bool = True,
+    say: Say = say_line,
+    observe: Callable[[Any], None] = lambda _: None,
 ) -> dict[str, StepManifest]:
     """Run the chain up to and including ``last``; what is in the store is reused. ``reuse=False`` redoes ``last``."""
     manifests: dict[str, StepManifest] = {}
@@ -51,7 +56,9 @@ def run_until(
 def resolve(raw: Any, overrides: str = "") -> dict[str, Any]:
     """The resolved config as plain values, after comma-separated ``key=value`` overrides (as a flow passes them)."""
     pieces = [piece for piece in re.split(r",(?=\s*[A-Za-z_][\w.]*=)", overrides) if piece.strip()]
-    return build_run_config(_plain(raw), where="--set" if pieces else "--config", overrides=pieces).model_dump(mode="json")
+    return build_run_config(_plain(raw), where="--set" if pieces else "--config", overrides=pieces).model_dump(
+        mode="json"
+    )
 
 
 def advance(
@@ -109,7 +116,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """``--config`` and ``--set``, the same everywhere."""
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="run file (default: %(default)s)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, for example train.steps=50; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, for example train.steps=50; repeatable",
     )
 
 
@@ -124,5 +135,8 @@ class plain_errors:  # noqa: N801 - used as a statement
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(1) from None
         if isinstance(error, KeyboardInterrupt):
-            print("stopped by the user; finished steps are in the store, training resumes from its last checkpoint", file=sys.stderr)
+            print(
+                "stopped by the user; finished steps are in the store, training resumes from its last checkpoint",
+                file=sys.stderr,
+            )
             raise SystemExit(130) from None

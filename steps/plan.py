@@ -52,7 +52,11 @@ def memory_estimate(spec: ModelSpec, config: RunConfig) -> dict[str, float]:
     decoder, train = spec.config, config.train
     parameters = parameter_count(decoder) / config.compute.workers
     tokens = train.micro_batch_rows * train.row_tokens
-    kept = decoder.hidden_size if train.activation_checkpointing else 16 * decoder.hidden_size + 4 * decoder.intermediate_size
+    kept = (
+        decoder.hidden_size
+        if train.activation_checkpointing
+        else 16 * decoder.hidden_size + 4 * decoder.intermediate_size
+    )
     states = 2 if train.optimizer.name == "adamw" else 1
     estimate = {
         "weights": parameters * _FLOAT32_BYTES,
@@ -98,13 +102,19 @@ def _vocabulary(folder: Path) -> int:
     if not path.is_file():
         return 0
     raw = json.loads(path.read_text(encoding="utf-8"))
-    ids = [*raw["model"]["vocab"].values()] if isinstance(raw["model"]["vocab"], dict) else range(len(raw["model"]["vocab"]))
+    ids = (
+        [*raw["model"]["vocab"].values()]
+        if isinstance(raw["model"]["vocab"], dict)
+        else range(len(raw["model"]["vocab"]))
+    )
     return 1 + max([*ids, *(token["id"] for token in raw.get("added_tokens", []))])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m steps.plan", description="Check a config and print the plan of its run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m steps.plan", description="Check a config and print the plan of its run."
+    )
     add_config_arguments(parser)
     parser.add_argument("--resolved", action="store_true", help="also print the config with every default filled in")
     options = parser.parse_args(arguments)

@@ -53,7 +53,7 @@ def body(context: StepContext) -> StepResult:
     )
 
 
-STEP = Step("prepare_data", 1, "steps.prepare_data", settings, inputs, body)
+STEP: Step = Step("prepare_data", 1, "steps.prepare_data", settings, inputs, body)
 
 if __name__ == "__main__":
     from steps.pipeline import main

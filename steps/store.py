@@ -44,8 +44,12 @@ def _mib(entry: Entry) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m steps.store", description="Size and clean-up of the artifact store.")
-    parser.add_argument("--store", type=Path, default=None, help="store folder (default: $POSTTRAIN_STORE or .posttrain/)")
+    parser = argparse.ArgumentParser(
+        prog="python -m steps.store", description="Size and clean-up of the artifact store."
+    )
+    parser.add_argument(
+        "--store", type=Path, default=None, help="store folder (default: $POSTTRAIN_STORE or .posttrain/)"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="what is in the store and how large it is")
     cleaning = commands.add_parser("clean", help="remove results and left-over work not used for some time")

@@ -149,7 +149,7 @@ class ProgressLine:
         return "  ".join(parts)
 
 
-STEP = Step("train", 1, "steps.train", settings, inputs, body)
+STEP: Step = Step("train", 1, "steps.train", settings, inputs, body)
 
 if __name__ == "__main__":
     from steps.pipeline import main

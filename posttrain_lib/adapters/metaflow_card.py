@@ -78,7 +78,8 @@ def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
             [{"step": r.step, "value": r.tokens_per_second, "curve": "tokens/s"} for r in steps],
         ),
         "fill": line_chart(
-            "Packing fill (real tokens / row slots)", [{"step": r.step, "value": r.fill, "curve": "fill"} for r in steps]
+            "Packing fill (real tokens / row slots)",
+            [{"step": r.step, "value": r.fill, "curve": "fill"} for r in steps],
         ),
         "gradient": line_chart(
             "Gradient norm before clipping", [{"step": r.step, "value": r.grad_norm, "curve": "norm"} for r in steps]
@@ -132,7 +133,9 @@ def coloured_sample(sample: Mapping[str, Any]) -> Markdown:
         shade = f"background:{_TRAINED};opacity:{0.55 + 0.45 * min(1.0, weight):.2f}" if weight else "color:#666"
         pieces.append(f"<span style='{shade}'>{text}</span>")
     name = html.escape(f"{sample['source']} {sample['row_id']}")
-    return block(f"<b>{name}</b><div style='font-family:monospace;font-size:13px;line-height:1.5'>{''.join(pieces)}</div>")
+    return block(
+        f"<b>{name}</b><div style='font-family:monospace;font-size:13px;line-height:1.5'>{''.join(pieces)}</div>"
+    )
 
 
 def block(inner: str) -> Markdown:
@@ -175,14 +178,17 @@ def lineage_table(manifests: Mapping[str, StepManifest]) -> Table:
 def generations_table(samples: Sequence[Mapping[str, str]]) -> Table:
     """Prompt, expected answer, and what the model said before and after."""
     rows = [
-        [_text(item["prompt"]), _text(item["expected"]), _text(item["before"]), _text(item["after"])] for item in samples
+        [_text(item["prompt"]), _text(item["expected"]), _text(item["before"]), _text(item["after"])]
+        for item in samples
     ]
     return Table(rows, headers=["prompt (last turn)", "expected", "before training", "after training"])
 
 
 def _text(value: str, limit: int = 400) -> Markdown:
     shown = value if len(value) <= limit else value[:limit] + " ..."
-    return block(f"<span style='font-family:monospace;font-size:12px'>{html.escape(shown).replace(chr(10), '<br>')}</span>")
+    return block(
+        f"<span style='font-family:monospace;font-size:12px'>{html.escape(shown).replace(chr(10), '<br>')}</span>"
+    )
 
 
 def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, StepManifest]) -> None:

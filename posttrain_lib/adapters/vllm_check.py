@@ -68,7 +68,12 @@ def generate(request: Request, *, timeout_seconds: float = 600.0) -> Answer:
         with open(log, "w", encoding="utf-8") as output:
             try:
                 code = subprocess.run(
-                    command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_seconds, check=False
+                    command,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=timeout_seconds,
+                    check=False,
                 ).returncode
             except subprocess.TimeoutExpired as error:
                 raise ExportError(

@@ -20,9 +20,7 @@ class Source(Section):
     """One named source of rows."""
 
     name: str = Field(min_length=1, description="name shown in receipts and per-source losses")
-    path: str | None = Field(
-        None, description="file, glob, datasets folder, fsspec URL, or hub id (hf://owner/name)"
-    )
+    path: str | None = Field(None, description="file, glob, datasets folder, fsspec URL, or hub id (hf://owner/name)")
     generate: GeneratedConversations | None = None
     format: str = Field("messages", description="row format; a name in posttrain_lib.data.formats")
 
@@ -52,8 +50,9 @@ class DataConfig(Section):
     template_date: str = Field("2026-01-01", pattern=r"^\d{4}-\d{2}-\d{2}$", description="the date templates may print")
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra variables for the template")
     trained_turns: Literal["each", "last", "as_rendered"] = Field(
-        "each", description="what to do where a template rewrites earlier turns: one example per trained turn, "
-        "the last turn only, or the conversation as rendered once"
+        "each",
+        description="what to do where a template rewrites earlier turns: one example per trained turn, "
+        "the last turn only, or the conversation as rendered once",
     )
     max_example_tokens: int = Field(1024, ge=8, description="longest example kept whole")
     over_length: Literal["refuse", "truncate"] = "refuse"

@@ -20,6 +20,8 @@ class ExportConfig(Section):
     prompts: int = Field(8, ge=1, description="held-out prompts used in the comparison")
     new_tokens: int = Field(16, ge=1)
     max_logprob_gap: float = Field(
-        0.02, gt=0, description="largest |log-prob difference| to vLLM in fp32; vLLM packs and fuses its CPU linears, "
-        "which moved log-probs by up to 0.005 on tiny random models, so four times that"
+        0.02,
+        gt=0,
+        description="largest |log-prob difference| to vLLM in fp32; vLLM packs and fuses its CPU linears, "
+        "which moved log-probs by up to 0.005 on tiny random models, so four times that",
     )

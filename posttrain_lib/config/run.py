@@ -19,7 +19,9 @@ class RunConfig(Section):
     """Everything a run depends on. The resolved form is stored with every run."""
 
     recipe: Literal["sft"] = "sft"
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="short name of the run, for tags and reports")
+    name: str = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="short name of the run, for tags and reports"
+    )
     data: DataConfig
     model: ModelConfig
     train: TrainConfig

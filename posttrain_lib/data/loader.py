@@ -262,7 +262,7 @@ class PackedLoader:
                     return
                 step += 1
                 _put(into, _Prepared(self._build(step, rows), self._snapshot(step, stream)), stop)
-        except BaseException as error:  # noqa: BLE001 - handed to next_step, which raises it in the caller's thread
+        except BaseException as error:  # handed to next_step, which raises it in the caller's thread
             _put(into, _Ended(error), stop)
 
     def _build(self, step: int, rows: list[Row]) -> LoadedStep:

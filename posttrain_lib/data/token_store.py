@@ -145,7 +145,9 @@ class TokenStoreWriter:
             raise DataError(what, where=f"{example.source}: {example.row_id}", got=got, expected=expected)
 
         if tokens.ndim != 1 or tokens.shape != weights.shape or len(tokens) == 0:
-            refuse("tokens and weights do not belong together", (tokens.shape, weights.shape), "two equal, non-empty rows")
+            refuse(
+                "tokens and weights do not belong together", (tokens.shape, weights.shape), "two equal, non-empty rows"
+            )
         if not np.array_equal(tokens, example.token_ids) or int(tokens.min()) < 0:
             refuse("token ids that are no int32", example.token_ids, "ids from 0 to 2147483647")
         if not np.isfinite(weights).all() or float(weights.min()) < 0.0:

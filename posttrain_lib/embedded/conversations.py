@@ -78,7 +78,9 @@ def generate_rows(rows: int, seed: int) -> Iterator[dict[str, Any]]:
         attempt = 0
         while True:
             messages = _conversation(_Draw(seed, index, attempt))
-            opening = "\x1f".join(message["content"] for message in messages[: 2 if messages[0]["role"] == "system" else 1])
+            opening = "\x1f".join(
+                message["content"] for message in messages[: 2 if messages[0]["role"] == "system" else 1]
+            )
             group = hashlib.sha256(opening.encode()).hexdigest()[:16]
             if group not in openings:
                 break

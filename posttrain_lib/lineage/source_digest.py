@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from posttrain_lib.lineage.digests import digest_file, digest_value
@@ -30,7 +30,7 @@ def module_file(name: str, root: Path = PROJECT_ROOT) -> Path | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names_in(path: Path, _stamp: int) -> frozenset[str]:
     """Dotted names that a file refers to, project modules or not."""
     names: set[str] = set()

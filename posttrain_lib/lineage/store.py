@@ -1,10 +1,10 @@
 """The artifact store: content-addressed results of steps in a local folder.
 
-    <root>/steps/<step>/<key>/   a published result; ``manifest.json`` and ``files.json`` were written last, and the
-                                 whole folder appeared by one rename, so what is there is whole
-    <root>/work/<step>/<key>/    what an interrupted step may continue from (training checkpoints)
-    <root>/tmp/                  results being written; never read
-    <root>/locks/                one lock file per key: equal work waits for the first and then reuses it
+<root>/steps/<step>/<key>/   a published result; ``manifest.json`` and ``files.json`` were written last, and the
+                             whole folder appeared by one rename, so what is there is whole
+<root>/work/<step>/<key>/    what an interrupted step may continue from (training checkpoints)
+<root>/tmp/                  results being written; never read
+<root>/locks/                one lock file per key: equal work waits for the first and then reuses it
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def default_root() -> Path:
     named = os.environ.get(STORE_VARIABLE)
     if named and "://" in named:
         raise StoreError(
-            "the store must be a local folder", where=f"${STORE_VARIABLE}", got=named, expected="a path such as /data/posttrain"
+            "the store must be a local folder",
+            where=f"${STORE_VARIABLE}",
+            got=named,
+            expected="a path such as /data/posttrain",
         )
     return Path(named).expanduser().resolve() if named else PROJECT_ROOT / ".posttrain"
 
@@ -79,7 +82,9 @@ class Store:
             with disk_errors("setting a damaged result aside", folder):
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(folder, aside)
-            print(f"{step}: stored result {key[:12]} is damaged ({problem}); set aside at {aside}, doing the work again")
+            print(
+                f"{step}: stored result {key[:12]} is damaged ({problem}); set aside at {aside}, doing the work again"
+            )
             return None
         os.utime(folder / MANIFEST)  # last use, for the clean-up
         return manifest
@@ -127,7 +132,9 @@ class Store:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
                 handle.seek(0)
-                say(f"{step}: the same work is under way in another run ({handle.read().strip() or 'unknown'}); waiting")
+                say(
+                    f"{step}: the same work is under way in another run ({handle.read().strip() or 'unknown'}); waiting"
+                )
                 _wait_for_lock(handle)
             handle.seek(0)
             handle.truncate()

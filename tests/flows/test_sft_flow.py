@@ -35,7 +35,13 @@ def flow(home: Path, *arguments: str, config: Path = TINY) -> subprocess.Complet
     if "resume" in arguments:  # Metaflow takes the origin run's config
         command = [sys.executable, str(FLOW), "--no-pylint", *arguments]
     return subprocess.run(
-        command, env=environment(home), cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+        command,
+        env=environment(home),
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
     )
 
 
@@ -61,7 +67,9 @@ def test_the_client_finds_manifests_and_references_only(home: Path, first_run: s
         "print(run['start'].task.data.run_config['name'], run.code is not None)\n"
         "print(max(artifact.size for step in run for artifact in step.task if not artifact.id.startswith('_')))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=environment(home), cwd=home, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(home), cwd=home, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     first, second, size = done.stdout.splitlines()
     assert first.startswith("8 ")
@@ -106,7 +114,11 @@ def test_bad_data_stops_before_training_and_resume_goes_on(home: Path, tmp_path:
     rows, config = tmp_path / "rows.jsonl", tmp_path / "bad.yaml"
     rows.write_text("")
     text = TINY.read_text().replace("{name: generated, generate: {rows: 200}}", f"{{name: file, path: '{rows}'}}")
-    model = Path(subprocess.check_output(["find", str(home / "store"), "-name", "tokenizer.json", "-path", "*inputs*"]).split()[0].decode())
+    model = Path(
+        subprocess.check_output(["find", str(home / "store"), "-name", "tokenizer.json", "-path", "*inputs*"])
+        .split()[0]
+        .decode()
+    )
     text = text.replace("tokenizer_vocab_size: 320", f"tokenizer: '{model.parent}'")
     config.write_text(text)
     done = flow(home, "run", config=config)
@@ -118,7 +130,16 @@ def test_bad_data_stops_before_training_and_resume_goes_on(home: Path, tmp_path:
 
 @pytest.mark.slow
 def test_kill_of_the_training_process_is_survived(home: Path) -> None:
-    command = [sys.executable, str(FLOW), "--no-pylint", "--config", str(TINY), "run", "--set", "train.steps=60,train.seed=5"]
+    command = [
+        sys.executable,
+        str(FLOW),
+        "--no-pylint",
+        "--config",
+        str(TINY),
+        "run",
+        "--set",
+        "train.steps=60,train.seed=5",
+    ]
     log = home / "killed.log"
     with open(log, "w") as output:
         run = subprocess.Popen(command, env=environment(home), cwd=home, stdout=output, stderr=subprocess.STDOUT)

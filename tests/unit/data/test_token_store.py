@@ -39,7 +39,10 @@ def _write(folder: Path, examples: list[TokenizedExample], shard_tokens: int = 6
 def _some(count: int = 40) -> list[TokenizedExample]:
     rng = np.random.default_rng(0)
     return [
-        _example([(int(rng.integers(1000)), float(rng.integers(2))) for _ in range(int(rng.integers(1, 20)))], row_id=f"f:{i}")
+        _example(
+            [(int(rng.integers(1000)), float(rng.integers(2))) for _ in range(int(rng.integers(1, 20)))],
+            row_id=f"f:{i}",
+        )
         for i in range(count)
     ]
 

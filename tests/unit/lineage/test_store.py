@@ -42,7 +42,9 @@ def test_an_exception_while_writing_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_a_damaged_result_is_set_aside_and_said(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_result_is_set_aside_and_said(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Store(tmp_path)
     path = publish(store) / "data.txt"
     path.write_text("") if damage == "truncate" else path.unlink()
@@ -79,7 +81,9 @@ def test_the_lock_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
     assert said == []
 
 
-def _hold_until(root: Path, entered: "multiprocessing.synchronize.Event", go: "multiprocessing.synchronize.Event") -> None:
+def _hold_until(
+    root: Path, entered: "multiprocessing.synchronize.Event", go: "multiprocessing.synchronize.Event"
+) -> None:
     with Store(root).lock("prepare", "k1"):
         entered.set()
         go.wait(30)
