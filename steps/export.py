@@ -69,7 +69,8 @@ def body(context: StepContext) -> StepResult:
             expected=f"at most {failed[0].limit}",
             fix=failed[0].reason,
         )
-    (context.out / "verification.json").write_text(json.dumps([vars(check) for check in checks], indent=1), encoding="utf-8")
+    found = json.dumps([vars(check) for check in checks], indent=1)
+    (context.out / "verification.json").write_text(found, encoding="utf-8")
     return StepResult(
         outputs={"hf": ("hf", "hf_model"), "verification": ("verification.json", "verification")},
         checks=checks,

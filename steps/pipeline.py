@@ -100,7 +100,7 @@ def main(step: str, arguments: list[str] | None = None) -> None:
     """Command line of ``python -m steps.<step>``."""
     parser = argparse.ArgumentParser(
         prog=f"python -m steps.{step}",
-        description=f"Run the step '{step}' alone; steps before it are taken from the store, or run if they are not there.",
+        description=f"Run the step '{step}' alone; steps before it come from the store, or run if they are not there.",
     )
     add_config_arguments(parser)
     parser.add_argument("--no-reuse", action="store_true", help="do this step again even if its result is in the store")

@@ -20,7 +20,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     """The rows, the tokenizer folder and, if one replaces the tokenizer's own, the template."""
     made = manifests["inputs"].outputs
-    return {name: ref for name, ref in made.items() if name.startswith("source:") or name in ("tokenizer", "chat_template")}
+    wanted = ("tokenizer", "chat_template")
+    return {name: ref for name, ref in made.items() if name.startswith("source:") or name in wanted}
 
 
 def body(context: StepContext) -> StepResult:

@@ -49,9 +49,8 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
             f"exact match {match['before']:.3f} -> {match['after']:.3f} on {match['prompts']} held-out prompts "
             f"(always answering '{match['majority_answer']}' would give {match['majority']:.3f})"
         )
-    print(
-        f"{summary['tokens_per_second']:,.0f} tokens/s, fill {summary['fill']:.3f}, {summary['peak_memory_gib']:.2f} GiB"
-    )
+    speed = f"{summary['tokens_per_second']:,.0f} tokens/s"
+    print(f"{speed}, fill {summary['fill']:.3f}, {summary['peak_memory_gib']:.2f} GiB")
     print(f"exported to {summary['export']}")
     demands = [
         ("held-out loss ratio", summary["held_out_ratio"], gates.max_held_out_loss_ratio, "at most"),

@@ -1,6 +1,6 @@
 """From a token store to training steps.
 
-    store --epoch_permutation--> examples --StreamingPacker--> rows --rows_per_step--> steps --row r to rank r % world-->
+    store --epoch_permutation--> examples --StreamingPacker--> rows --rows_per_step--> steps --row r: rank r % world-->
 
 Everything up to the steps works on lengths alone and is the same on every rank, so no rank talks to another: the
 stream of rows is a pure function of (store, seed, row_tokens, packing_buffer, position) and knows no world size. A

@@ -231,7 +231,7 @@ class TokenStore:
         return len(self.lengths)
 
     def get(self, example: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (int32 [S]) and loss weights (float32 [S], target-aligned) as read-only views of the mapped file."""
+        """Token ids (int32 [S]) and loss weights (float32 [S], target-aligned) as read-only views of the file."""
         shard, offset = self._locate(example)
         begin, end = shard.offsets[offset], shard.offsets[offset + 1]
         return shard.tokens[begin:end], shard.weights[begin:end]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 class StepReport:
     """Metrics of one optimiser step, global over all workers.
 
-    ``loss`` is the weighted mean over the step's trained tokens; None at step 0, which only evaluates. ``fill`` = real tokens / row slots.
+    ``loss`` is the weighted mean over the step's trained tokens; None at step 0, which only evaluates.
+    ``fill`` = real tokens / row slots.
     ``data_wait_seconds`` is the part of ``step_seconds`` spent waiting for the loader.
     ``mfu`` is None where the device's peak is not known; ``held_out`` is None at steps without evaluation,
     else ``{"all": loss, "<source>": loss, ...}``.

@@ -96,7 +96,7 @@ def test_broken_yaml_names_the_line() -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="absent.yaml"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_run_config(tmp_path / "absent.yaml")
 
 

@@ -149,7 +149,7 @@ def test_an_index_that_is_no_index(tmp_path: Path) -> None:
 )
 def test_a_bad_example_is_refused_by_row(tmp_path: Path, tokens: list, weights: list) -> None:
     bad = TokenizedExample(np.array(tokens, np.int64), np.array(weights, np.float32), "chat", "rows.jsonl:17")
-    with pytest.raises(DataError, match="rows.jsonl:17"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:17"):
         TokenStoreWriter(tmp_path).add(bad)
 
 

@@ -11,7 +11,8 @@ from posttrain_lib.lineage.source_digest import project_sources, source_digest
 def project(tmp_path: Path) -> Path:
     files = {
         "steps/__init__.py": "",
-        "steps/one.py": "from posttrain_lib.a import thing\n\nif __name__ == '__main__':\n    from steps.other import main\n",
+        "steps/one.py": "from posttrain_lib.a import thing\n\n"
+        "if __name__ == '__main__':\n    from steps.other import main\n",
         "steps/other.py": "X = 1\n",
         "posttrain_lib/__init__.py": "",
         "posttrain_lib/a.py": "def thing():\n    from posttrain_lib import b\n    return b\n",
