@@ -142,11 +142,13 @@ def clear_away() -> None:
 
 def make_venv() -> None:
     """``python -m venv``, with the usual reason for its failure spelled out."""
-    done = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, check=False)
+    # Called from inside the very environment that is made again, sys.executable would be in the folder just emptied.
+    python = getattr(sys, "_base_executable", None) or sys.executable
+    done = subprocess.run([python, "-m", "venv", str(VENV)], capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (VENV / "bin" / "pip").exists():
         detail = (done.stdout + done.stderr).strip()
         raise InstallError(
-            f"{sys.executable} cannot make a virtual environment: its venv or ensurepip module is missing or failed.\n"
+            f"{python} cannot make a virtual environment: its venv or ensurepip module is missing or failed.\n"
             f"{detail}\nOn Debian and Ubuntu: apt-get install python3.11-venv"
         )
 
@@ -160,26 +162,26 @@ def read_pins(lock: Path) -> dict[str, str]:
 def install_torch(pins: dict[str, str], gpu: bool) -> None:
     """Install the pinned torch, in the build that suits the machine, with what that build needs.
 
-    Without a GPU: the CPU build where an index offers it, else the default build; never a build for one CUDA version
-    (``+cu...``), which pip would rank above the default. With a GPU: any build but the CPU one.
+    Without a GPU: the CPU build where an index offers it, else the default build. With a GPU: the default build, else
+    any but the CPU one. A build for one CUDA version (``+cu...``), which pip would rank above the default build, is
+    therefore never taken on a machine without a GPU, and on one with a GPU only from an index that has nothing else.
     """
-    pin = pins["torch"]
+    pin, version = pins["torch"], pins["torch"].split("==")[1]
     # triton is the one package that the torch builds and vLLM's CPU build pin differently; the lock's comes next.
     constraints = VENV / "constraints.txt"
     held = [line for name, line in pins.items() if name not in ("torch", "triton")]
     constraints.write_text("\n".join(held) + "\n", encoding="utf-8")
     extra_index = os.environ.get("POSTTRAIN_TORCH_INDEX_URL", "")
     options = ["-c", str(constraints), *(["--extra-index-url", extra_index] if extra_index else [])]
-    if gpu:
-        pip("install", *options, f"{pin},!={pin.split('==')[1]}+cpu")
-        return
+    default_build = f"torch==={version}"  # three signs: this spelling and no local part such as +cu130
+    first, second = (default_build, f"{pin},!={version}+cpu") if gpu else (f"{pin}+cpu", default_build)
     try:
-        pip("install", *options, f"{pin}+cpu")
+        pip("install", *options, first)
     except InstallError as error:
         if "No matching distribution found for torch" not in str(error):
             raise
-        say("no CPU build of torch on this index; taking the default build (larger)")
-        pip("install", *options, pin.replace("==", "==="))
+        say(f"no {first} on this index; taking {second}")
+        pip("install", *options, second)
 
 
 def pip(*arguments: str) -> None:
@@ -189,16 +191,40 @@ def pip(*arguments: str) -> None:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
         begin = log.tell()
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False, close_fds=False
+        running = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, close_fds=False
         )
-    if done.returncode != 0:
-        output = LOG.read_bytes()[begin:].decode("utf-8", errors="replace")
-        last = "\n".join(line for line in output.splitlines()[-15:])
+        try:
+            follow(running, begin)
+        except KeyboardInterrupt:
+            running.terminate()  # it got the terminal's Ctrl-C too, if there is a terminal
+            running.wait()
+            raise
+    if running.returncode != 0:
+        last = "\n".join(log_since(begin).splitlines()[-15:])
         raise InstallError(
-            f"pip failed (exit {done.returncode}). Its last lines, all of it in {LOG.name}:\n{last}\n"
+            f"pip failed (exit {running.returncode}). Its last lines, all of it in {LOG.name}:\n{last}\n"
             "Check that the package index can be reached (PIP_INDEX_URL names another) and the disk has 6 GB free"
         )
+
+
+def follow(running: subprocess.Popen[bytes], begin: int) -> None:
+    """Wait for pip; every half minute say how far it is, by the log from ``begin`` on."""
+    start = time.monotonic()
+    while True:
+        try:
+            running.wait(timeout=30)
+            return
+        except subprocess.TimeoutExpired:
+            lines = [line.strip() for line in log_since(begin).splitlines()]
+            found = sum(line.startswith(("Collecting ", "Processing ")) for line in lines)
+            at = "installing" if any(line.startswith("Installing collected") for line in lines) else "fetching"
+            say(f"    {at}; {found} packages found, {time.monotonic() - start:.0f} s")
+
+
+def log_since(begin: int) -> str:
+    """What was written to the log after byte ``begin``."""
+    return LOG.read_bytes()[begin:].decode("utf-8", errors="replace")
 
 
 def become(command: list[str]) -> None:
@@ -228,6 +254,9 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except InstallError as problem:
         say(str(problem))
+        sys.exit(1)
+    except OSError as problem:  # a checkout that cannot be written, a full disk
+        say(f"{problem.strerror}: {problem.filename or ROOT}. The environment is made in {VENV}, which needs 6 GB")
         sys.exit(1)
     except KeyboardInterrupt:
         say("interrupted; the next call starts the install again")
