@@ -13,7 +13,6 @@ from steps.base import Manifests, Step, StepContext, StepResult
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
-
     from posttrain_lib.models.decoder import Decoder
 
 
@@ -101,6 +100,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 def _evaluate(
     context: StepContext, model: Decoder, tokenizer: ChatTokenizer, prompts: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
+    from posttrain_lib.data.probes import stop_ids
     from posttrain_lib.data.token_store import TokenStore
     from posttrain_lib.evaluation.generation import greedy_generate
     from posttrain_lib.evaluation.perplexity import held_out_loss
@@ -112,7 +112,7 @@ def _evaluate(
     held_out = held_out_loss(model, loss, store, row_tokens=config.train.row_tokens)
     wanted = max(config.evaluation.exact_match_prompts, config.evaluation.samples)
     ids = [prompt["prompt_ids"] for prompt in prompts[:wanted]]
-    completions = greedy_generate(model, ids, config.evaluation.max_new_tokens, tokenizer.stop_ids)
+    completions = greedy_generate(model, ids, config.evaluation.max_new_tokens, stop_ids(tokenizer))
     return {"held_out": held_out, "texts": [tokenizer.decode(tokens) for tokens in completions]}
 
 

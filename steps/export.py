@@ -139,11 +139,12 @@ def _same_in_vllm(context: StepContext, model: Decoder, folder: Path) -> list[Ch
 
 def _same_greedy_text(context: StepContext, model: Decoder, prompts: list[list[int]], answer: Answer) -> Check:
     """vLLM's greedy tokens are ours, or part where our two best tokens are closer than the log-prob bound."""
+    from posttrain_lib.data.probes import stop_ids
     from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
 
     tokenizer = evaluate.load_tokenizer(context.config, context.inputs)
     limit, parted = context.config.export.max_logprob_gap, 0
-    mine = greedy_generate(model, prompts, context.config.export.new_tokens, tokenizer.stop_ids)
+    mine = greedy_generate(model, prompts, context.config.export.new_tokens, stop_ids(tokenizer))
     for prompt, ours, theirs in zip(prompts, mine, answer.token_ids, strict=True):
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
         if at is None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from posttrain_lib.config import RunConfig
-from posttrain_lib.schema.manifests import ArtifactRef, Check
+from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult
 
 
@@ -37,6 +36,7 @@ def body(context: StepContext) -> StepResult:
         tokenizer_folder=found["tokenizer"].uri,
         inputs={source.name: found[f"source:{source.name}"].uri for source in config.sources},
         out_dir=context.out,
+        rejects_dir=context.work,
         progress=context.say,
     )
     return StepResult(
@@ -48,7 +48,7 @@ def body(context: StepContext) -> StepResult:
             "samples": ("samples.json", "samples"),
             "quarantine": ("quarantine.jsonl", "quarantine"),
         },
-        checks=[Check(**dataclasses.asdict(check)) for check in receipt.checks()],
+        checks=receipt.checks(),
         metrics=receipt.to_dict(),
         summary=receipt.summary(),
     )

@@ -63,7 +63,9 @@ def body(context: StepContext) -> StepResult:
         checks=[Check("every step's loss was finite", True, len(reports), reason="a non-finite one stops training")],
         metrics={**dataclasses.asdict(result), **throughput(reports)},
         summary=f"{result.step} steps{' (stopped early)' if result.stopped_early else ''}, best held-out loss "
-        f"{result.best_held_out:.4f}" if result.best_held_out is not None else f"{result.step} steps",
+        f"{result.best_held_out:.4f}"
+        if result.best_held_out is not None
+        else f"{result.step} steps",
     )
 
 

@@ -51,6 +51,11 @@ class TrainingCard:
 
 def headline(report: StepReport) -> str:
     """One line on where training stands."""
+    if report.loss is None:
+        held_out = (
+            "" if report.held_out is None else f" · held-out loss **{report.held_out['all']:.4f}** before training"
+        )
+        return f"step **0** of {report.total_steps}{held_out}"
     mfu = "" if report.mfu is None else f" · MFU {report.mfu:.1%}"
     return (
         f"step **{report.step}** of {report.total_steps} · loss **{report.loss:.4f}** · "

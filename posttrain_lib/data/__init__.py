@@ -1,0 +1,1 @@
+"""From rows to packed batches: formats, rendering and masks, checks, token stores, packing, loading."""

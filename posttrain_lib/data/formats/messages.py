@@ -1,0 +1,129 @@
+"""``messages`` rows: a list of {role, content, ...}, with ``tools`` where the conversation has some."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.schema.examples import Conversation, Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_OWN_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "train", "weight")
+
+#: which role may follow which; None is the start
+_FOLLOWS: dict[str | None, tuple[str, ...]] = {
+    None: ("system", "developer", "user"),
+    "system": ("user",),
+    "developer": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+
+
+def parse(row: Mapping[str, Any], source: str, row_id: str, group_field: str | None) -> Conversation:
+    """Validate a row.
+
+    Raises:
+        RefusedRow: anything that a template would render wrongly or a mask could not cover; the reason is a code.
+    """
+    raw = row.get("messages")
+    if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
+        raise RefusedRow("no_messages", f"'messages' is {'missing or empty' if not raw else type(raw).__name__}")
+    messages = tuple(_message(item, index) for index, item in enumerate(raw))
+    _check_order(messages)
+    if not any(message.role == "assistant" for message in messages):
+        raise RefusedRow("no_assistant_turn", f"roles are {[message.role for message in messages]}")
+    return Conversation(source, row_id, messages, _tools(row.get("tools")), _group(row, messages, group_field))
+
+
+def _message(raw: Any, index: int) -> Message:
+    if not isinstance(raw, Mapping):
+        raise RefusedRow("bad_message", f"message {index} is a {type(raw).__name__}, expected an object")
+    role = raw.get("role")
+    if role not in ROLES:
+        raise RefusedRow("unknown_role", f"message {index} has role {role!r}, expected one of {', '.join(ROLES)}")
+    content = raw.get("content")
+    if content is not None and not isinstance(content, str):
+        raise RefusedRow("content_not_text", f"message {index} has content of type {type(content).__name__}")
+    calls = _tool_calls(raw.get("tool_calls"), index)
+    reasoning = raw.get("reasoning_content")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise RefusedRow("content_not_text", f"message {index} has reasoning of type {type(reasoning).__name__}")
+    if role == "assistant" and not (content or "").strip() and not calls:
+        raise RefusedRow("empty_assistant_turn", f"message {index} says nothing and calls no tool")
+    if role != "assistant" and content is None:
+        raise RefusedRow("content_not_text", f"message {index} ({role}) has no content")
+    extra = {key: value for key, value in raw.items() if key not in _OWN_FIELDS and value is not None}
+    return Message(role, content, reasoning or None, calls, *_weights(raw, index), extra)
+
+
+def _weights(raw: Mapping[str, Any], index: int) -> tuple[bool | None, float | None]:
+    train, weight = raw.get("train"), raw.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise RefusedRow("bad_weight", f"message {index} has train={train!r}, expected true or false")
+    if weight is None:
+        return train, None
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise RefusedRow("bad_weight", f"message {index} has weight={weight!r}, expected a finite number of at least 0")
+    return train, float(weight)
+
+
+def _tool_calls(raw: Any, index: int) -> tuple[dict[str, Any], ...]:
+    if not raw:
+        return ()
+    if not isinstance(raw, Sequence) or isinstance(raw, str) or not all(isinstance(call, Mapping) for call in raw):
+        raise RefusedRow("bad_tool_calls", f"message {index} has tool_calls that are no list of objects")
+    calls = []
+    for call in raw:
+        inner = call.get("function", call)
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise RefusedRow("bad_tool_calls", f"message {index} calls a function without a name")
+        arguments = inner.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError as error:
+                raise RefusedRow(
+                    "bad_tool_calls", f"message {index} has arguments that are no JSON: {error}"
+                ) from error
+        function = {"name": inner["name"], "arguments": arguments if arguments is not None else {}}
+        identity = {"id": call["id"]} if call.get("id") is not None else {}
+        calls.append({"type": "function", "function": function, **identity})
+    return tuple(calls)
+
+
+def _tools(raw: Any) -> tuple[dict[str, Any], ...]:
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw) if raw.strip() else None
+        except ValueError as error:
+            raise RefusedRow("bad_tools", f"'tools' is no JSON: {error}") from error
+    if not raw:
+        return ()
+    if not isinstance(raw, Sequence) or not all(isinstance(tool, Mapping) for tool in raw):
+        raise RefusedRow("bad_tools", "'tools' is no list of objects")
+    return tuple(dict(tool) for tool in raw)
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    before: Message | None = None
+    for index, message in enumerate(messages):
+        allowed = _FOLLOWS[None if before is None else before.role]
+        if message.role not in allowed:
+            after = "at the start" if before is None else f"after {before.role}"
+            raise RefusedRow(
+                "roles_out_of_order", f"message {index} is {message.role} {after}, expected {' or '.join(allowed)}"
+            )
+        if message.role == "tool" and before is not None and before.role == "assistant" and not before.tool_calls:
+            raise RefusedRow("roles_out_of_order", f"message {index} is a tool's answer to a turn that called none")
+        before = message
+
+
+def _group(row: Mapping[str, Any], messages: Sequence[Message], field: str | None) -> str:
+    if field is not None and row.get(field) is not None:
+        return f"{field}:{row[field]}"
+    return "user:" + next(message.content or "" for message in messages if message.role == "user")

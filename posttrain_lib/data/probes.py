@@ -1,0 +1,96 @@
+"""What a template does, found out on conversations of a few words: how it ends an answer, what it leaves out."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.data.turns import Renderings, locate
+from posttrain_lib.errors import DataError
+from posttrain_lib.schema.examples import Conversation, Message
+
+if TYPE_CHECKING:
+    from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+
+_MARK = "marked"
+_ASKED = Message("user", "Hello")
+_PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer", "description": "a number"}}}
+_TOOL = {"type": "function", "function": {"name": _MARK, "description": "a tool", "parameters": _PARAMETERS}}
+# Nine characters, because Mistral's templates demand that of a call's id.
+_CALLED = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"a": _MARK}}}
+_CALL = Message("assistant", "", tool_calls=(_CALLED,))
+_PLAIN = Conversation("probe", "plain", (_ASKED, Message("assistant", _MARK)))
+_CALLING = Conversation("probe", "calling", (_ASKED, _CALL))
+_ANSWER = Message("tool", _MARK, extra={"tool_call_id": "abcdefghi", "name": "f"})
+_ANSWERED = (
+    _ASKED,
+    Message("assistant", "", tool_calls=({**_CALLED, "function": {"name": "f", "arguments": {}}},)),
+    _ANSWER,
+)
+
+
+def check_maskable(tokenizer: ChatTokenizer, where: object) -> None:
+    """Refuse a template that cannot be masked before a single row is read.
+
+    Raises:
+        DataError: the template renders no plain exchange, or the two ways of finding the answer do not agree on it.
+    """
+    try:
+        _ending(tokenizer, _PLAIN)
+    except RefusedRow as refusal:
+        raise DataError(
+            "the chat template cannot be masked: the assistant's turn is not found in a plain exchange",
+            where=where,
+            got=refusal.detail,
+            expected="a template that renders user and assistant turns and knows add_generation_prompt",
+            fix="name another template in data.chat_template",
+        ) from refusal
+
+
+@cache
+def stop_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
+    """Ids that end a generation: the end of sequence, and the markers that close answers and calls."""
+    found = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    for closed in (_PLAIN, _CALLING):
+        try:
+            ending = [token for token in tokenizer.encode(_ending(tokenizer, closed)).ids.tolist()]
+        except RefusedRow:
+            continue  # a template without tools; one without plain answers was refused before
+        markers = [token for token in ending if token in tokenizer.special_ids]
+        found.update(markers[-1:])
+    return frozenset(found)
+
+
+def left_out(tokenizer: ChatTokenizer, conversation: Conversation) -> str | None:
+    """What of the conversation this template would leave out without a word; None if nothing.
+
+    A template that raises is not silent: it refuses the row itself.
+    """
+    roles = {message.role for message in conversation.messages}
+    present = {"tools": bool(conversation.tools), "tool turns": "tool" in roles, "system turn": "system" in roles}
+    return next((part for part in _ignored(tokenizer) if present[part]), None)
+
+
+@cache
+def _ignored(tokenizer: ChatTokenizer) -> tuple[str, ...]:
+    probes = {
+        "tools": Conversation("probe", "tools", (_ASKED,), tools=(_TOOL,)),
+        "tool turns": Conversation("probe", "tool turns", _ANSWERED),
+        "system turn": Conversation("probe", "system turn", (Message("system", _MARK), _ASKED)),
+    }
+    return tuple(part for part, probe in probes.items() if not _shows_mark(tokenizer, probe))
+
+
+def _shows_mark(tokenizer: ChatTokenizer, probe: Conversation) -> bool:
+    try:
+        return _MARK in tokenizer.render(probe.messages, probe.tools, answer_next=True)
+    except RefusedRow:
+        return True  # it says so itself, row by row
+
+
+def _ending(tokenizer: ChatTokenizer, probe: Conversation) -> str:
+    """What the template prints behind the last own word of the probe's answer."""
+    renderings = Renderings(tokenizer, probe)
+    turn = locate(renderings, 1)
+    return turn.text[turn.text.rindex(_MARK) + len(_MARK) :]
