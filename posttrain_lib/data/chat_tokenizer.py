@@ -130,11 +130,11 @@ class ChatTokenizer:
         return frozenset(index for index, token in added if token.special)
 
     @cached_property
-    def end_markers(self) -> re.Pattern[str] | None:
-        """Matches a run of adjacent special tokens; None where the tokenizer has none."""
+    def special_token(self) -> re.Pattern[str] | None:
+        """Matches a special token; None where the tokenizer has none."""
         added = self._tokenizer.added_tokens_decoder.values()
         names = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        return re.compile(f"(?:{'|'.join(map(re.escape, names))})+") if names else None
+        return re.compile("|".join(map(re.escape, names))) if names else None
 
     @property
     def eos_id(self) -> int | None:

@@ -34,18 +34,25 @@ def check_maskable(tokenizer: ChatTokenizer, where: object) -> None:
     """Refuse a template that cannot be masked before a single row is read.
 
     Raises:
-        DataError: the template renders no plain exchange, or the two ways of finding the answer do not agree on it.
+        DataError: the template renders no plain exchange, knows no generation prompt though it has a header, or the
+            two ways of finding the answer do not agree.
     """
+    renderings = Renderings(tokenizer, _PLAIN)
     try:
-        _ending(tokenizer, _PLAIN)
+        turn = locate(renderings, 1)
+        header = turn.text[turn.start : turn.text.rindex(_MARK)].strip()
+        asks = renderings.upto(1) != next(renderings.prompts(1))
+        problem = f"it prints {header!r} before an answer and ignores add_generation_prompt" if header else ""
     except RefusedRow as refusal:
+        problem, asks = refusal.detail, False
+    if problem and not asks:
         raise DataError(
             "the chat template cannot be masked: the assistant's turn is not found in a plain exchange",
             where=where,
-            got=refusal.detail,
+            got=problem,
             expected="a template that renders user and assistant turns and knows add_generation_prompt",
-            fix="name another template in data.chat_template",
-        ) from refusal
+            fix="name another template in data.chat_template; variables that it misses go into data.template_kwargs",
+        )
 
 
 @cache

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from posttrain_lib.data.probes import left_out
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.data.turns import (
-    STAND_INS,
     Renderings,
     Turn,
     closing,
@@ -69,8 +68,6 @@ def render_conversation(tokenizer: ChatTokenizer, conversation: Conversation, tr
     trained = [index for index, message in enumerate(conversation.messages) if message.loss_weight > 0]
     if not trained:
         raise RefusedRow("nothing_to_train", "no assistant turn has a weight above 0")
-    if any(STAND_INS & set(str(message)) for message in conversation.messages):
-        raise RefusedRow("private_characters", "the text holds U+E000, U+E001 or U+E002, which the masks need")
     part = left_out(tokenizer, conversation)
     if part is not None:
         raise RefusedRow(
@@ -92,7 +89,7 @@ def render_conversation(tokenizer: ChatTokenizer, conversation: Conversation, tr
 
 def _document(renderings: Renderings, whole: Turn, turns: list[Turn], suffix: str = "") -> Document:
     spans = tuple(
-        Span(turn.start, turn.end, renderings.messages[turn.index].loss_weight, turn.closed) for turn in turns
+        Span(turn.start, turn.end, renderings.messages[turn.index].loss_weight, turn.markers > 0) for turn in turns
     )
     return Document(whole.text, spans, _parts(renderings, whole.text, whole.index), whole.index, suffix)
 
@@ -110,8 +107,8 @@ def _as_rendered(renderings: Renderings, turns: list[Turn]) -> Document:
         message = renderings.messages[turn.index]
         substituted = renderings.substituted(turn.index, last.index + 1)
         begin, end, _ = own_words(text, substituted, message, turn.index)
-        length, closed = closing(renderings.tokenizer, text[end:])
-        spans.append(Span(_header_end(renderings, turn, text, begin), end + length, message.loss_weight, closed))
+        length, markers = closing(renderings.tokenizer, text[end:], most=max(1, turn.markers))
+        spans.append(Span(_header_end(renderings, turn, text, begin), end + length, message.loss_weight, markers > 0))
     for before, after in itertools.pairwise(spans):
         if before.end > after.start:
             raise RefusedRow("masks_disagree", f"turns overlap at character {after.start} of the rendered conversation")

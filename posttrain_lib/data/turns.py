@@ -38,13 +38,13 @@ class Turn:
     """An assistant turn and the text up to its end, as serving would have it.
 
     ``text[:start]`` is the prompt, ``text[start:end]`` the answer with its end-of-turn marker, and ``text`` ends there.
-    ``closed`` is False where the template prints no end-of-turn marker. ``notes`` name what deserves a count.
+    ``markers`` counts its end-of-turn markers: 0 where the template prints none. ``notes`` name what deserves a count.
     """
 
     index: int
     text: str
     start: int
-    closed: bool
+    markers: int
     notes: tuple[str, ...]
 
     @property
@@ -126,6 +126,8 @@ def locate(renderings: Renderings, index: int) -> Turn:
     """
     message = renderings.messages[index]
     text = renderings.upto(index + 1)
+    if STAND_INS & set(text):
+        raise RefusedRow("private_characters", "the text holds U+E000, U+E001 or U+E002, which the masks need")
     begin, end, notes = own_words(text, renderings.substituted(index, index + 1), message, index)
     prompt, cut, how = _prompt_before(renderings, index, text, begin)
     if cut > begin:
@@ -133,9 +135,9 @@ def locate(renderings: Renderings, index: int) -> Turn:
             "masks_disagree",
             f"message {index}: its own words begin at character {begin}, the serving prompt ends only at {cut}",
         )
-    length, closed = closing(renderings.tokenizer, text[end:])
+    length, markers = closing(renderings.tokenizer, text[end:])
     answer = text[cut : end + length]
-    return Turn(index, prompt + answer, len(prompt), closed, notes + how)
+    return Turn(index, prompt + answer, len(prompt), markers, notes + how)
 
 
 def _prompt_before(renderings: Renderings, index: int, text: str, begin: int) -> tuple[str, int, tuple[str, ...]]:
@@ -184,14 +186,21 @@ def _longest_shared_end(prompt: str, text: str) -> int:
     return bisect_left(range(1, len(prompt) + 1), True, key=lambda n: prompt[-n:] not in text)
 
 
-def closing(tokenizer: ChatTokenizer, rest: str) -> tuple[int, bool]:
-    """(length of the end of a turn at the start of ``rest``, whether it has an end-of-turn marker)."""
-    markers = tokenizer.end_markers
-    found = markers.search(rest) if markers is not None else None
-    if found is not None:
-        return found.end(), True
-    length = len(rest.rstrip())
-    return length, length > 0
+def closing(tokenizer: ChatTokenizer, rest: str, most: int | None = None) -> tuple[int, int]:
+    """(length of the end of a turn at the start of ``rest``, end-of-turn markers in it).
+
+    The end is the first run of adjacent special tokens, of ``most`` of them where more may belong to the next turn;
+    where the tokenizer has none there, all but trailing white space, as one marker.
+    """
+    marker = tokenizer.special_token
+    found = marker.search(rest) if marker is not None else None
+    if marker is None or found is None:
+        length = len(rest.rstrip())
+        return length, min(length, 1)
+    count, end = 1, found.end()
+    while count != most and (found := marker.match(rest, end)):
+        count, end = count + 1, found.end()
+    return end, count
 
 
 def common_prefix(first: str, second: str) -> int:
