@@ -45,6 +45,29 @@ def _set_defaults() -> None:
 _set_defaults()
 
 
+def plain_config_option(arguments: list[str]) -> list[str]:
+    """``--config FILE`` anywhere becomes what Metaflow wants: ``--config config FILE``, before the command.
+
+    Metaflow names its configs, and a flow here has one. Its own spelling is left as it is.
+    """
+    option, rest = [], []
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if argument.startswith("--config="):
+            option += ["--config", "config", argument.removeprefix("--config=")]
+        elif argument == "--config" and pending[:1] == ["config"] and len(pending) > 1:
+            option += [argument, pending.pop(0), pending.pop(0)]
+        elif argument == "--config" and pending:
+            option += [argument, "config", pending.pop(0)]
+        else:
+            rest.append(argument)
+    return option + rest
+
+
+sys.argv[1:] = plain_config_option(sys.argv[1:])
+
+
 def parse_config(text: str) -> dict[str, Any]:
     """Parser of the flow's ``--config``: strict, and complete with every default, so that the run stores it whole."""
     try:

@@ -94,7 +94,8 @@ def load_tokenizer(config: RunConfig, found: dict[str, ArtifactRef]) -> ChatToke
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The held-out prompts that the data step wrote, in their order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as handle:
+        return [json.loads(line) for line in handle]
 
 
 def _evaluate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ def iter_rows(path: str) -> Iterator[Row]:
     if _is_hub_id(path):
         yield from _hub_rows(path.removeprefix(_HUB))
         return
+    _refuse_dataset_dict(path)
     if _is_datasets_folder(path):
         yield from _numbered(Path(path).name, _saved_dataset(path))
         return
@@ -82,6 +85,19 @@ def _is_datasets_folder(path: str) -> bool:
     return "://" not in path and (Path(path) / "state.json").is_file() and (Path(path) / "dataset_info.json").is_file()
 
 
+def _refuse_dataset_dict(path: str) -> None:
+    """A folder of several splits: which one is meant is the user's to say."""
+    if "://" in path or not (Path(path) / "dataset_dict.json").is_file():
+        return
+    splits = json.loads((Path(path) / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    raise DataError(
+        "the datasets folder holds several splits",
+        where=path,
+        got=", ".join(splits),
+        fix=f"name one of them, for example {Path(path) / splits[0]}",
+    )
+
+
 def _protocols(filesystem: Any) -> tuple[str, ...]:
     return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
 
@@ -112,7 +128,9 @@ def _file_rows(file: str) -> Iterator[Row]:
         if name.endswith(ending):
             stem, compression = name.removesuffix(ending), kind
     try:
-        if stem.endswith(_JSON_LINES):
+        if stem.endswith(".json") and _is_array(file, compression):
+            yield from _numbered(name, _json_array(file, compression))
+        elif stem.endswith(_JSON_LINES):
             yield from _json_lines(file, name, compression)
         elif stem.endswith(".parquet"):
             yield from _numbered(name, _parquet(file))
@@ -120,15 +138,32 @@ def _file_rows(file: str) -> Iterator[Row]:
             raise DataError(
                 "the data file is of an unknown kind",
                 where=file,
-                expected=".jsonl, .jsonl.gz, .jsonl.zst, .parquet, or a datasets folder",
+                expected=".jsonl or .json (also .gz, .zst), .parquet, or a datasets folder",
             )
     except (OSError, EOFError) as error:
         raise DataError("the data file cannot be read", where=file, got=error, fix="fetch it again") from error
 
 
+def _is_array(file: str, compression: str | None) -> bool:
+    with fsspec.open(file, "rb", compression=compression) as handle:
+        return handle.read(256).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _json_array(file: str, compression: str | None) -> Iterator[dict[str, Any]]:
+    with fsspec.open(file, "rb", compression=compression) as handle:
+        try:
+            rows = json.loads(handle.read())
+        except ValueError as error:
+            raise DataError(
+                "the file starts as a JSON array and does not end as one", where=file, got=error, fix="write it again"
+            ) from error
+    yield from rows
+
+
 def _json_lines(file: str, name: str, compression: str | None) -> Iterator[Row]:
     with fsspec.open(file, "rb", compression=compression) as handle:
-        for number, line in enumerate(handle, start=1):
+        # The zstd reader has no lines of its own; the buffer gives them to every kind alike.
+        for number, line in enumerate(io.BufferedReader(handle), start=1):
             if not line.strip():
                 continue
             yield f"{name}:{number}", _parse(line)
@@ -136,7 +171,7 @@ def _json_lines(file: str, name: str, compression: str | None) -> Iterator[Row]:
 
 def _parse(line: bytes) -> dict[str, Any] | BadRow:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", str(error), line.decode("utf-8", errors="replace"))
     except ValueError as error:

@@ -46,7 +46,7 @@ def _message(raw: Any, index: int) -> Message:
     role = raw.get("role")
     if role not in ROLES:
         raise RefusedRow("unknown_role", f"message {index} has role {role!r}, expected one of {', '.join(ROLES)}")
-    content = raw.get("content")
+    content = _joined(raw.get("content"))
     if content is not None and not isinstance(content, str):
         raise RefusedRow("content_not_text", f"message {index} has content of type {type(content).__name__}")
     calls = _tool_calls(raw.get("tool_calls"), index)
@@ -59,6 +59,14 @@ def _message(raw: Any, index: int) -> Message:
         raise RefusedRow("content_not_text", f"message {index} ({role}) has no content")
     extra = {key: value for key, value in raw.items() if key not in _OWN_FIELDS and value is not None}
     return Message(role, content, reasoning or None, calls, *_weights(raw, index), extra)
+
+
+def _joined(content: Any) -> Any:
+    """Text parts as one text; anything else as it is, to be judged by the caller."""
+    parts = content if isinstance(content, list) else []
+    found = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    texts = [text for text in found if isinstance(text, str)]
+    return "".join(texts) if texts and len(texts) == len(parts) else content
 
 
 def _weights(raw: Mapping[str, Any], index: int) -> tuple[bool | None, float | None]:

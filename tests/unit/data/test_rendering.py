@@ -237,7 +237,7 @@ def count_accepted(tokenizer: ChatTokenizer, data: Path, every: int = 1) -> tupl
     """(accepted, eligible, refusals). Not eligible is what the template itself cannot express: it raises, or has no
     place for tools or system turns."""
     files = [data / "chat" / f"{name}.jsonl" for name in ("chat", "tool_chat")]
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
     accepted, eligible, refused = 0, 0, []
     for number, line in enumerate(lines[::every]):
         talk = parse(json.loads(line), "chat", str(number), "group")

@@ -1,0 +1,111 @@
+"""A ``messages`` row: what is taken, and the reason for everything that is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from posttrain_lib.data.formats import FORMATS, get_format
+from posttrain_lib.data.formats.messages import parse
+from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.schema.examples import Conversation
+
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]}
+RESULT = {"role": "tool", "content": "4", "tool_call_id": "1"}
+
+
+def parsed(*messages: Any, **row: Any) -> Conversation:
+    return parse({"messages": list(messages), **row}, "source", "row:1", "group")
+
+
+def test_a_plain_row() -> None:
+    found = parsed(USER, ANSWER)
+    assert [(message.role, message.content, message.loss_weight) for message in found.messages] == [
+        ("user", "a", 0.0),
+        ("assistant", "b", 1.0),
+    ]
+    assert (found.source, found.row_id, found.group) == ("source", "row:1", "user:a")
+
+
+def test_the_group_is_the_named_field_or_the_first_question() -> None:
+    assert parsed(USER, ANSWER, group=7).group == "group:7"
+    assert parsed({"role": "system", "content": "s"}, USER, ANSWER).group == "user:a"
+
+
+def test_tool_calls_become_objects_and_extra_fields_stay() -> None:
+    found = parsed(USER, CALLING, RESULT, ANSWER, tools='[{"type": "function"}]')
+    assert found.messages[1].tool_calls[0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert found.messages[2].extra == {"tool_call_id": "1"}
+    assert found.tools == ({"type": "function"},)
+
+
+def test_columns_that_a_table_fills_with_nothing_are_no_fields() -> None:
+    empty = {"tool_calls": None, "reasoning_content": None, "train": None, "weight": None, "name": None}
+    assert parsed({**USER, **empty}, {**ANSWER, **empty}, tools=None) == parsed(USER, ANSWER)
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert parsed({"role": "user", "content": parts}, ANSWER).messages[0].content == "ab"
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [({}, 1.0), ({"train": False}, 0.0), ({"train": True}, 1.0), ({"weight": 0.5}, 0.5), ({"weight": 0}, 0.0),
+     ({"weight": 2.0, "train": False}, 0.0)],
+)  # fmt: skip
+def test_weights(fields: dict[str, Any], weight: float) -> None:
+    assert parsed(USER, {**ANSWER, **fields}).messages[1].loss_weight == weight
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "no_messages"),
+        ("text", "no_messages"),
+        (["text"], "bad_message"),
+        ([{"role": "robot", "content": "a"}], "unknown_role"),
+        ([{"content": "a"}], "unknown_role"),
+        ([ANSWER], "roles_out_of_order"),
+        ([USER, USER, ANSWER], "roles_out_of_order"),
+        ([USER, ANSWER, ANSWER], "roles_out_of_order"),
+        ([USER, ANSWER, {"role": "system", "content": "s"}], "roles_out_of_order"),
+        ([USER, ANSWER, RESULT], "roles_out_of_order"),
+        ([USER], "no_assistant_turn"),
+        ([USER, {"role": "assistant", "content": ""}], "empty_assistant_turn"),
+        ([USER, {"role": "assistant", "content": " \n"}], "empty_assistant_turn"),
+        ([USER, {"role": "assistant"}], "empty_assistant_turn"),
+        ([{"role": "user", "content": 3}, ANSWER], "content_not_text"),
+        ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], "content_not_text"),
+        ([{"role": "user"}, ANSWER], "content_not_text"),
+        ([USER, {**ANSWER, "reasoning_content": 1}], "content_not_text"),
+        ([USER, {**ANSWER, "train": "no"}], "bad_weight"),
+        ([USER, {**ANSWER, "weight": -1}], "bad_weight"),
+        ([USER, {**ANSWER, "weight": float("nan")}], "bad_weight"),
+        ([USER, {**ANSWER, "weight": True}], "bad_weight"),
+        ([USER, {**ANSWER, "tool_calls": "f()"}], "bad_tool_calls"),
+        ([USER, {**ANSWER, "tool_calls": [{"function": {}}]}], "bad_tool_calls"),
+        ([USER, {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "bad_tool_calls"),
+    ],
+)
+def test_a_row_that_cannot_be_used_says_why(messages: Any, reason: str) -> None:
+    with pytest.raises(RefusedRow) as caught:
+        parse({"messages": messages}, "s", "1", None)
+    assert caught.value.reason == reason
+    assert caught.value.detail
+
+
+@pytest.mark.parametrize("tools", ["{", {"type": "function"}, ["f"]])
+def test_tools_that_are_no_list_of_objects(tools: Any) -> None:
+    with pytest.raises(RefusedRow, match="bad_tools"):
+        parsed(USER, ANSWER, tools=tools)
+
+
+def test_formats_by_name() -> None:
+    assert {name: callable(get_format(name)) for name in FORMATS} == {"messages": True}
+    with pytest.raises(ConfigError, match="unknown row format"):
+        get_format("mesages")

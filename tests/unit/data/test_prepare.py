@@ -1,0 +1,196 @@
+"""Rows into stores: everything is counted, nothing is lost, and it stops where it must not go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from posttrain_lib.config.data import DataConfig
+from posttrain_lib.data.prepare import prepare_dataset
+from posttrain_lib.data.receipt import Receipt
+from posttrain_lib.data.token_store import TokenStore
+from posttrain_lib.errors import DataError
+
+
+def row(number: int, answer: str = "Fine.", **fields: Any) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": f"How is number {number}?"},
+            {"role": "assistant", "content": answer, **fields},
+        ]
+    }
+
+
+class Preparation:
+    """A source file, a config, and what came of them."""
+
+    def __init__(self, folder: Path, tokenizer: Path) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+        self.said: list[str] = []
+        self.out, self.rejects = folder / "out", folder / "rejects"
+
+    def write(self, *rows: Any) -> None:
+        lines = [item if isinstance(item, str) else json.dumps(item) for item in rows]
+        (self.folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def run(self, **settings: Any) -> Receipt:
+        self.out.mkdir()
+        raw = {"sources": [{"name": "file", "path": "rows.jsonl"}], "held_out": {"fraction": 0.2}, **settings}
+        return prepare_dataset(
+            DataConfig.model_validate(raw),
+            tokenizer_folder=self.tokenizer,
+            inputs={"file": str(self.folder / "rows.jsonl")},
+            out_dir=self.out,
+            rejects_dir=self.rejects,
+            progress=self.said.append,
+        )
+
+    def lines(self, name: str, folder: Path | None = None) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in ((folder or self.out) / name).read_text("utf-8").split("\n") if line]
+
+
+@pytest.fixture
+def preparation(tmp_path: Path, chatml_folder: Path) -> Preparation:
+    return Preparation(tmp_path, chatml_folder)
+
+
+def test_every_row_is_in_a_store_or_in_the_quarantine(preparation: Preparation) -> None:
+    bad = ["{broken", {"messages": []}, row(900, ""), {"messages": [{"role": "robot", "content": "a"}]}]
+    preparation.write(*bad, *(row(number) for number in range(96)))
+    receipt = preparation.run(max_refused_fraction=0.05)
+    train, held_out = TokenStore(preparation.out / "train"), TokenStore(preparation.out / "held_out")
+    assert len(train) + len(held_out) == receipt.total("examples") == 96
+    assert len(held_out) == receipt.total("held_out") > 5
+    quarantine = preparation.lines("quarantine.jsonl")
+    assert [(item["row_id"], item["reason"]) for item in quarantine] == [
+        ("rows.jsonl:1", "broken_json"),
+        ("rows.jsonl:2", "no_messages"),
+        ("rows.jsonl:3", "empty_assistant_turn"),
+        ("rows.jsonl:4", "unknown_role"),
+    ]
+    assert quarantine[0]["row"] == "{broken\n"
+    assert quarantine[2]["row"] == row(900, "")
+    written = json.loads((preparation.out / "receipt.json").read_text())
+    assert written == receipt.to_dict()
+    assert written["refused"] == {"broken_json": 1, "no_messages": 1, "empty_assistant_turn": 1, "unknown_role": 1}
+    counts = written["sources"]["file"]
+    assert (counts["rows"], counts["refused"], counts["examples"]) == (100, 4, 96)
+    assert counts["tokens"] == train.total_tokens + held_out.total_tokens
+    assert counts["trained_tokens"] == train.trained_tokens + held_out.trained_tokens
+    assert sum(written["length_histogram"].values()) == 96
+    roles = written["roles"]["file"]
+    assert sum(role["tokens"] for role in roles.values()) == counts["tokens"]
+    assert roles["assistant"]["trained"] == counts["trained_tokens"]
+    assert roles["user"]["trained"] == 0
+
+
+def test_too_many_refused_rows_stop_it_and_leave_the_quarantine(preparation: Preparation) -> None:
+    preparation.write(*("{" for _ in range(3)), *(row(number) for number in range(97)))
+    with pytest.raises(DataError, match="3 of 100 rows were refused") as caught:
+        preparation.run(max_refused_fraction=0.02)
+    text = str(caught.value)
+    assert "rows.jsonl:2: broken_json" in text and "data.max_refused_fraction" in text
+    assert str(preparation.rejects / "quarantine.jsonl") in text
+    assert len(preparation.lines("quarantine.jsonl", preparation.rejects)) == 3
+    with pytest.raises(DataError, match="not a token store"):
+        TokenStore(preparation.out / "train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "said"),
+    [
+        ([row(1, train=False), row(2, weight=0)], {}, "rows were refused"),
+        ([row(1, train=False)] * 2, {"max_refused_fraction": 0.99}, "rows were refused"),
+        ([row(1)] * 5, {"held_out": {"fraction": 0.01}}, "no row is held out"),
+        ([row(1)] * 5, {"held_out": {"fraction": 0.49, "seed": 1}}, "nothing to train on"),
+    ],
+    ids=["untrained", "untrained and allowed", "nothing held out", "all held out"],
+)
+def test_it_stops_where_training_would_be_in_vain(
+    preparation: Preparation, rows: list[Any], settings: dict[str, Any], said: str
+) -> None:
+    preparation.write(*rows)
+    with pytest.raises(DataError, match=said):
+        preparation.run(**settings)
+
+
+def test_long_rows_are_refused_or_cut_and_counted(preparation: Preparation, tmp_path: Path) -> None:
+    rows = [row(number, "word " * (80 if number == 7 else 2)) for number in range(50)]
+    preparation.write(*rows)
+    receipt = preparation.run(max_example_tokens=64, max_refused_fraction=0.1)
+    assert receipt.refused == {"too_long": 1}
+    preparation.out = tmp_path / "again"
+    receipt = preparation.run(max_example_tokens=64, over_length="truncate")
+    assert (receipt.total("refused"), receipt.total("truncated")) == (0, 1)
+    stores = [TokenStore(preparation.out / name) for name in ("train", "held_out")]
+    assert max(store.longest for store in stores) == 64
+
+
+def test_a_cut_that_leaves_nothing_to_train_is_a_refusal(preparation: Preparation) -> None:
+    long = {"messages": [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "b"}]}
+    preparation.write(long, *(row(number) for number in range(50)))
+    receipt = preparation.run(max_example_tokens=64, over_length="truncate", max_refused_fraction=0.1)
+    assert receipt.refused == {"nothing_left": 1}
+
+
+def test_prompts_are_what_serving_sends_and_stand_in_no_training_row(preparation: Preparation) -> None:
+    same = [{**row(1), "group": number} for number in range(30)]
+    preparation.write(*same, *({**row(number), "group": f"g{number}"} for number in range(2, 60)))
+    receipt = preparation.run()
+    prompts = preparation.lines("prompts.jsonl")
+    assert receipt.notes["held_out_prompts_also_in_training"] > 0
+    assert len(prompts) == receipt.total("held_out") - receipt.notes["held_out_prompts_also_in_training"]
+    assert all(prompt["answer"] == "Fine." for prompt in prompts)
+    train = TokenStore(preparation.out / "train")
+    for prompt in prompts:
+        ids = np.array(prompt["prompt_ids"])
+        assert not any(np.array_equal(train.get(i)[0][: len(ids)], ids) for i in range(len(train)))
+
+
+def test_duplicates_are_counted(preparation: Preparation) -> None:
+    preparation.write(*([row(5)] * 3), *(row(number) for number in range(10, 40)))
+    assert preparation.run().notes["duplicate_examples"] == 2
+
+
+def test_weights_reach_the_store(preparation: Preparation) -> None:
+    preparation.write(*(row(number, weight=0.25) for number in range(40)))
+    preparation.run()
+    _, weights = TokenStore(preparation.out / "train").get(0)
+    assert set(weights.tolist()) == {0.0, 0.25}
+
+
+def test_samples_spell_the_tokens(preparation: Preparation) -> None:
+    preparation.write(*(row(number) for number in range(40)))
+    preparation.run()
+    samples = json.loads((preparation.out / "samples.json").read_text("utf-8"))
+    assert len(samples) == 3
+    for sample in samples:
+        trained = [piece for piece, weight in zip(sample["tokens"], sample["weights"], strict=True) if weight > 0]
+        assert "".join(trained) == "Fine.<|im_end|>"
+
+
+def test_a_tokenizer_without_a_template_is_named(preparation: Preparation, real_data: Path) -> None:
+    preparation.write(row(1))
+    preparation.tokenizer = real_data / "tokenizers" / "gpt2"
+    with pytest.raises(DataError, match="no chat template") as caught:
+        preparation.run()
+    assert "data.chat_template" in str(caught.value)
+
+
+def test_double_begin_and_missing_end_are_seen(preparation: Preparation, tmp_path: Path, real_tokenizer: Any) -> None:
+    template = tmp_path / "twice.jinja"
+    template.write_text(
+        "<bos><bos>{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'user' %}"
+        "<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    real_tokenizer("llama3")  # Qwen2.5's vocabulary with a <bos>
+    preparation.tokenizer = Path(real_tokenizer("llama3")._tokenizer.name_or_path)
+    preparation.write(*(row(number) for number in range(40)))
+    receipt = preparation.run(chat_template=str(template))
+    assert receipt.notes["double_bos"] == receipt.notes["missing_end"] == 40
+    failed = {check.name for check in receipt.checks() if not check.passed}
+    assert failed == {"no double begin-of-sequence", "every answer ends with a marker"}

@@ -1,0 +1,148 @@
+"""Rows out of every kind of file, with ids that lead back to the line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from posttrain_lib.data.sources import BadRow, iter_rows, list_files
+from posttrain_lib.errors import DataError
+
+ROWS = [{"messages": [{"role": "user", "content": f"grüß {number}\u2028"}], "id": number} for number in range(5)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def rows_of(path: object) -> list[dict[str, Any]]:
+    found = [row for _, row in iter_rows(str(path))]
+    assert not [row for row in found if isinstance(row, BadRow)]
+    return found  # type: ignore[return-value]
+
+
+def plain(folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text(LINES, encoding="utf-8")
+    return path
+
+
+def gzipped(folder: Path) -> Path:
+    path = folder / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(LINES.encode()))
+    return path
+
+
+def zstd(folder: Path) -> Path:
+    path = folder / "rows.jsonl.zst"
+    with fsspec.open(str(path), "wb", compression="zstd") as handle:
+        handle.write(LINES.encode())
+    return path
+
+
+def array(folder: Path) -> Path:
+    path = folder / "rows.json"
+    path.write_text("\ufeff " + json.dumps(ROWS, ensure_ascii=False, indent=1), encoding="utf-8")
+    return path
+
+
+def row_groups(folder: Path) -> Path:
+    path = folder / "rows.parquet"
+    parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
+    return path
+
+
+def saved_dataset(folder: Path) -> Path:
+    import datasets
+
+    path = folder / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(path))
+    return path
+
+
+KINDS = (plain, gzipped, zstd, array, row_groups, saved_dataset)
+
+
+@pytest.mark.parametrize("write", KINDS, ids=lambda write: write.__name__)
+class TestEveryKind:
+    def test_the_same_rows(self, write: Any, tmp_path: Path) -> None:
+        assert rows_of(write(tmp_path)) == ROWS
+
+    def test_ids_name_file_and_place(self, write: Any, tmp_path: Path) -> None:
+        path = write(tmp_path)
+        assert [row_id for row_id, _ in iter_rows(str(path))] == [f"{path.name}:{number}" for number in range(1, 6)]
+
+    def test_the_digest_follows_the_content(self, write: Any, tmp_path: Path) -> None:
+        path = write(tmp_path)
+        before = list_files(str(path))
+        assert before == list_files(str(path))
+        victim = max((file for file in path.rglob("*") if file.is_file()), default=path) if path.is_dir() else path
+        victim.write_bytes(victim.read_bytes() + b" ")
+        assert [digest for _, digest in list_files(str(path))] != [digest for _, digest in before]
+
+
+def test_a_glob_and_a_folder_are_read_in_order(tmp_path: Path) -> None:
+    for number in (2, 0, 1):
+        (tmp_path / f"part-{number}.jsonl").write_text(json.dumps({"n": number}) + "\n")
+    expected = [("part-0.jsonl:1", {"n": 0}), ("part-1.jsonl:1", {"n": 1}), ("part-2.jsonl:1", {"n": 2})]
+    assert list(iter_rows(str(tmp_path / "part-*.jsonl"))) == expected
+    assert list(iter_rows(str(tmp_path))) == expected
+
+
+def test_an_fsspec_url(tmp_path: Path) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/bucket/rows.jsonl", LINES.encode())
+    assert rows_of("memory://bucket/rows.jsonl") == ROWS
+    first = list_files("memory://bucket/*.jsonl")
+    filesystem.pipe("/bucket/rows.jsonl", LINES.encode() + b"{}\n")
+    assert list_files("memory://bucket/*.jsonl") != first
+
+
+def test_a_broken_line_is_kept_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n{"a": \n[1]\n\xff\xfe\n{"a": 2}\n')
+    found = list(iter_rows(str(path)))
+    assert [row_id for row_id, _ in found] == [f"rows.jsonl:{number}" for number in (1, 3, 4, 5, 6)]
+    bad = [row for _, row in found if isinstance(row, BadRow)]
+    assert [row.reason for row in bad] == ["broken_json", "not_an_object", "not_utf8"]
+    assert bad[0].raw == '{"a": \n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.jsonl", b"", "no rows"),
+        ("rows.csv", b"a,b\n", "unknown kind"),
+        ("rows.parquet", b"PAR1 nothing else", "damaged"),
+        ("rows.jsonl.gz", b"no gzip", "cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(LINES.encode())[:-20], "cannot be read"),
+        ("rows.json", b"[{}, ", "does not end as one"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        list(iter_rows(str(path)))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "nothing-*.jsonl", "nosuchscheme://a/b.jsonl"])
+def test_a_path_that_names_nothing(tmp_path: Path, path: str) -> None:
+    with pytest.raises(DataError, match=r"no file matches|unknown kind"):
+        list_files(path if "://" in path else str(tmp_path / path))
+
+
+def test_a_folder_of_several_splits_asks_for_one(tmp_path: Path) -> None:
+    import datasets
+
+    split = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(DataError, match="several splits") as caught:
+        list(iter_rows(str(tmp_path / "both")))
+    assert "both/train" in str(caught.value)
+    assert rows_of(tmp_path / "both" / "train") == ROWS
