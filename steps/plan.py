@@ -73,10 +73,12 @@ def _model_lines(config: RunConfig) -> list[str]:
         return [f"  model      {config.model.path} (fetched when the run starts)"]
     body, _ = matmul_parameters(spec)
     memory = memory_estimate(spec, config)
-    detail = ", ".join(f"{name} {value:.2f}" for name, value in memory.items())
+    total = sum(memory.values())
+    unit, scale = ("GiB", 1.0) if total >= 1 else ("MiB", 1024.0)
+    detail = ", ".join(f"{name} {value * scale:.2f}" for name, value in memory.items())
     return [
         f"  model      {spec.family}, {parameter_count(spec.config):,} parameters, {body:,} of them in the blocks",
-        f"  memory     about {sum(memory.values()):.2f} GiB a worker ({detail})",
+        f"  memory     about {total * scale:.2f} {unit} a worker ({detail})",
     ]
 
 
