@@ -86,6 +86,8 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "headline": _headline(manifests),
         "reports": reports,
         "data": _data_table(receipt),
+        "roles": _roles_table(receipt),
+        "notes": [[name.replace("_", " "), f"{count:,}"] for name, count in receipt["notes"].items() if count],
         "lengths": receipt["length_histogram"],
         "samples": json.loads(_file(manifests, "prepare_data", "samples"))[:4],
         "generations": evaluation["generations"],
@@ -111,6 +113,14 @@ def _data_table(receipt: Mapping[str, Any]) -> list[list[str]]:
     for reason, count in receipt["refused"].items():
         rows.append([f"refused: {reason}", f"{count:,}", "", "", ""])
     return rows
+
+
+def _roles_table(receipt: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [source, role, f"{counts['tokens']:,}", f"{counts['trained']:,}"]
+        for source, roles in receipt["roles"].items()
+        for role, counts in roles.items()
+    ]
 
 
 def _file(manifests: Manifests, step: str, output: str) -> str:

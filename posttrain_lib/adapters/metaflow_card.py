@@ -206,6 +206,9 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
         card.append(VegaChart(spec))
     card.append(Markdown("## Data"))
     card.append(Table(report["data"], headers=["", "rows", "examples", "tokens", "trained tokens"]))
+    card.append(Table(report["roles"], headers=["source", "role", "tokens", "trained tokens"]))
+    if report["notes"]:
+        card.append(Table(report["notes"], headers=["counted on the way", ""]))
     card.append(VegaChart(bar_chart("Length of examples (tokens)", report["lengths"], "tokens")))
     card.append(Markdown("### Samples: what is trained is coloured"))
     for sample in report["samples"]:

@@ -32,7 +32,7 @@ from posttrain_lib.schema.examples import TokenizedExample
 INDEX_FILE = "index.json"
 EXAMPLES_FILE = "examples.arrow"
 FORMAT = "posttrain-token-store"
-VERSION = 1
+VERSION = 2
 
 # Tokens in one shard: 8 bytes each on disk and, while it is being written, in memory: 64 MiB.
 SHARD_TOKENS = 8 * 1024 * 1024
@@ -63,6 +63,7 @@ class TokenStoreWriter:
         self._weight_sums: list[float] = []
         self._trained: list[int] = []
         self._source_index: list[int] = []
+        self._largest_id = -1
         self._content = hashlib.sha256()
         self._closed = False
 
@@ -76,6 +77,7 @@ class TokenStoreWriter:
         tokens = np.ascontiguousarray(example.token_ids, dtype=np.int32)
         weights = np.ascontiguousarray(example.loss_weights, dtype=np.float32)
         self._check(example, tokens, weights)
+        self._largest_id = max(self._largest_id, int(tokens.max()))
         counted = weights[1:]
         self._lengths.append(len(tokens))
         self._weight_sums.append(float(counted.sum(dtype=np.float64)))
@@ -117,6 +119,7 @@ class TokenStoreWriter:
             "trained_tokens": sum(self._trained),
             "weight": sum(self._weight_sums),
             "longest": max(self._lengths, default=0),
+            "largest_id": self._largest_id,
             "sources": list(self._sources),
             "digest": self._content.hexdigest(),
             "shards": shards,
@@ -190,6 +193,7 @@ class TokenStore:
         trained_counts: int32 [N], how many of them are not zero.
         source_index: int32 [N], index into ``sources``.
         sources: names, in order of first appearance.
+        largest_id: the largest token id in it, -1 for an empty store.
         digest: sha256 of the content: the same examples in the same order give the same digest.
 
     Raises:
@@ -206,6 +210,7 @@ class TokenStore:
         self.trained_tokens: int = index["trained_tokens"]
         self.total_weight: float = index["weight"]
         self.longest: int = index["longest"]
+        self.largest_id: int = index["largest_id"]
         self._examples_file: dict[str, Any] = index["examples_file"]
         for entry in [*self._files, self._examples_file]:
             self._check_size(entry)

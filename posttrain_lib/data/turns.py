@@ -105,10 +105,10 @@ def own_words(text: str, substituted: str, message: Message, index: int) -> tupl
         RefusedRow: the template prints nothing of the message, or not its calls.
     """
     shown = STAND_INS & set(substituted)
-    if not shown:
-        raise RefusedRow("turn_not_rendered", f"the template prints nothing of message {index} ({message.role})")
     if message.tool_calls and _CALL not in shown:
         raise RefusedRow("template_lacks_tools", f"the template does not print the tool calls of message {index}")
+    if not shown:
+        raise RefusedRow("turn_not_rendered", f"the template prints nothing of message {index} ({message.role})")
     notes = []
     if message.reasoning_content and _REASONING not in shown:
         notes.append("reasoning_not_rendered")

@@ -21,7 +21,7 @@ from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.data.loader import LoadedStep, PackedLoader, count_steps
 from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.errors import TrainingError
+from posttrain_lib.errors import DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import Decoder, build_model
@@ -105,6 +105,23 @@ def planned_steps(store: TokenStore, config: TrainConfig) -> int:
     )
 
 
+def check_vocabulary(spec: ModelSpec, *stores: TokenStore) -> None:
+    """Refuse data whose ids the model's embedding does not have: on a GPU the look-up would fail without a name.
+
+    Raises:
+        DataError: naming the store, its largest id and the model's vocabulary.
+    """
+    for store in stores:
+        if store.largest_id >= spec.config.vocab_size:
+            raise DataError(
+                "the data has token ids that the model does not know",
+                where=store.folder,
+                got=f"largest id {store.largest_id}",
+                expected=f"ids below {spec.config.vocab_size}, the model's vocab_size",
+                fix="prepare the data with the model's own tokenizer (leave data.tokenizer out)",
+            )
+
+
 class Trainer:
     """A job's objects, and the loop over them."""
 
@@ -114,6 +131,7 @@ class Trainer:
         self.spec = spec_from_folder(job.model_folder)
         self.store = TokenStore(Path(job.train_store))
         self.held_out = TokenStore(Path(job.held_out_store))
+        check_vocabulary(self.spec, self.store, self.held_out)
         self.loss = build_loss(config.loss, config.loss_options)
         model = load_sharded_model(self.spec, job, device)
         loader = build_loader(self.store, config, job.rank, job.world)

@@ -7,22 +7,24 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.data.loader import count_steps
-from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.errors import CheckpointError, TrainingError
+from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
+from posttrain_lib.errors import CheckpointError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.schema.examples import TokenizedExample
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training.job import TrainJob
 from posttrain_lib.training.loop import train
-from tests.oracles.tiny_job import SOURCES, make_job, tiny_config, write_store
+from tests.oracles.tiny_job import SOURCES, VOCABULARY, make_job, tiny_config, write_store
 
 
 def run(job: TrainJob, stop_after: int | None = None) -> tuple[list[StepReport], TrainResult | None]:
@@ -215,3 +217,13 @@ def test_threads_and_determinism_are_put_back(tmp_path: Path) -> None:
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     run(make_job(tmp_path, tiny_config(steps=1, schedule={}), threads=before[0] + 1))
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+def test_ids_that_the_model_does_not_know_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    job = make_job(tmp_path, tiny_config(steps=2))
+    with TokenStoreWriter(tmp_path / "foreign") as writer:
+        tokens = np.array([1, VOCABULARY, 2], np.int32)
+        writer.add(TokenizedExample(tokens, np.ones(3, np.float32), SOURCES[0], "row:0"))
+    with pytest.raises(DataError, match="does not know") as caught:
+        run(dataclasses.replace(job, train_store=str(tmp_path / "foreign")))
+    assert f"largest id {VOCABULARY}" in str(caught.value)

@@ -1,0 +1,75 @@
+"""Rows from an object store: a real S3 protocol server on loopback, read through s3fs."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from posttrain_lib.data.sources import iter_rows, list_files
+from posttrain_lib.errors import DataError
+
+ROWS = [{"n": number, "text": "grüß"} for number in range(7)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URL of a bucket that lives as long as the module."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+        filesystem.mkdir("rows")
+        filesystem.pipe("rows/a/part-0.jsonl", LINES)
+        filesystem.pipe("rows/a/part-1.jsonl.gz", gzip.compress(LINES))
+        table = io.BytesIO()
+        parquet.write_table(pa.Table.from_pylist(ROWS), table, row_group_size=3)
+        filesystem.pipe("rows/b/part.parquet", table.getvalue())
+        yield "s3://rows"
+        fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+@pytest.mark.parametrize(("path", "times"), [("a/*.jsonl*", 2), ("a/part-0.jsonl", 1), ("b/*.parquet", 1), ("b", 1)])
+def test_rows_of_a_glob_a_file_and_a_prefix(bucket: str, path: str, times: int) -> None:
+    assert [row for _, row in iter_rows(f"{bucket}/{path}")] == ROWS * times
+
+
+def test_digests_follow_the_object(bucket: str) -> None:
+    before = list_files(f"{bucket}/a/*.jsonl")
+    assert [file for file, _ in before] == ["s3://rows/a/part-0.jsonl"]
+    filesystem = fsspec.filesystem("s3")
+    filesystem.pipe("rows/a/part-0.jsonl", LINES + b"{}\n")
+    changed = list_files(f"{bucket}/a/*.jsonl")
+    filesystem.pipe("rows/a/part-0.jsonl", LINES)
+    assert changed != before
+
+
+@pytest.mark.parametrize("path", ["a/*.csv", "nothing/here.jsonl"])
+def test_a_url_that_names_nothing(bucket: str, path: str) -> None:
+    with pytest.raises(DataError, match="no file matches") as caught:
+        list(iter_rows(f"{bucket}/{path}"))
+    assert f"{bucket}/{path}" in str(caught.value)
+
+
+def test_a_missing_bucket(bucket: str) -> None:
+    with pytest.raises(DataError):
+        list(iter_rows("s3://no-such-bucket/*.jsonl"))
