@@ -1,16 +1,10 @@
-"""Being connected to Ray: a private local one that ends with its driver, or a running cluster.
-
-A private Ray is made of a dozen processes. They end with their driver, but a driver that is killed with SIGKILL leaves
-some behind; so their ids are written into the job's work folder, and the next start there stops them first.
-"""
+"""Being connected to Ray: a private local one that ends with its driver, or a running cluster."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,10 +14,9 @@ from typing import Any
 
 import ray
 
+from posttrain_lib.compute.processes import SESSION_FILE, record_processes, remove_orphans, watched
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.lineage.digests import write_atomically
 
-SESSION_FILE = "ray-session.json"
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 #: Ray's own least is 75 MB; reports are small, tensors never pass through it
 _OBJECT_STORE_BYTES = 80 * 2**20
@@ -48,13 +41,7 @@ class RaySession:
         """Write down which processes belong to this session; again whenever it has started more."""
         if not self.private:
             return
-        driver = os.getpid()
-        content = {
-            "driver": [driver, _started(driver)],
-            "processes": [[pid, _started(pid)] for pid in _descendants(driver)],
-            "folder": None if self.folder is None else str(self.folder),
-        }
-        write_atomically(self.work / SESSION_FILE, json.dumps(content))
+        record_processes(self.work, self.folder)
 
 
 @contextlib.contextmanager
@@ -85,43 +72,14 @@ def ray_session(work: Path, address: str | None, cores: int) -> Iterator[RaySess
                     **quiet,
                 )
             session.record()
-            yield session
+            with watched(work) if session.private else contextlib.nullcontext():
+                yield session
         finally:
             ray.shutdown()
             if session.folder is not None:
                 shutil.rmtree(session.folder, ignore_errors=True)
             if session.private:
                 (work / SESSION_FILE).unlink(missing_ok=True)
-
-
-def remove_orphans(work: Path) -> list[int]:
-    """Stop what a killed driver's private Ray left running; returns the ids of the processes that were stopped.
-
-    Process ids come round again, so a process is only stopped if it started when the record says.
-    """
-    path = work / SESSION_FILE
-    try:
-        session = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    driver, started = session["driver"]
-    if driver != os.getpid() and _started(driver) == started:
-        raise ConfigError(
-            "another process is training in this work folder",
-            where=work,
-            got=f"process {driver}",
-            fix="wait for it, or stop it",
-        )
-    stopped = []
-    for pid, started in session["processes"]:
-        if _started(pid) == started:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                stopped.append(pid)
-    if session["folder"] is not None:
-        shutil.rmtree(session["folder"], ignore_errors=True)
-    path.unlink(missing_ok=True)
-    return stopped
 
 
 def check_reachable(address: str) -> None:
@@ -161,32 +119,3 @@ def _session_folder() -> Path | None:
         return Path(folder)
     os.rmdir(folder)
     return None
-
-
-def _descendants(root: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        fields = _stat(int(entry.name))
-        if fields:
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, pending = [], [root]
-    while pending:
-        below = children.get(pending.pop(), [])
-        found.extend(below)
-        pending.extend(below)
-    return found
-
-
-def _started(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot; None where there is no such process, or only its zombie."""
-    fields = _stat(pid)
-    return None if not fields or fields[0] == "Z" else int(fields[19])
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/<pid>/stat from the state on (the command before it may hold anything)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    return text.rpartition(")")[2].split()

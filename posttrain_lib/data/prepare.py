@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -95,10 +95,12 @@ class _Preparation:
                 raise RefusedRow(row.reason, row.detail)
             conversation = parse(row, source, row_id, self.config.held_out.group_field)
             rendered = render_conversation(self.tokenizer, conversation, self.config.trained_turns)
-            made = [(document, *self._tokenize(document)) for document in rendered.documents]
+            made, left_out = self._tokenize_each(rendered.documents)
         except RefusedRow as refusal:
             self._refuse(source, row_id, row, refusal)
             return
+        for document, problem in left_out:
+            self._refuse(source, row_id + document.suffix, row, problem, whole_row=False)
         self.receipt.notes.update(rendered.notes)
         held_out = is_held_out(conversation.group or row_id, self.config.held_out)
         for document, tokens, truncated in made:
@@ -120,6 +122,20 @@ class _Preparation:
             for name in (QUARANTINE, RECEIPT):
                 shutil.copyfile(self.out / name, self.rejects / name)
             raise
+
+    def _tokenize_each(
+        self, documents: Sequence[Document]
+    ) -> tuple[list[tuple[Document, Tokens, bool]], list[tuple[Document, RefusedRow]]]:
+        """The documents that can be used and those that cannot; RefusedRow where none can."""
+        made, left_out = [], []
+        for document in documents:
+            try:
+                made.append((document, *self._tokenize(document)))
+            except RefusedRow as refusal:
+                left_out.append((document, refusal))
+        if not made:
+            raise left_out[0][1]
+        return made, left_out
 
     def _tokenize(self, document: Document) -> tuple[Tokens, bool]:
         tokens = tokenize(self.tokenizer, document)
@@ -177,8 +193,14 @@ class _Preparation:
         self.receipt.notes["held_out_prompts_also_in_training"] += leaked
         return leaked
 
-    def _refuse(self, source: str, row_id: str, row: dict[str, Any] | BadRow, refusal: RefusedRow) -> None:
-        self.receipt.refuse(source, row_id, refusal.reason, refusal.detail)
+    def _refuse(
+        self, source: str, row_id: str, row: dict[str, Any] | BadRow, refusal: RefusedRow, *, whole_row: bool = True
+    ) -> None:
+        """Count and keep. A row of which other documents remain does not count against ``max_refused_fraction``."""
+        if whole_row:
+            self.receipt.refuse(source, row_id, refusal.reason, refusal.detail)
+        else:
+            self.receipt.notes[f"documents_refused_{refusal.reason}"] += 1
         raw = row.raw if isinstance(row, BadRow) else row
         record = {
             "source": source, "row_id": row_id, "reason": refusal.reason, "detail": refusal.detail, "row": raw,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.compute.launch import launch
-from posttrain_lib.compute.ray_session import SESSION_FILE, _descendants, _started, remove_orphans
+from posttrain_lib.compute.processes import SESSION_FILE, descendants, remove_orphans, started_at
 from posttrain_lib.config.compute import ComputeConfig
 from posttrain_lib.errors import ConfigError, TrainingError
 from posttrain_lib.schema.reports import StepReport, TrainResult
@@ -39,7 +39,7 @@ def drain(
 def ray_processes() -> dict[int, str]:
     """Processes below this one that belong to Ray, by title; never those of another run on this machine."""
     found = {}
-    for pid in _descendants(os.getpid()):
+    for pid in descendants(os.getpid()):
         try:
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
@@ -155,14 +155,16 @@ def test_a_killed_driver_leaves_nothing_behind_for_long(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="another process is training"):
             remove_orphans(Path(job.work_dir))
         family = set(ray_processes())
-        started = {pid: _started(pid) for pid in family}
+        started = {pid: started_at(pid) for pid in family}
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    remove_orphans(Path(job.work_dir))
+    # Nobody starts anything here again: the watcher has to do it.
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and any(_started(pid) == at for pid, at in started.items()):
+    while time.monotonic() < deadline and any(started_at(pid) == at for pid, at in started.items()):
         time.sleep(0.2)
-    assert [pid for pid, at in started.items() if _started(pid) == at] == []
+    assert [pid for pid, at in started.items() if started_at(pid) == at] == []
+    while time.monotonic() < deadline and (Path(job.work_dir) / SESSION_FILE).exists():
+        time.sleep(0.2)
     assert not (Path(job.work_dir) / SESSION_FILE).exists()
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.compute.launch import launch, threads_per_worker
-from posttrain_lib.compute.ray_session import SESSION_FILE, _started, check_reachable, remove_orphans
+from posttrain_lib.compute.processes import SESSION_FILE, remove_orphans, started_at
+from posttrain_lib.compute.ray_session import check_reachable
 from posttrain_lib.config.compute import ComputeConfig
 from posttrain_lib.errors import ConfigError
 from tests.oracles.tiny_job import make_job, tiny_config
@@ -46,6 +47,6 @@ def test_a_process_id_that_came_round_again_is_left_alone(tmp_path: Path) -> Non
     assert remove_orphans(tmp_path) == []
     record = {"driver": [own, 1], "processes": [[own, 1]], "folder": str(tmp_path / "gone")}
     (tmp_path / SESSION_FILE).write_text(json.dumps(record))
-    assert _started(own) != 1
+    assert started_at(own) != 1
     assert remove_orphans(tmp_path) == []
     assert not (tmp_path / SESSION_FILE).exists()

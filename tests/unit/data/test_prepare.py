@@ -137,6 +137,20 @@ def test_a_cut_that_leaves_nothing_to_train_is_a_refusal(preparation: Preparatio
     assert receipt.refused == {"nothing_left": 1}
 
 
+def test_a_turn_that_is_too_long_costs_only_its_own_document(preparation: Preparation, real_data: Path) -> None:
+    """Qwen3's template makes a document of every turn; the second one here is over the limit."""
+    preparation.tokenizer = real_data / "tokenizers" / "qwen3"
+    long = row(1)
+    long["messages"] += [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "b"}]
+    preparation.write(long, *(row(number) for number in range(2, 40)))
+    receipt = preparation.run(max_example_tokens=64)
+    assert (receipt.total("refused"), receipt.total("examples")) == (0, 39)
+    assert receipt.notes["documents_refused_too_long"] == 1
+    assert [(item["row_id"], item["reason"]) for item in preparation.lines("quarantine.jsonl")] == [
+        ("rows.jsonl:1#turn3", "too_long")
+    ]
+
+
 def test_prompts_are_what_serving_sends_and_stand_in_no_training_row(preparation: Preparation) -> None:
     same = [{**row(1), "group": number} for number in range(30)]
     preparation.write(*same, *({**row(number), "group": f"g{number}"} for number in range(2, 60)))
