@@ -26,7 +26,6 @@ class Receipt:
     """
 
     max_refused_fraction: float
-    tokenizer_digest: str = ""
     sources: dict[str, Counter[str]] = field(default_factory=dict)
     roles: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
@@ -119,7 +118,6 @@ class Receipt:
             "first_refused": self.first_refused,
             "notes": dict(sorted(self.notes.items())),
             "length_histogram": {_bin_name(low): self.lengths[low] for low in sorted(self.lengths)},
-            "tokenizer": self.tokenizer_digest,
         }
 
     def _of(self, source: str) -> Counter[str]:

@@ -1,6 +1,9 @@
 """The SFT flow as a user meets it: real Metaflow runs, real Ray workers, a tiny model."""
 
+import base64
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,9 +85,13 @@ def test_the_card_shows_the_run(home: Path, first_run: str) -> None:
     target = home / "report.html"
     done = flow(home, "card", "get", "end", str(target), "--id", "report")
     assert done.returncode == 0, done.stdout
-    page = target.read_text()
-    assert "<html" in page
-    assert page.count("data:text/javascript") + page.count("<script") > 0
+    data = re.search(r'__MF_DATA__\["[^"]+"\] = "([A-Za-z0-9+/=]+)"', target.read_text())
+    assert data is not None
+    shown = base64.b64decode(data.group(1)).decode()
+    parts = ("tiny: SFT run report", "held-out loss, all", "Loss (nats per trained token)", "Length of examples")
+    for said in (*parts, "what is trained is coloured", "before training", "packed = alone, logits", "content key"):
+        assert said in shown
+    assert 'src="http' not in target.read_text(), "the page stands alone"
 
 
 def test_a_second_run_reuses_every_step(home: Path, first_run: str) -> None:
@@ -111,21 +118,44 @@ def test_a_misspelt_key_fails_at_once(home: Path, tmp_path: Path) -> None:
 
 
 def test_bad_data_stops_before_training_and_resume_goes_on(home: Path, tmp_path: Path, first_run: str) -> None:
+    """The rows are mended in place; ``resume`` then takes the failed run up where it stopped."""
+    found = sorted((home / "store").glob("steps/inputs/*/tokenizer"))
     rows, config = tmp_path / "rows.jsonl", tmp_path / "bad.yaml"
-    rows.write_text("")
+    rows.write_text('{"messages": [{"role": "robot", "content": "beep"}]}\n')
     text = TINY.read_text().replace("{name: generated, generate: {rows: 200}}", f"{{name: file, path: '{rows}'}}")
-    model = Path(
-        subprocess.check_output(["find", str(home / "store"), "-name", "tokenizer.json", "-path", "*inputs*"])
-        .split()[0]
-        .decode()
-    )
-    text = text.replace("tokenizer_vocab_size: 320", f"tokenizer: '{model.parent}'")
-    config.write_text(text)
+    config.write_text(text.replace("tokenizer_vocab_size: 320", f"tokenizer: '{found[0]}'"))
     done = flow(home, "run", config=config)
     assert done.returncode != 0
-    assert "Error:" in done.stdout
+    for said in ("1 of 1 rows were refused", "rows.jsonl:1: unknown_role", "quarantine.jsonl"):
+        assert said in done.stdout
     assert "Traceback" not in done.stdout
-    assert "train: running" not in done.stdout
+    assert "convert_model: running" not in done.stdout
+
+    with open(rows, "w") as handle:
+        for number in range(60):
+            turns = [{"role": "user", "content": f"Who has {number}?"}, {"role": "assistant", "content": "Tom."}]
+            handle.write(json.dumps({"messages": turns}) + "\n")
+    again = flow(home, "resume", "start")
+    assert again.returncode == 0, again.stdout
+    assert "prepare_data: 60 rows, 0 refused" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ["--config", str(TINY), "run", "--help"],
+        ["run", "--config", str(TINY), "--help"],
+        [f"--config={TINY}", "run", "--help"],
+        ["--config", "config", str(TINY), "run", "--help"],
+    ],
+    ids=["before", "behind", "equals", "metaflow's own"],
+)
+def test_the_config_option_is_taken_as_people_write_it(home: Path, spelling: list[str]) -> None:
+    command = [sys.executable, str(FLOW), "--no-pylint", *spelling]
+    done = subprocess.run(command, env=environment(home), cwd=home, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--set" in done.stdout
+    assert "no such option" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow
