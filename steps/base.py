@@ -15,7 +15,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.lineage.digests import FileDigests, digest_value
 from posttrain_lib.lineage.environment import describe_code, describe_environment, environment_digest
 from posttrain_lib.lineage.source_digest import source_digest
-from posttrain_lib.lineage.store import Store, disk_errors
+from posttrain_lib.lineage.store import Store, default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef, Check, StepManifest
 
 Say = Callable[[str], None]
@@ -25,6 +25,11 @@ Manifests = Mapping[str, StepManifest]
 def say_line(text: str) -> None:
     """Print at once: Metaflow shows a task's lines as they come."""
     print(text, flush=True)
+
+
+def known_digests() -> FileDigests:
+    """File digests that the store remembers, so that a large file is read once."""
+    return FileDigests(default_root() / "file-digests.json")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.data import GeneratedConversations
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.digests import FileDigests
-from posttrain_lib.lineage.store import default_root
 from posttrain_lib.schema.manifests import ArtifactRef
-from steps.base import Manifests, Step, StepContext, StepResult
+from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -32,11 +31,11 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     """References to what already exists: data files, model and tokenizer folders, the template."""
-    digests = FileDigests(default_root() / "file-digests.json")
+    digests = known_digests()
     found: dict[str, ArtifactRef] = {}
-    for index, source in enumerate(config.data.sources):
+    for source in config.data.sources:
         if source.path is not None:
-            found[f"source:{source.name}"] = _data_reference(source.path, f"data.sources.{index}.path")
+            found[f"source:{source.name}"] = _data_reference(source.path, digests)
     scratch = config.model.from_scratch
     folders = {
         "model": (config.model.path, "model.path"),
@@ -109,12 +108,11 @@ def _texts(paths: Iterable[Path]) -> Iterator[str]:
                 yield from (message["content"] for message in json.loads(line)["messages"])
 
 
-def _data_reference(path: str, field: str) -> ArtifactRef:
-    from posttrain_lib.data.sources import list_files
-    from posttrain_lib.lineage.digests import digest_value
+def _data_reference(path: str, digests: FileDigests) -> ArtifactRef:
+    from posttrain_lib.data.sources import digest_rows, pinned
 
-    files = list_files(path)
-    return ArtifactRef(uri=path, kind="rows", digest=digest_value(sorted(digest for _, digest in files)))
+    uri = pinned(path)
+    return ArtifactRef(uri=uri, kind="rows", digest=digest_rows(uri, digests))
 
 
 def _reference(path: str, field: str, kind: str, digests: FileDigests) -> ArtifactRef:

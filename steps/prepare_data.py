@@ -6,7 +6,7 @@ from typing import Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef
-from steps.base import Manifests, Step, StepContext, StepResult
+from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def body(context: StepContext) -> StepResult:
 
     found = context.inputs
     config = context.config.data
+    _check_unchanged(context)
     if "chat_template" in found:
         config = config.model_copy(update={"chat_template": found["chat_template"].uri})
     receipt = prepare_dataset(
@@ -39,6 +40,10 @@ def body(context: StepContext) -> StepResult:
         rejects_dir=context.work,
         progress=context.say,
     )
+    _check_unchanged(context)  # again: reading took time
+    for check in receipt.checks():
+        if not check.passed:
+            context.say(f"prepare_data: FAILED {check.name}: {check.value} ({check.reason})")
     return StepResult(
         outputs={
             "train": ("train", "tokens"),
@@ -52,6 +57,26 @@ def body(context: StepContext) -> StepResult:
         metrics=receipt.to_dict(),
         summary=receipt.summary(),
     )
+
+
+def _check_unchanged(context: StepContext) -> None:
+    """The rows are those that the run's key was made of; a resumed run may find them edited.
+
+    Raises:
+        DataError: naming the source.
+    """
+    from posttrain_lib.data.sources import digest_rows
+    from posttrain_lib.errors import DataError
+
+    for source in context.config.data.sources:
+        wanted = context.inputs[f"source:{source.name}"]
+        if source.path is not None and digest_rows(wanted.uri, known_digests()) != wanted.digest:
+            raise DataError(
+                "the data is not what it was when the run started",
+                where=f"source {source.name}: {wanted.uri}",
+                expected=f"content {wanted.digest[:12]}",
+                fix="start a new run (or `resume start`), so that the results are kept under the new content",
+            )
 
 
 STEP: Step = Step("prepare_data", 1, "steps.prepare_data", settings, inputs, body)

@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from posttrain_lib.errors import CheckpointError
-from posttrain_lib.lineage.digests import digest_file, list_files, write_atomically
+from posttrain_lib.lineage.digests import digest_file, list_files, sync_folder, write_atomically
 from posttrain_lib.parallel.process_group import barrier, from_first_rank, gather_objects, world_size
 from posttrain_lib.training.device import rng_state, set_rng_state
 
@@ -271,19 +271,11 @@ def _publish(partial: Path, target: Path) -> None:
             os.fsync(handle.fileno())
         files[path.relative_to(partial).as_posix()] = (path.stat().st_size, digest_file(path))
     write_atomically(partial / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
-    _sync_folder(partial)
+    sync_folder(partial)
     if target.exists():  # a damaged one that was passed over when this run resumed
         shutil.rmtree(target)
     os.rename(partial, target)
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(target.parent)
 
 
 def _best_step(path: Path) -> int | None:

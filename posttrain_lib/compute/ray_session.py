@@ -23,9 +23,8 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 #: sun_path holds 107 characters; Ray puts "/session_<date>_<time>_<pid>/sockets/plasma_store" behind its folder
 _LONGEST_FOLDER = 40
 
-#: Inherited by every process of a private Ray. OpenMP's threads may spin for a moment while they wait, then sleep.
-#: Seconds of a step of configs/sft/default.yaml, two threads on two cores, alone / beside two other processes:
-#: default 0.36 / 1.31 (3 to 6 beside other OpenMP programs), 1000 spins 0.32 / 0.77, no spinning 0.54 / 0.51.
+#: Inherited by every process of a private Ray. OpenMP's threads may spin for a moment while they wait, then sleep:
+#: threads that never sleep fight with every other process of the machine, threads that never spin wake too late.
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "GOMP_SPINCOUNT": "1000"}
 
 

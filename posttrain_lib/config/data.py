@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain_lib.config.base import Section
 
@@ -58,6 +59,12 @@ class DataConfig(Section):
     over_length: Literal["refuse", "truncate"] = "refuse"
     max_refused_fraction: float = Field(0.01, ge=0.0, lt=1.0, description="refused rows allowed before the flow stops")
     held_out: HeldOut = HeldOut()
+
+    @field_validator("template_date")
+    @classmethod
+    def _is_a_date(cls, value: str) -> str:
+        datetime.date.fromisoformat(value)
+        return value
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:

@@ -20,7 +20,9 @@ class Gates(Section):
 class EvaluationConfig(Section):
     """Evaluation after training."""
 
-    exact_match_prompts: int = Field(0, ge=0, description="held-out conversations whose last answer must match")
+    exact_match_prompts: int = Field(
+        0, ge=0, le=2000, description="held-out conversations whose last answer must match"
+    )
     samples: int = Field(6, ge=0, description="before/after generations shown in the report")
     max_new_tokens: int = Field(48, ge=1)
     gates: Gates = Gates()

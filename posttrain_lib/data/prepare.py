@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import shutil
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 TRAIN, HELD_OUT = "train", "held_out"
 PROMPTS, RECEIPT, SAMPLES, QUARANTINE = "prompts.jsonl", "receipt.json", "samples.json", "quarantine.jsonl"
 
+#: held-out prompts kept for evaluation, of every source and length alike
+_MOST_PROMPTS = 2000
 _SAMPLES_PER_SOURCE = 3
 _SAMPLE_TOKENS = 600
 _PROGRESS_SECONDS = 5.0
@@ -83,9 +86,12 @@ class _Preparation:
         self.config, self.tokenizer, self.out, self.rejects = config, tokenizer, out, rejects
         self.receipt = Receipt(config.max_refused_fraction)
         self._stores = {name: stack.enter_context(TokenStoreWriter(out / name)) for name in (TRAIN, HELD_OUT)}
-        self._quarantine: IO[str] = stack.enter_context((out / QUARANTINE).open("w", encoding="utf-8"))
+        self._quarantine: IO[str] = stack.enter_context(
+            (out / QUARANTINE).open("w", encoding="utf-8", errors="backslashreplace")
+        )
         self._samples: dict[str, list[dict[str, Any]]] = {}
-        self._prompts: list[dict[str, Any]] = []
+        # The prompts with the smallest hashes of their row ids, largest first: a sample that no order decides.
+        self._prompts: list[tuple[int, dict[str, Any]]] = []
 
     def add(self, source: str, row_id: str, row: dict[str, Any] | BadRow, parse: Callable[..., Conversation]) -> None:
         """Take in one row, whatever it is."""
@@ -105,13 +111,13 @@ class _Preparation:
         held_out = is_held_out(conversation.group or row_id, self.config.held_out)
         for document, tokens, truncated in made:
             self._write(conversation, document, tokens, held_out=held_out, truncated=truncated)
-        self._keep_prompt(conversation, made[-1][0], held_out=held_out)
+        self._keep_prompts(conversation, made, held_out=held_out)
 
     def finish(self) -> None:
         """Write the small files, and stop where training would be in vain."""
         self._quarantine.flush()
-        prompts = [prompt for prompt in self._prompts if not self._is_leaked(prompt)]
-        self._write_lines(PROMPTS, sorted(prompts, key=lambda prompt: _shuffled(prompt["row_id"])))
+        ordered = [prompt for _, prompt in sorted(self._prompts, key=lambda item: -item[0])]
+        self._write_lines(PROMPTS, [prompt for prompt in ordered if not self._is_leaked(prompt)])
         samples = [sample for found in self._samples.values() for sample in found]
         (self.out / SAMPLES).write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
         (self.out / RECEIPT).write_text(json.dumps(self.receipt.to_dict(), indent=1), encoding="utf-8")
@@ -169,24 +175,39 @@ class _Preparation:
         weights = [round(float(weight), 4) for weight in tokens.weights[:_SAMPLE_TOKENS]]
         return {"source": source, "row_id": row_id, "tokens": self.tokenizer.pieces(ids), "weights": weights}
 
-    def _keep_prompt(self, conversation: Conversation, document: Document, *, held_out: bool) -> None:
-        """What serving would send before the conversation's last trained turn, and what it should answer."""
-        ids = self.tokenizer.encode(document.text[: document.spans[-1].start]).ids
-        self.receipt.prompt(ids, held_out=held_out)
-        if held_out:
-            messages = [
-                {"role": message.role, "content": message.content}
-                for message in conversation.messages[: document.last_turn]
-            ]
-            self._prompts.append(
-                {
-                    "source": conversation.source,
-                    "row_id": conversation.row_id,
-                    "prompt_ids": ids.tolist(),
-                    "messages": messages,
-                    "answer": (conversation.messages[document.last_turn].content or "").strip(),
-                }
-            )
+    def _keep_prompts(
+        self, conversation: Conversation, made: Sequence[tuple[Document, Tokens, bool]], *, held_out: bool
+    ) -> None:
+        """Remember what training answers; of a held-out row, keep what serving would send before its last turn."""
+        if not held_out:
+            for _, tokens, _ in made:
+                for first, _ in tokens.answers:
+                    self.receipt.trained_prompt(tokens.ids[:first])
+            return
+        document, tokens, _ = made[-1]
+        if not tokens.answers:
+            return  # the cut to data.max_example_tokens went through the answer
+        first, end = tokens.answers[-1]
+        self.receipt.notes["held_out_prompts"] += 1
+        messages = [
+            {"role": said.role, "content": said.content} for said in conversation.messages[: document.last_turn]
+        ]
+        prompt = {
+            "source": conversation.source,
+            "row_id": conversation.row_id,
+            "prompt_ids": tokens.ids[:first].tolist(),
+            "messages": messages,
+            # As a generation would be read: what the model writes, markers left out.
+            "answer": self.tokenizer.decode(tokens.ids[first:end].tolist()).strip(),
+        }
+        self.receipt.notes["held_out_prompts_kept"] += 1
+        key = int.from_bytes(
+            hashlib.sha256(f"{conversation.source} {conversation.row_id}".encode()).digest()[:8], "big"
+        )
+        bisect.insort(self._prompts, (-key, prompt), key=lambda item: item[0])
+        if len(self._prompts) > _MOST_PROMPTS:
+            self.receipt.notes["held_out_prompts_kept"] -= 1
+            del self._prompts[0]
 
     def _is_leaked(self, prompt: dict[str, Any]) -> bool:
         leaked = self.receipt.leaked(np.asarray(prompt["prompt_ids"]))
@@ -241,11 +262,6 @@ class _Preparation:
 
 def _named(refused: dict[str, str]) -> str:
     return f"{refused['source']} {refused['row_id']}: {refused['reason']}: {refused['detail']}"
-
-
-def _shuffled(row_id: str) -> str:
-    """Sort key: an order that has nothing to do with the file's, so that the first prompts are of every kind."""
-    return hashlib.sha256(row_id.encode()).hexdigest()
 
 
 def _reported(

@@ -40,7 +40,7 @@ def check_maskable(tokenizer: ChatTokenizer, where: object) -> None:
     renderings = Renderings(tokenizer, _PLAIN)
     try:
         turn = locate(renderings, 1)
-        header = turn.text[turn.start : turn.text.rindex(_MARK)].strip()
+        header = turn.text[turn.start : turn.own_start].strip()
         asks = renderings.upto(1) != next(renderings.prompts(1))
         problem = f"it prints {header!r} before an answer and ignores add_generation_prompt" if header else ""
     except RefusedRow as refusal:
@@ -75,7 +75,13 @@ def left_out(tokenizer: ChatTokenizer, conversation: Conversation) -> str | None
     A template that raises is not silent: it refuses the row itself.
     """
     roles = {message.role for message in conversation.messages}
-    present = {"tools": bool(conversation.tools), "tool turns": "tool" in roles, "system turn": "system" in roles}
+    present = {
+        "tools": bool(conversation.tools),
+        "tool calls": any(message.tool_calls for message in conversation.messages),
+        "tool turns": "tool" in roles,
+        "system turn": "system" in roles,
+        "developer turn": "developer" in roles,
+    }
     return next((part for part in _ignored(tokenizer) if present[part]), None)
 
 
@@ -83,15 +89,17 @@ def left_out(tokenizer: ChatTokenizer, conversation: Conversation) -> str | None
 def _ignored(tokenizer: ChatTokenizer) -> tuple[str, ...]:
     probes = {
         "tools": Conversation("probe", "tools", (_ASKED,), tools=(_TOOL,)),
+        "tool calls": _CALLING,
         "tool turns": Conversation("probe", "tool turns", _ANSWERED),
         "system turn": Conversation("probe", "system turn", (Message("system", _MARK), _ASKED)),
+        "developer turn": Conversation("probe", "developer turn", (Message("developer", _MARK), _ASKED)),
     }
     return tuple(part for part, probe in probes.items() if not _shows_mark(tokenizer, probe))
 
 
 def _shows_mark(tokenizer: ChatTokenizer, probe: Conversation) -> bool:
     try:
-        return _MARK in tokenizer.render(probe.messages, probe.tools, answer_next=True)
+        return _MARK in tokenizer.render(probe.messages, probe.tools, answer_next=True).casefold()
     except RefusedRow:
         return True  # it says so itself, row by row
 
@@ -100,4 +108,4 @@ def _ending(tokenizer: ChatTokenizer, probe: Conversation) -> str:
     """What the template prints behind the last own word of the probe's answer."""
     renderings = Renderings(tokenizer, probe)
     turn = locate(renderings, 1)
-    return turn.text[turn.text.rindex(_MARK) + len(_MARK) :]
+    return turn.text[turn.own_end :]

@@ -64,15 +64,12 @@ class Receipt:
         self.notes["duplicate_examples"] += content in self._seen
         self._seen.add(content)
 
-    def prompt(self, prompt_ids: np.ndarray, *, held_out: bool) -> None:
-        """The last prompt of an example; a held-out one must not stand in training."""
-        if held_out:
-            self.notes["held_out_prompts"] += 1
-        else:
-            self._train_prompts.add(_digest(prompt_ids))
+    def trained_prompt(self, prompt_ids: np.ndarray) -> None:
+        """A prompt whose answer is trained; no held-out prompt may be one."""
+        self._train_prompts.add(_digest(prompt_ids))
 
     def leaked(self, prompt_ids: np.ndarray) -> bool:
-        """Whether a training example has this very prompt; ask after the last row."""
+        """Whether this very prompt is answered in training, at whatever turn; ask after the last row."""
         return _digest(prompt_ids) in self._train_prompts
 
     def total(self, name: str) -> int:
@@ -86,17 +83,15 @@ class Receipt:
 
     def checks(self) -> list[Check]:
         """What the step has proved."""
-        refused = self.refused_fraction
+        refused, trained = self.refused_fraction, self.total("trained_tokens")
+        doubled, open_ended = self.notes["double_bos"], self.notes["missing_end"]
+        limit, reason = self.max_refused_fraction, "without one the model does not learn to stop"
         return [
-            Check("refused rows", refused <= self.max_refused_fraction, refused, self.max_refused_fraction,
-                  "data.max_refused_fraction"),
-            Check("trained tokens", self.total("trained_tokens") > 0, float(self.total("trained_tokens")), 1.0,
-                  "at least one"),
-            Check("no double begin-of-sequence", self.notes["double_bos"] == 0, float(self.notes["double_bos"]), 0.0,
-                  "template and tokenizer each add one"),
-            Check("every answer ends with a marker", self.notes["missing_end"] == 0, float(self.notes["missing_end"]),
-                  0.0, "without one the model does not learn to stop"),
-        ]  # fmt: skip
+            Check("refused rows", refused <= limit, refused, limit, "data.max_refused_fraction"),
+            Check("trained tokens", trained > 0, float(trained), 1.0, "at least one"),
+            Check("no double begin-of-sequence", doubled == 0, float(doubled), 0.0, "one is what serving sends"),
+            Check("the template ends every answer with a marker", open_ended == 0, float(open_ended), 0.0, reason),
+        ]
 
     def summary(self) -> str:
         """One line for the terminal."""

@@ -70,9 +70,8 @@ def render_conversation(tokenizer: ChatTokenizer, conversation: Conversation, tr
         raise RefusedRow("nothing_to_train", "no assistant turn has a weight above 0")
     part = left_out(tokenizer, conversation)
     if part is not None:
-        raise RefusedRow(
-            "template_lacks_tools" if "tool" in part else "template_lacks_system", f"it leaves out the {part}"
-        )
+        kind = "tools" if "tool" in part else "system"
+        raise RefusedRow(f"template_lacks_{kind}", f"the template leaves out the {part}")
     renderings = Renderings(tokenizer, conversation)
     turns = [locate(renderings, index) for index in trained]
     notes = Counter(note for turn in turns for note in turn.notes)
@@ -132,16 +131,22 @@ def _header_end(renderings: Renderings, turn: Turn, text: str, begin: int) -> in
 def _parts(renderings: Renderings, text: str, last: int) -> tuple[tuple[int, str], ...]:
     """(end, role) of each message: where the rendering of the conversation up to it stops being the start of ``text``.
 
-    Where a template refuses to render a part of a conversation, messages are counted together ("system+user").
+    Messages that this cannot tell apart are counted together ("system+user"): where a template refuses to render a
+    part of a conversation, or prints a message otherwise than when it was the last.
     """
     parts: list[tuple[int, str]] = []
     pending: list[str] = []
     for index, message in enumerate(renderings.messages[: last + 1]):
         pending.append(message.role)
-        try:
-            end = len(text) if index == last else common_prefix(text, renderings.upto(index + 1))
-        except RefusedRow:
-            continue
+        end = len(text)
+        if index < last:
+            begin = parts[-1][0] if parts else 0
+            try:
+                end = common_prefix(text, renderings.upto(index + 1))
+            except RefusedRow:
+                continue
+            if (message.content or "").strip() not in text[begin:end]:
+                continue
         parts.append((end, "+".join(dict.fromkeys(pending))))
         pending = []
     return tuple(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -12,14 +13,27 @@ from typing import Any
 
 import fsspec
 
+from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.errors import DataError
-from posttrain_lib.lineage.digests import digest_file, digest_text
+from posttrain_lib.lineage.digests import FileDigests, digest_value
 from posttrain_lib.lineage.digests import list_files as files_below
 
 _HUB = "hf://"
 #: what fsspec itself resolves on the hub: single files
 _HUB_FILES = "hf://datasets/"
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
+#: by which remote stores tell one version of a file from another
+_VERSION_FIELDS = (
+    "ETag",
+    "etag",
+    "VersionId",
+    "md5Hash",
+    "checksum",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "created",
+)
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -43,38 +57,89 @@ def iter_rows(path: str) -> Iterator[Row]:
     Raises:
         DataError: nothing matches, a file is of an unknown kind, empty, or cannot be opened.
     """
-    if _is_hub_id(path):
-        yield from _hub_rows(path.removeprefix(_HUB))
-        return
     _refuse_dataset_dict(path)
-    if _is_datasets_folder(path):
-        yield from _numbered(Path(path).name, _saved_dataset(path))
-        return
-    for file in _expand(path):
+    with _client_errors(path):
+        if _is_hub_id(path):
+            yield from _hub_rows(path.removeprefix(_HUB))
+            return
+        if _is_datasets_folder(path):
+            yield from _numbered(Path(path).name, _saved_dataset(path))
+            return
+        files = _expand(path)
+    for file in files:
         found = False
-        for row in _file_rows(file):
-            found = True
-            yield row
+        with _client_errors(file):
+            for row in _file_rows(file):
+                found = True
+                yield row
         if not found:
             raise DataError("the data file has no rows", where=file, fix="remove it from the source, or fill it")
 
 
-def list_files(path: str) -> list[tuple[str, str]]:
-    """(file, digest) of everything ``path`` names: sha256 on local disk, else the store's own checksum or version.
+def pinned(path: str) -> str:
+    """The path as it means the same everywhere and tomorrow: absolute on local disk, a hub id with its commit.
 
     Raises:
-        DataError: nothing matches.
+        DataError: the hub does not answer.
     """
     if _is_hub_id(path):
-        return [(path, _hub_commit(path.removeprefix(_HUB)))]
+        name, _, revision = path.removeprefix(_HUB).partition("@")
+        return f"{_HUB}{name}@{revision or _hub_commit(name)}"
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def digest_rows(path: str, known: FileDigests) -> str:
+    """Digest of everything that a :func:`pinned` path names: names and contents, in the order of reading.
+
+    Raises:
+        DataError: nothing matches, or a remote store does not tell one version of a file from another.
+    """
+    return digest_value([[file.rsplit("/", 1)[-1], digest] for file, digest in list_files(path, known)])
+
+
+def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
+    """(file, digest) in the order of reading: sha256 on local disk, else what the store tells of the file's version."""
+    if _is_hub_id(path):
+        return [(path, path.partition("@")[2])]
+    _refuse_dataset_dict(path)
     if _is_datasets_folder(path):
-        return [(str(file), digest_file(file)) for file in files_below(Path(path))]
-    listed = []
-    for file in _expand(path):
-        filesystem, inner = fsspec.core.url_to_fs(file)
-        local = "file" in _protocols(filesystem)
-        listed.append((file, digest_file(inner) if local else digest_text(str(filesystem.ukey(inner)))))
-    return listed
+        return [(str(file), known.file(file)) for file in files_below(Path(path))]
+    with _client_errors(path):
+        fsspec.core.url_to_fs(path)[0].invalidate_cache()
+        return [(file, _file_digest(file, known)) for file in _expand(path)]
+
+
+def _file_digest(file: str, known: FileDigests) -> str:
+    filesystem, inner = fsspec.core.url_to_fs(file)
+    if "file" in _protocols(filesystem):
+        return known.file(Path(inner))
+    told = filesystem.info(inner)
+    version = {name: str(told[name]) for name in _VERSION_FIELDS if told.get(name)}
+    if not version:
+        raise DataError(
+            "the store does not tell one version of the file from another, so results could not be reused safely",
+            where=file,
+            expected=f"one of {', '.join(_VERSION_FIELDS)}",
+            fix="copy the file to a local disk or an object store",
+        )
+    return digest_value({**version, "size": told.get("size")})
+
+
+@contextlib.contextmanager
+def _client_errors(where: str) -> Iterator[None]:
+    """Every file system has a client with exceptions of its own (credentials, connections, codecs): name the path."""
+    try:
+        yield
+    except (DataError, RefusedRow):
+        raise
+    except Exception as error:
+        text = str(error).strip() or repr(error)
+        raise DataError(
+            "the data cannot be read",
+            where=where,
+            got=f"{type(error).__name__}: {text}",
+            fix="check the path, the access rights and the file; fetch it again if it is damaged",
+        ) from error
 
 
 def _is_hub_id(path: str) -> bool:
@@ -104,18 +169,11 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
 
 def _expand(path: str) -> list[str]:
     """The files of a path, glob or folder, sorted."""
-    try:
-        filesystem, inner = fsspec.core.url_to_fs(str(Path(path).expanduser()) if "://" not in path else path)
-        if filesystem.isdir(inner):
-            inner = inner.rstrip("/") + "/**"
-        names = [inner] if filesystem.isfile(inner) else filesystem.glob(inner)
-        found = sorted(filesystem.unstrip_protocol(name) for name in names if filesystem.isfile(name))
-    except (ImportError, ValueError) as error:
-        raise DataError("the data path is of an unknown kind", where=path, got=error) from error
-    except OSError as error:
-        raise DataError(
-            "the data path cannot be read", where=path, got=error, fix="check the path and access"
-        ) from error
+    filesystem, inner = fsspec.core.url_to_fs(str(Path(path).expanduser()) if "://" not in path else path)
+    if filesystem.isdir(inner):
+        inner = inner.rstrip("/") + "/**"
+    names = [inner] if filesystem.isfile(inner) else filesystem.glob(inner)
+    found = sorted(filesystem.unstrip_protocol(name) for name in names if filesystem.isfile(name))
     if not found:
         raise DataError("no file matches the data path", where=path, fix="check the path; a glob needs quotes in YAML")
     return found
@@ -127,21 +185,18 @@ def _file_rows(file: str) -> Iterator[Row]:
     for ending, kind in _COMPRESSED.items():
         if name.endswith(ending):
             stem, compression = name.removesuffix(ending), kind
-    try:
-        if stem.endswith(".json") and _is_array(file, compression):
-            yield from _numbered(name, _json_array(file, compression))
-        elif stem.endswith(_JSON_LINES):
-            yield from _json_lines(file, name, compression)
-        elif stem.endswith(".parquet"):
-            yield from _numbered(name, _parquet(file))
-        else:
-            raise DataError(
-                "the data file is of an unknown kind",
-                where=file,
-                expected=".jsonl or .json (also .gz, .zst), .parquet, or a datasets folder",
-            )
-    except (OSError, EOFError) as error:
-        raise DataError("the data file cannot be read", where=file, got=error, fix="fetch it again") from error
+    if stem.endswith(".json") and _is_array(file, compression):
+        yield from _numbered(name, _json_array(file, compression))
+    elif stem.endswith(_JSON_LINES):
+        yield from _json_lines(file, name, compression)
+    elif stem.endswith(".parquet"):
+        yield from _numbered(name, _parquet(file))
+    else:
+        raise DataError(
+            "the data file is of an unknown kind",
+            where=file,
+            expected=".jsonl or .json (also .gz, .zst), .parquet, or a datasets folder",
+        )
 
 
 def _is_array(file: str, compression: str | None) -> bool:
@@ -149,7 +204,7 @@ def _is_array(file: str, compression: str | None) -> bool:
         return handle.read(256).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
-def _json_array(file: str, compression: str | None) -> Iterator[dict[str, Any]]:
+def _json_array(file: str, compression: str | None) -> Iterator[dict[str, Any] | BadRow]:
     with fsspec.open(file, "rb", compression=compression) as handle:
         try:
             rows = json.loads(handle.read())
@@ -157,7 +212,8 @@ def _json_array(file: str, compression: str | None) -> Iterator[dict[str, Any]]:
             raise DataError(
                 "the file starts as a JSON array and does not end as one", where=file, got=error, fix="write it again"
             ) from error
-    yield from rows
+    for row in rows:
+        yield row if isinstance(row, dict) else _no_object(row, json.dumps(row))
 
 
 def _json_lines(file: str, name: str, compression: str | None) -> Iterator[Row]:
@@ -174,55 +230,54 @@ def _parse(line: bytes) -> dict[str, Any] | BadRow:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", str(error), line.decode("utf-8", errors="replace"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return BadRow("broken_json", str(error), line.decode("utf-8"))
-    if not isinstance(row, dict):
-        return BadRow("not_an_object", f"the line holds a {type(row).__name__}", line.decode("utf-8"))
-    return row
+    return row if isinstance(row, dict) else _no_object(row, line.decode("utf-8"))
+
+
+def _no_object(value: Any, raw: str) -> BadRow:
+    return BadRow("not_an_object", f"the row is a {type(value).__name__}", raw)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column all fields that any of them has; those that are null were not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _parquet(file: str) -> Iterator[dict[str, Any]]:
-    import pyarrow
     import pyarrow.parquet as parquet
 
     with fsspec.open(file, "rb") as handle:
-        try:
-            table = parquet.ParquetFile(handle)
-            for group in range(table.num_row_groups):
-                yield from table.read_row_group(group).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise DataError("the Parquet file is damaged", where=file, got=error, fix="write it again") from error
+        table = parquet.ParquetFile(handle)
+        for group in range(table.num_row_groups):
+            yield from map(_without_nulls, table.read_row_group(group).to_pylist())
 
 
 def _saved_dataset(path: str) -> Iterator[dict[str, Any]]:
     import datasets
 
-    yield from datasets.load_from_disk(path)
+    yield from map(_without_nulls, datasets.load_from_disk(path))
 
 
-def _hub_rows(name: str) -> Iterator[Row]:
+def _hub_rows(pinned_name: str) -> Iterator[Row]:
     import datasets
 
-    try:
-        stream = datasets.load_dataset(name, split="train", streaming=True)
-        yield from _numbered(name, iter(stream))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            "the hub data set cannot be read", where=f"{_HUB}{name}", got=error, fix="check the id and the network"
-        ) from error
+    name, _, revision = pinned_name.partition("@")
+    stream = datasets.load_dataset(name, split="train", streaming=True, revision=revision or None)
+    yield from _numbered(name, map(_without_nulls, stream))
 
 
 def _hub_commit(name: str) -> str:
     import huggingface_hub
 
-    try:
+    with _client_errors(f"{_HUB}{name}"):
         return str(huggingface_hub.HfApi().dataset_info(name).sha)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            "the hub data set cannot be found", where=f"{_HUB}{name}", got=error, fix="check the id and the network"
-        ) from error
 
 
-def _numbered(name: str, rows: Iterator[dict[str, Any]]) -> Iterator[Row]:
+def _numbered(name: str, rows: Iterator[dict[str, Any] | BadRow]) -> Iterator[Row]:
     for number, row in enumerate(rows, start=1):
         yield f"{name}:{number}", row

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,15 +23,16 @@ if TYPE_CHECKING:
 class Tokens:
     """A document as ids int32 [S] with weights float32 [S] (0 = not trained).
 
-    ``roles[role_of[t]]`` is the role of the message that token t belongs to (``role_of`` int64 [S]). ``resplit`` says
-    that a token would have run across the start of an answer, so that prompt and answer were encoded apart, as
-    serving and the model do.
+    ``roles[role_of[t]]`` is the role of the message that token t belongs to (``role_of`` int64 [S]). ``answers`` are
+    (first token, token behind the last) of each trained span. ``resplit`` says that prompt and answer, encoded apart as
+    serving and the model do, give other tokens than the whole text.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     roles: tuple[str, ...]
     role_of: np.ndarray
+    answers: tuple[tuple[int, int], ...]
     resplit: bool
 
     @property
@@ -45,7 +47,8 @@ class Tokens:
 
     def truncated(self, length: int) -> Tokens:
         """The first ``length`` tokens."""
-        return Tokens(self.ids[:length], self.weights[:length], self.roles, self.role_of[:length], self.resplit)
+        cut = {name: getattr(self, name)[:length] for name in ("ids", "weights", "role_of")}
+        return dataclasses.replace(self, **cut, answers=tuple(pair for pair in self.answers if pair[1] <= length))
 
 
 def tokenize(tokenizer: ChatTokenizer, document: Document) -> Tokens:
@@ -55,20 +58,20 @@ def tokenize(tokenizer: ChatTokenizer, document: Document) -> Tokens:
         RefusedRow: a token runs across the start of an answer and cannot be split, or an answer has no token.
     """
     starts = [span.start for span in document.spans]
-    encoded = tokenizer.encode(document.text)
-    resplit = any(_inside_a_token(encoded, start) for start in starts)
-    if resplit:
-        encoded = _encode_apart(tokenizer, document.text, starts, encoded)
+    encoded, resplit = _encode(tokenizer, document.text, starts)
     weights = np.zeros(len(encoded.ids), np.float32)
+    ends = np.array([end for end, _ in document.parts])
+    role_of = np.minimum(np.searchsorted(ends, encoded.begins, side="right"), len(ends) - 1)
+    roles = (*(role for _, role in document.parts), "assistant")
+    answers = []
     for span in document.spans:
-        chosen = _tokens_of(encoded, span)
-        if not chosen.any():
+        chosen = np.flatnonzero(_tokens_of(encoded, span))
+        if len(chosen) == 0:
             raise RefusedRow("answer_without_tokens", f"characters {span.start} to {span.end} hold no token")
         weights[chosen] = span.weight
-    ends = np.array([end for end, _ in document.parts])
-    part = np.minimum(np.searchsorted(ends, encoded.begins, side="right"), len(ends) - 1)
-    roles = tuple(role for _, role in document.parts)
-    return Tokens(encoded.ids.astype(np.int32), weights, roles, part, resplit)
+        role_of[chosen] = len(roles) - 1
+        answers.append((int(chosen[0]), int(chosen[-1]) + 1))
+    return Tokens(encoded.ids.astype(np.int32), weights, roles, role_of, tuple(answers), resplit)
 
 
 def _tokens_of(encoded: Encoded, span: Span) -> np.ndarray:
@@ -76,24 +79,27 @@ def _tokens_of(encoded: Encoded, span: Span) -> np.ndarray:
     return (encoded.begins >= span.start) & (encoded.begins < span.end) & (encoded.ends > encoded.begins)
 
 
-def _inside_a_token(encoded: Encoded, place: int) -> bool:
-    return bool(((encoded.begins < place) & (encoded.ends > place)).any())
+def _encode(tokenizer: ChatTokenizer, text: str, cuts: Sequence[int]) -> tuple[Encoded, bool]:
+    """The text encoded as serving and the model make it: cut at the start of every answer.
 
-
-def _encode_apart(tokenizer: ChatTokenizer, text: str, cuts: Sequence[int], together: Encoded) -> Encoded:
+    Mostly that gives what the whole text gives. Where it does not, a token ran across a cut or white space before it
+    was grouped otherwise; the pieces are then the truth, and the second result is True.
+    """
+    together = tokenizer.encode(text)
     bounds = [0, *cuts, len(text)]
-    pieces = [(begin, tokenizer.encode(text[begin:end])) for begin, end in itertools.pairwise(bounds) if begin < end]
+    pieces = [(begin, tokenizer.encode(text[begin:end])) for begin, end in pairwise(bounds) if begin < end]
     ids = np.concatenate([piece.ids for _, piece in pieces])
+    if np.array_equal(ids, together.ids):
+        return together, False
     # Some tokenizers put a space before every text that they encode: then the pieces do not add up to the whole.
-    if tokenizer.decode(ids.tolist(), skip_special_tokens=False) != tokenizer.decode(
-        together.ids.tolist(), skip_special_tokens=False
-    ):
+    spelt = [tokenizer.decode(found.tolist(), skip_special_tokens=False) for found in (ids, together.ids)]
+    if spelt[0] == spelt[1]:
+        begins = np.concatenate([begin + piece.begins for begin, piece in pieces])
+        ends = np.concatenate([begin + piece.ends for begin, piece in pieces])
+        return Encoded(ids, begins, ends), True
+    if any(((together.begins < cut) & (together.ends > cut)).any() for cut in cuts):
         raise RefusedRow("boundary_inside_token", "a token runs across the start of an answer and cannot be split")
-    return Encoded(
-        ids,
-        np.concatenate([begin + piece.begins for begin, piece in pieces]),
-        np.concatenate([begin + piece.ends for begin, piece in pieces]),
-    )
+    return together, False
 
 
 def _count(part: np.ndarray, roles: Sequence[str]) -> Counter[str]:

@@ -23,9 +23,10 @@ from posttrain_lib.schema.examples import Conversation, Message
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer, Variables
 
-# Private-use characters: one for each kind of a turn's own words.
-_CONTENT, _REASONING, _CALL = "\ue000", "\ue001", "\ue002"
-STAND_INS = frozenset((_CONTENT, _REASONING, _CALL))
+# Private-use characters: one for each part of a turn's own words, as many for calls as a turn may have.
+_CONTENT, _REASONING = "\ue000", "\ue001"
+_CALLS = [chr(0xE100 + number) for number in range(256)]
+STAND_INS = frozenset((_CONTENT, _REASONING, *_CALLS))
 
 #: a header is only cut behind one of these: text of the template, never the middle of a word
 _HEADER_ENDS = (">", "\n", "]")
@@ -37,13 +38,16 @@ _LEAST_SHARED = 32
 class Turn:
     """An assistant turn and the text up to its end, as serving would have it.
 
-    ``text[:start]`` is the prompt, ``text[start:end]`` the answer with its end-of-turn marker, and ``text`` ends there.
+    ``text[:start]`` is the prompt, ``text[start:end]`` the answer with its end-of-turn marker, and ``text`` ends there;
+    ``text[own_start:own_end]`` came from the turn itself.
     ``markers`` counts its end-of-turn markers: 0 where the template prints none. ``notes`` name what deserves a count.
     """
 
     index: int
     text: str
     start: int
+    own_start: int
+    own_end: int
     markers: int
     notes: tuple[str, ...]
 
@@ -88,7 +92,8 @@ class Renderings:
 def stand_in(message: Message) -> Message:
     """The message with each kind of its own words replaced by one character."""
     calls = tuple(
-        {**call, "function": {**call["function"], "arguments": {_CALL: _CALL}}} for call in message.tool_calls
+        {**call, "function": {**call["function"], "arguments": {mark: mark}}}
+        for call, mark in zip(message.tool_calls, _CALLS, strict=False)
     )
     return dataclasses.replace(
         message,
@@ -105,8 +110,11 @@ def own_words(text: str, substituted: str, message: Message, index: int) -> tupl
         RefusedRow: the template prints nothing of the message, or not its calls.
     """
     shown = STAND_INS & set(substituted)
-    if message.tool_calls and _CALL not in shown:
-        raise RefusedRow("template_lacks_tools", f"the template does not print the tool calls of message {index}")
+    if missing := len(message.tool_calls) - len(shown.intersection(_CALLS)):
+        raise RefusedRow(
+            "template_lacks_tools",
+            f"the template leaves out {missing} of {len(message.tool_calls)} tool calls of message {index}",
+        )
     if not shown:
         raise RefusedRow("turn_not_rendered", f"the template prints nothing of message {index} ({message.role})")
     notes = []
@@ -127,7 +135,7 @@ def locate(renderings: Renderings, index: int) -> Turn:
     message = renderings.messages[index]
     text = renderings.upto(index + 1)
     if STAND_INS & set(text):
-        raise RefusedRow("private_characters", "the text holds U+E000, U+E001 or U+E002, which the masks need")
+        raise RefusedRow("private_characters", "the text holds U+E000, U+E001 or U+E100 to U+E1FF: the masks need them")
     begin, end, notes = own_words(text, renderings.substituted(index, index + 1), message, index)
     prompt, cut, how = _prompt_before(renderings, index, text, begin)
     if cut > begin:
@@ -137,7 +145,19 @@ def locate(renderings: Renderings, index: int) -> Turn:
         )
     length, markers = closing(renderings.tokenizer, text[end:])
     answer = text[cut : end + length]
-    return Turn(index, prompt + answer, len(prompt), markers, notes + how)
+    if "content_not_rendered" not in notes:
+        _check_whole(message, answer, index)
+    shift = len(prompt) - cut
+    return Turn(index, prompt + answer, len(prompt), begin + shift, end + shift, markers, notes + how)
+
+
+def _check_whole(message: Message, answer: str, index: int) -> None:
+    """Refuse an answer that lacks some of its content, as where a template cuts content at a ``</think>`` in it."""
+    said = "".join((message.content or "").split()).casefold()
+    if said not in "".join(answer.split()).casefold():
+        raise RefusedRow(
+            "content_altered", f"the template prints message {index} otherwise than it is: {answer[:80]!r}"
+        )
 
 
 def _prompt_before(renderings: Renderings, index: int, text: str, begin: int) -> tuple[str, int, tuple[str, ...]]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain_lib.errors import StoreError
-from posttrain_lib.lineage.digests import list_files, write_atomically
+from posttrain_lib.lineage.digests import list_files, sync_folder, write_atomically
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.schema.manifests import StepManifest
 
@@ -116,7 +116,7 @@ class Store:
             write_atomically(folder / MANIFEST, json.dumps(manifest.to_dict(), indent=1, sort_keys=True))
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
     @contextlib.contextmanager
     def lock(self, step: str, key: str, say: Callable[[str], None] = print) -> Iterator[None]:
@@ -218,11 +218,3 @@ def _first_damage(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, expected {size}"
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

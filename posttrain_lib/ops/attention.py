@@ -7,9 +7,8 @@ Which path runs is decided by device and dtype alone, never by a flag read insid
 * everything else: one ``scaled_dot_product_attention`` call per document.
 
 Why a plain loop on a CPU: sketches of the alternatives (an own autograd function over the same kernels, batched
-matmuls per document, buckets of equal padded length with matmuls or with SDPA) gained at most a fifth on documents of
-80 tokens, and those with matmuls took nearly three times as long on documents of 800. ``tests/benchmarks/ops.py`` times
-the loop beside the dense mask that it replaces.
+matmuls per document, buckets of equal padded length with matmuls or with SDPA) gained little on short documents, and
+those with matmuls lost on long ones. ``tests/benchmarks/ops.py`` times the loop beside the dense mask that it replaces.
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
-"""Times of the tensor operations beside what they replace: ``python -m tests.benchmarks.ops``, or by path.
+"""Times of the tensor operations beside what they replace, in one run:
 
-Peers take turns within each round, so that a noisy neighbour hits all; minimum and median are printed in ms, with the
-load and the threads. ``OMP_NUM_THREADS`` sets the threads.
+    python -m tests.benchmarks.ops --output tests/benchmarks/results/ops.json
+
+Peers take turns within each round, so that a noisy neighbour hits all; minimum and median in ms are printed and, where
+asked for, kept with the hardware, the threads and the load. ``OMP_NUM_THREADS`` sets the threads.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +22,17 @@ from torch.nn.functional import cross_entropy, linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from posttrain_lib.lineage.environment import describe_code, describe_environment
 from posttrain_lib.ops.attention import packed_attention
 from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 from posttrain_lib.ops.norm import rms_norm
 from posttrain_lib.ops.reference import packed_attention_reference
 
+RESULTS: dict[str, dict[str, dict[str, float]]] = {}
+
 
 def compare(title: str, peers: dict[str, Callable[[], object]], rounds: int) -> None:
-    """Print minimum and median of each peer."""
+    """Print and keep minimum and median of each peer; the first is ours, the others' ratios are to it."""
     times: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(rounds):
         for name, run in peers.items():
@@ -32,6 +40,15 @@ def compare(title: str, peers: dict[str, Callable[[], object]], rounds: int) -> 
             run()
             times[name].append(1e3 * (time.perf_counter() - start))
     print(title)
+    ours = next(iter(times.values()))
+    RESULTS[title] = {
+        name: {
+            "min_ms": round(min(values), 2),
+            "median_ms": round(sorted(values)[len(values) // 2], 2),
+            "median_over_ours": round(sorted(values)[len(values) // 2] / sorted(ours)[len(ours) // 2], 2),
+        }
+        for name, values in times.items()
+    }
     for name, values in times.items():
         print(f"  {name:28s} min {min(values):8.1f}   median {sorted(values)[len(values) // 2]:8.1f}")
 
@@ -105,8 +122,11 @@ def norm(tokens: int, size: int) -> None:
 
 def main() -> None:
     """All cases, a minute or two."""
-    load = Path("/proc/loadavg")
-    print(f"threads {torch.get_num_threads()}, load {load.read_text().split()[0] if load.is_file() else 'unknown'}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="result file to write")
+    options = parser.parse_args()
+    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
+    print(f"threads {torch.get_num_threads()}, load {load}")
     attention(4096, 100, 4, 2, 32)
     attention(4096, 256, 8, 4, 64)
     head(4096, 128, 512, 0.5, rounds=9)
@@ -114,6 +134,18 @@ def main() -> None:
     head(1024, 512, 32000, 0.3, rounds=3)
     head(1024, 256, 151936, 0.5, rounds=3)
     norm(4096, 128)
+    if options.output:
+        facts = describe_environment()
+        content = {
+            "command": "python -m tests.benchmarks.ops --output tests/benchmarks/results/ops.json",
+            "date": datetime.date.today().isoformat(),
+            "commit": describe_code().get("commit"),
+            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python", "torch")},
+            "threads": torch.get_num_threads(),
+            "load_at_start": load,
+            "cases": RESULTS,
+        }
+        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

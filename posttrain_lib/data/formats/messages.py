@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,11 @@ from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import Conversation, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_OWN_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "train", "weight")
+#: the names under which the field's data sets keep reasoning
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+_OWN_FIELDS = ("role", "content", *_REASONING_FIELDS, "tool_calls", "train", "weight")
+
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6
 
 #: which role may follow which; None is the start
 _FOLLOWS: dict[str | None, tuple[str, ...]] = {
@@ -33,6 +36,7 @@ def parse(row: Mapping[str, Any], source: str, row_id: str, group_field: str | N
     raw = row.get("messages")
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise RefusedRow("no_messages", f"'messages' is {'missing or empty' if not raw else type(raw).__name__}")
+    _check_unicode(row)
     messages = tuple(_message(item, index) for index, item in enumerate(raw))
     _check_order(messages)
     if not any(message.role == "assistant" for message in messages):
@@ -50,7 +54,7 @@ def _message(raw: Any, index: int) -> Message:
     if content is not None and not isinstance(content, str):
         raise RefusedRow("content_not_text", f"message {index} has content of type {type(content).__name__}")
     calls = _tool_calls(raw.get("tool_calls"), index)
-    reasoning = raw.get("reasoning_content")
+    reasoning = next((raw[name] for name in _REASONING_FIELDS if raw.get(name) is not None), None)
     if reasoning is not None and not isinstance(reasoning, str):
         raise RefusedRow("content_not_text", f"message {index} has reasoning of type {type(reasoning).__name__}")
     if role == "assistant" and not (content or "").strip() and not calls:
@@ -75,9 +79,24 @@ def _weights(raw: Mapping[str, Any], index: int) -> tuple[bool | None, float | N
         raise RefusedRow("bad_weight", f"message {index} has train={train!r}, expected true or false")
     if weight is None:
         return train, None
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise RefusedRow("bad_weight", f"message {index} has weight={weight!r}, expected a finite number of at least 0")
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    # Weights are kept as float32: what it cannot hold would train nothing, or everything.
+    if not number or not (weight == 0 or _LEAST_WEIGHT <= weight <= _MOST_WEIGHT):
+        raise RefusedRow(
+            "bad_weight",
+            f"message {index} has weight={str(weight)[:40]}, expected 0 or {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}",
+        )
     return train, float(weight)
+
+
+def _check_unicode(row: Mapping[str, Any]) -> None:
+    """JSON can spell half of a character pair; no tokenizer can read it."""
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RefusedRow(
+            "not_unicode", f"the row holds half of a surrogate pair: {error.object[error.start]!r}"
+        ) from error
 
 
 def _tool_calls(raw: Any, index: int) -> tuple[dict[str, Any], ...]:

@@ -1,8 +1,56 @@
-"""The weight names and the sharding that the dense families share: they differ in which of these exist."""
+"""What the dense families share: the fields of config.json, weight names, sharding. They differ in which exist."""
 
 from __future__ import annotations
 
-from posttrain_lib.models.spec import Sharding
+from posttrain_lib.models.families.fields import ConfigReader, check_heads
+from posttrain_lib.models.spec import DecoderConfig, Sharding
+
+
+def dense_config(
+    fields: ConfigReader,
+    *,
+    default_positions: int,
+    default_head_dim: int | None,
+    qkv_bias: bool,
+    o_bias: bool,
+    mlp_bias: bool,
+    qk_norm: bool,
+    slides: bool,
+) -> DecoderConfig:
+    """The DecoderConfig of a family's config.json; refuses what is left in ``fields`` unread.
+
+    Args:
+        default_positions, default_head_dim: transformers' defaults of the family; None = hidden size / heads.
+        slides: the family knows sliding windows (with Qwen's fields and defaults).
+    """
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    layers = fields.integer("num_hidden_layers")
+    key_value_heads = fields.optional_integer("num_key_value_heads") or heads
+    head_dim = fields.optional_integer("head_dim") or default_head_dim or hidden // heads
+    check_heads(hidden, heads, key_value_heads, head_dim)
+    fields.one_of("hidden_act", ("silu",), "silu")
+    positions = fields.integer("max_position_embeddings", default_positions)
+    config = DecoderConfig(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=positions,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        rope=fields.rope(positions),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        windows=fields.windows(layers, default_window=4096, default_first=28) if slides else (None,) * layers,
+    )
+    fields.finish()
+    return config
+
 
 # Ours -> Hugging Face. A family takes the rows that its configuration can have.
 EMBEDDING_AND_HEAD = (

@@ -76,9 +76,9 @@ class ConfigReader:
             raise _wrong(name, value, "true or false")
         return value
 
-    def optional(self, name: str) -> Any:
-        """The field's value, None where it is missing."""
-        return self._take(name, None)
+    def optional_integer(self, name: str) -> int | None:
+        """A whole number of at least 1; None where the field is missing or null."""
+        return None if self._take(name, None) is None else self.integer(name)
 
     def one_of(self, name: str, allowed: Collection[Any], default: Any = REQUIRED) -> Any:
         """A value of a closed set."""

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain_lib.config.data import DataConfig
+from posttrain_lib.config.data import DataConfig, HeldOut
 from posttrain_lib.data.prepare import prepare_dataset
 from posttrain_lib.data.receipt import Receipt
+from posttrain_lib.data.split import is_held_out
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import DataError
 
@@ -165,6 +166,40 @@ def test_prompts_are_what_serving_sends_and_stand_in_no_training_row(preparation
         assert not any(np.array_equal(train.get(i)[0][: len(ids)], ids) for i in range(len(train)))
 
 
+def test_a_prompt_that_is_answered_in_the_middle_of_a_training_row_is_a_leak(preparation: Preparation) -> None:
+    """Every question stands alone in one row, and as the first of two in a row of another group."""
+    rows = []
+    for number in range(60):
+        long = row(number)
+        long["messages"] += [{"role": "user", "content": f"And {number}?"}, {"role": "assistant", "content": "Good."}]
+        rows += [{**row(number), "group": f"short {number}"}, {**long, "group": f"long {number}"}]
+    preparation.write(*rows)
+    receipt = preparation.run()
+    held = HeldOut(fraction=0.2)
+    short = {n for n in range(60) if is_held_out(f"group:short {n}", held)}
+    leaked = {n for n in short if not is_held_out(f"group:long {n}", held)}
+    assert leaked and short - leaked, "the seed gives both cases"
+    assert receipt.notes["held_out_prompts_also_in_training"] == len(leaked)
+    kept = [prompt for prompt in preparation.lines("prompts.jsonl") if prompt["answer"] == "Fine."]
+    assert {prompt["messages"][0]["content"] for prompt in kept} == {f"How is number {n}?" for n in short - leaked}
+
+
+def test_a_row_that_no_file_can_hold_is_kept_in_the_quarantine(preparation: Preparation) -> None:
+    preparation.write(row(0, "half \ud83d of a pair"), *(row(number) for number in range(1, 60)))
+    receipt = preparation.run(max_refused_fraction=0.1)
+    assert receipt.refused == {"not_unicode": 1}
+    assert preparation.lines("quarantine.jsonl")[0]["row"] == row(0, "half \ud83d of a pair")
+
+
+def test_prompts_are_a_bounded_sample(preparation: Preparation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain_lib.data.prepare._MOST_PROMPTS", 5)
+    rows = [row(number) for number in range(100)]
+    preparation.write(*rows)
+    receipt = preparation.run()
+    first = {prompt["messages"][0]["content"] for prompt in preparation.lines("prompts.jsonl")}
+    assert len(first) == 5 < receipt.total("held_out")
+
+
 def test_duplicates_are_counted(preparation: Preparation) -> None:
     preparation.write(*([row(5)] * 3), *(row(number) for number in range(10, 40)))
     assert preparation.run().notes["duplicate_examples"] == 2
@@ -207,4 +242,4 @@ def test_double_begin_and_missing_end_are_seen(preparation: Preparation, tmp_pat
     receipt = preparation.run(chat_template=str(template))
     assert receipt.notes["double_bos"] == receipt.notes["missing_end"] == 40
     failed = {check.name for check in receipt.checks() if not check.passed}
-    assert failed == {"no double begin-of-sequence", "every answer ends with a marker"}
+    assert failed == {"no double begin-of-sequence", "the template ends every answer with a marker"}

@@ -11,6 +11,7 @@ import pytest
 
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.formats.messages import parse
+from posttrain_lib.data.probes import check_maskable
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.data.rendering import Rendered, render_conversation
 from posttrain_lib.data.tokenize import tokenize
@@ -112,6 +113,23 @@ class TestHabitsOfTemplates:
         )
         with pytest.raises(RefusedRow, match="masks_disagree"):
             render_conversation(tokenizer, TWO_TURNS, "each")
+
+    def test_a_template_that_changes_case_is_maskable(self, with_template: Callable[..., ChatTokenizer]) -> None:
+        tokenizer = with_template(
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        check_maskable(tokenizer, "here")
+        assert trained(render_conversation(tokenizer, TWO_TURNS, "each")) == [["FOUR.<|im_end|>", "SIX.<|im_end|>"]]
+
+    def test_a_template_that_cuts_the_content_is_refused(self, with_template: Callable[..., ChatTokenizer]) -> None:
+        tokenizer = with_template(
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        talk = conversation(("user", "a"), ("assistant", "b </think> c"))
+        with pytest.raises(RefusedRow, match="content_altered"):
+            render_conversation(tokenizer, talk, "each")
 
     def test_a_template_that_drops_answers_is_refused(self, with_template: Callable[..., ChatTokenizer]) -> None:
         tokenizer = with_template(
@@ -364,6 +382,19 @@ def test_a_tool_call_is_trained_and_the_tools_answer_is_not(
     rendered = render_conversation(real_tokenizer(name), WITH_TOOL, "each")
     spans = [span for document in trained(rendered) for span in document]
     assert [span.strip() for span in spans] == [CALLS[name].strip(), EXPECTED[name][0][0].strip()]
+
+
+def test_reasoning_written_into_the_content_is_whole(real_tokenizer: Callable[[str], ChatTokenizer]) -> None:
+    talk = conversation(("user", "Two and two?"), ("assistant", "<think>\n2 + 2 = 4\n</think>\n\nFour."))
+    rendered = render_conversation(real_tokenizer("qwen3"), talk, "each")
+    assert trained(rendered) == [["<think>\n2 + 2 = 4\n</think>\n\nFour.<|im_end|>"]]
+
+
+def test_a_call_that_the_template_leaves_out_is_refused(real_tokenizer: Callable[[str], ChatTokenizer]) -> None:
+    """gpt-oss prints the first call of a turn only."""
+    both = Message("assistant", "", tool_calls=(CALL, CALL))
+    with pytest.raises(RefusedRow, match="leaves out 1 of 2 tool calls"):
+        render_conversation(real_tokenizer("gpt-oss"), conversation(("user", "a"), both, tools=(TOOL,)), "each")
 
 
 @pytest.mark.parametrize("name", ["phi-3-mini", "gemma3", "deepseekv3"])

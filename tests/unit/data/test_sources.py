@@ -12,11 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from posttrain_lib.data.sources import BadRow, iter_rows, list_files
+from posttrain_lib.data.sources import BadRow, digest_rows, iter_rows, pinned
 from posttrain_lib.errors import DataError
+from posttrain_lib.lineage.digests import FileDigests
 
 ROWS = [{"messages": [{"role": "user", "content": f"grüß {number}\u2028"}], "id": number} for number in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def digest(path: object) -> str:
+    return digest_rows(pinned(str(path)), FileDigests())
 
 
 def rows_of(path: object) -> list[dict[str, Any]]:
@@ -78,11 +83,11 @@ class TestEveryKind:
 
     def test_the_digest_follows_the_content(self, write: Any, tmp_path: Path) -> None:
         path = write(tmp_path)
-        before = list_files(str(path))
-        assert before == list_files(str(path))
+        before = digest(path)
+        assert before == digest(path)
         victim = max((file for file in path.rglob("*") if file.is_file()), default=path) if path.is_dir() else path
         victim.write_bytes(victim.read_bytes() + b" ")
-        assert [digest for _, digest in list_files(str(path))] != [digest for _, digest in before]
+        assert digest(path) != before
 
 
 def test_a_glob_and_a_folder_are_read_in_order(tmp_path: Path) -> None:
@@ -97,9 +102,9 @@ def test_an_fsspec_url(tmp_path: Path) -> None:
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe("/bucket/rows.jsonl", LINES.encode())
     assert rows_of("memory://bucket/rows.jsonl") == ROWS
-    first = list_files("memory://bucket/*.jsonl")
+    first = digest("memory://bucket/*.jsonl")
     filesystem.pipe("/bucket/rows.jsonl", LINES.encode() + b"{}\n")
-    assert list_files("memory://bucket/*.jsonl") != first
+    assert digest("memory://bucket/*.jsonl") != first
 
 
 def test_a_broken_line_is_kept_with_its_number(tmp_path: Path) -> None:
@@ -117,7 +122,8 @@ def test_a_broken_line_is_kept_with_its_number(tmp_path: Path) -> None:
     [
         ("rows.jsonl", b"", "no rows"),
         ("rows.csv", b"a,b\n", "unknown kind"),
-        ("rows.parquet", b"PAR1 nothing else", "damaged"),
+        ("rows.parquet", b"PAR1 nothing else", "cannot be read"),
+        ("rows.jsonl.zst", b"no zstd", "cannot be read"),
         ("rows.jsonl.gz", b"no gzip", "cannot be read"),
         ("rows.jsonl.gz", gzip.compress(LINES.encode())[:-20], "cannot be read"),
         ("rows.json", b"[{}, ", "does not end as one"),
@@ -133,8 +139,43 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "nothing-*.jsonl", "nosuchscheme://a/b.jsonl"])
 def test_a_path_that_names_nothing(tmp_path: Path, path: str) -> None:
-    with pytest.raises(DataError, match=r"no file matches|unknown kind"):
-        list_files(path if "://" in path else str(tmp_path / path))
+    with pytest.raises(DataError, match=r"no file matches|cannot be read"):
+        digest(path if "://" in path else tmp_path / path)
+
+
+def test_the_digest_knows_names_and_order(tmp_path: Path) -> None:
+    for name, text in (("a.jsonl", '{"n": 1}\n'), ("b.jsonl", '{"n": 2}\n')):
+        (tmp_path / name).write_text(text)
+    before = digest(tmp_path)
+    (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
+    assert digest(tmp_path) != before
+
+
+def test_a_relative_path_means_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert pinned("rows/*.jsonl") == str(tmp_path / "rows" / "*.jsonl")
+    assert pinned("s3://bucket/rows.jsonl") == "s3://bucket/rows.jsonl"
+    assert pinned("hf://owner/name@abc") == "hf://owner/name@abc"
+
+
+def test_fields_that_arrow_invented_are_gone(tmp_path: Path) -> None:
+    """Two calls with different arguments share one struct column, each with the other's fields as nulls."""
+    calls = [{"call": {"arguments": {"city": "Rome"}}}, {"call": {"arguments": {"x": 1}}}]
+    parquet.write_table(pa.Table.from_pylist(calls), tmp_path / "calls.parquet")
+    assert rows_of(tmp_path / "calls.parquet") == calls
+
+
+def test_what_a_json_array_holds_besides_objects_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"a": 1}, [2]]')
+    found = [row for _, row in iter_rows(str(tmp_path / "rows.json"))]
+    assert found[0] == {"a": 1}
+    assert isinstance(found[1], BadRow) and found[1].reason == "not_an_object"
+
+
+def test_json_nested_beyond_reading_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"a": 1}\n')
+    found = [row for _, row in iter_rows(str(tmp_path / "rows.jsonl"))]
+    assert isinstance(found[0], BadRow) and found[1] == {"a": 1}
 
 
 def test_a_folder_of_several_splits_asks_for_one(tmp_path: Path) -> None:

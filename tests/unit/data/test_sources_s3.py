@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from posttrain_lib.data.sources import iter_rows, list_files
+from posttrain_lib.data.sources import digest_rows, iter_rows, list_files
 from posttrain_lib.errors import DataError
+from posttrain_lib.lineage.digests import FileDigests
 
 ROWS = [{"n": number, "text": "grüß"} for number in range(7)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -54,11 +55,12 @@ def test_rows_of_a_glob_a_file_and_a_prefix(bucket: str, path: str, times: int) 
 
 
 def test_digests_follow_the_object(bucket: str) -> None:
-    before = list_files(f"{bucket}/a/*.jsonl")
-    assert [file for file, _ in before] == ["s3://rows/a/part-0.jsonl"]
+    glob = f"{bucket}/a/*.jsonl"
+    assert [file for file, _ in list_files(glob, FileDigests())] == ["s3://rows/a/part-0.jsonl"]
+    before = digest_rows(glob, FileDigests())
     filesystem = fsspec.filesystem("s3")
     filesystem.pipe("rows/a/part-0.jsonl", LINES + b"{}\n")
-    changed = list_files(f"{bucket}/a/*.jsonl")
+    changed = digest_rows(glob, FileDigests())
     filesystem.pipe("rows/a/part-0.jsonl", LINES)
     assert changed != before
 
@@ -71,5 +73,16 @@ def test_a_url_that_names_nothing(bucket: str, path: str) -> None:
 
 
 def test_a_missing_bucket(bucket: str) -> None:
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"cannot be read|no file matches") as caught:
         list(iter_rows("s3://no-such-bucket/*.jsonl"))
+    assert "no-such-bucket" in str(caught.value)
+
+
+def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's own exception is no OSError; the path is named all the same."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        list(iter_rows("s3://away/rows.jsonl"))
+    assert "s3://away/rows.jsonl" in str(caught.value)
+    fsspec.filesystem("s3").clear_instance_cache()

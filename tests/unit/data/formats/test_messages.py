@@ -48,6 +48,12 @@ def test_columns_that_a_table_fills_with_nothing_are_no_fields() -> None:
     assert parsed({**USER, **empty}, {**ANSWER, **empty}, tools=None) == parsed(USER, ANSWER)
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_under_every_name_of_the_field(name: str) -> None:
+    message = parsed(USER, {**ANSWER, name: "because"}).messages[1]
+    assert (message.reasoning_content, message.extra) == ("because", {})
+
+
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert parsed({"role": "user", "content": parts}, ANSWER).messages[0].content == "ab"
@@ -87,6 +93,10 @@ def test_weights(fields: dict[str, Any], weight: float) -> None:
         ([USER, {**ANSWER, "weight": -1}], "bad_weight"),
         ([USER, {**ANSWER, "weight": float("nan")}], "bad_weight"),
         ([USER, {**ANSWER, "weight": True}], "bad_weight"),
+        ([USER, {**ANSWER, "weight": 1e39}], "bad_weight"),
+        ([USER, {**ANSWER, "weight": 1e-50}], "bad_weight"),
+        ([USER, {**ANSWER, "weight": 10**400}], "bad_weight"),
+        ([{"role": "user", "content": "half \ud83d"}, ANSWER], "not_unicode"),
         ([USER, {**ANSWER, "tool_calls": "f()"}], "bad_tool_calls"),
         ([USER, {**ANSWER, "tool_calls": [{"function": {}}]}], "bad_tool_calls"),
         ([USER, {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "bad_tool_calls"),
