@@ -15,6 +15,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.data import GeneratedConversations
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.digests import FileDigests
+from posttrain_lib.lineage.store import default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
@@ -46,7 +47,8 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     for name, (path, field) in folders.items():
         if path is not None:
             found[name] = _reference(path, field, name, digests)
-    digests.save()
+    with disk_errors("remembering file digests", default_root()):
+        digests.save()
     return found
 
 
