@@ -40,15 +40,19 @@ def _set_defaults() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # Cards would else be kept, and looked for, below whatever folder a command is run in.
+    sysroot = os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]
+    os.environ.setdefault("METAFLOW_CARD_LOCALROOT", str(Path(sysroot) / ".metaflow" / "mf.cards"))
 
 
 _set_defaults()
 
 
-def plain_config_option(arguments: list[str]) -> list[str]:
+def plain_options(arguments: list[str]) -> list[str]:
     """``--config FILE`` anywhere becomes what Metaflow wants: ``--config config FILE``, before the command.
 
-    Metaflow names its configs, and a flow here has one. Its own spelling is left as it is.
+    Metaflow names its configs, and a flow here has one; its own spelling is left as it is. Several ``--set`` become
+    one, for Metaflow would take the last alone.
     """
     option, rest = [], []
     pending = list(arguments)
@@ -60,12 +64,14 @@ def plain_config_option(arguments: list[str]) -> list[str]:
             option += [argument, pending.pop(0), pending.pop(0)]
         elif argument == "--config" and pending:
             option += [argument, "config", pending.pop(0)]
+        elif argument == "--set" and pending and "--set" in rest:
+            rest[rest.index("--set") + 1] += f",{pending.pop(0)}"
         else:
             rest.append(argument)
     return option + rest
 
 
-sys.argv[1:] = plain_config_option(sys.argv[1:])
+sys.argv[1:] = plain_options(sys.argv[1:])
 
 
 def parse_config(text: str) -> dict[str, Any]:

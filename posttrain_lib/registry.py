@@ -35,7 +35,7 @@ def resolve(name: str, table: Mapping[str, str], *, what: str, where: str) -> An
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ConfigError(
             f"the {what} cannot be imported",
             where=where,

@@ -14,7 +14,7 @@ from typing import Any
 from posttrain_lib.config import RunConfig
 from posttrain_lib.lineage.digests import FileDigests, digest_value
 from posttrain_lib.lineage.environment import describe_code, describe_environment, environment_digest
-from posttrain_lib.lineage.source_digest import source_digest
+from posttrain_lib.lineage.source_digest import references_in, source_digest, user_code
 from posttrain_lib.lineage.store import Store, default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef, Check, StepManifest
 
@@ -75,11 +75,13 @@ class Step:
 
 def content_key(step: Step, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> tuple[str, dict[str, str]]:
     """The key of a step's result and the parts it is made of."""
+    settings = step.settings(config)
+    own = user_code(references_in(settings))
     parts = {
         "version": str(step.version),
-        "config": digest_value(step.settings(config)),
+        "config": digest_value(settings),
         "inputs": digest_value({name: ref.digest for name, ref in inputs.items()}),
-        "source": source_digest(step.module),
+        "source": digest_value([source_digest(step.module), own]) if own else source_digest(step.module),
         "environment": environment_digest(),
     }
     return digest_value({"step": step.name, **parts}), parts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,10 +54,8 @@ def run_until(
 
 def resolve(raw: Any, overrides: str = "") -> dict[str, Any]:
     """The resolved config as plain values, after comma-separated ``key=value`` overrides (as a flow passes them)."""
-    pieces = [piece for piece in re.split(r",(?=\s*[A-Za-z_][\w.]*=)", overrides) if piece.strip()]
-    return build_run_config(_plain(raw), where="--set" if pieces else "--config", overrides=pieces).model_dump(
-        mode="json"
-    )
+    where = "--set" if overrides.strip() else "--config"
+    return build_run_config(_plain(raw), where=where, overrides=[overrides]).model_dump(mode="json")
 
 
 def advance(
@@ -120,7 +117,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override, for example train.steps=50; repeatable",
+        help="overrides, comma-separated or one at a time: train.steps=50,train.seed=1",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from posttrain_lib.config import RunConfig, load_run_config
-from posttrain_lib.errors import ModelError
+from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.models.families import get_family, spec_from_config
 from posttrain_lib.models.spec import ModelSpec, matmul_parameters, parameter_count
 from steps.pipeline import add_config_arguments, plain_errors
@@ -71,6 +71,7 @@ def _model_lines(config: RunConfig) -> list[str]:
     spec = _spec(config)
     if spec is None:
         return [f"  model      {config.model.path} (fetched when the run starts)"]
+    _check_positions(spec, config)
     body, _ = matmul_parameters(spec)
     memory = memory_estimate(spec, config)
     total = sum(memory.values())
@@ -80,6 +81,17 @@ def _model_lines(config: RunConfig) -> list[str]:
         f"  model      {spec.family}, {parameter_count(spec.config):,} parameters, {body:,} of them in the blocks",
         f"  memory     about {total * scale:.2f} {unit} a worker ({detail})",
     ]
+
+
+def _check_positions(spec: ModelSpec, config: RunConfig) -> None:
+    positions = spec.config.max_position_embeddings
+    if config.data.max_example_tokens > positions:
+        raise ConfigError(
+            "examples may be longer than the positions that the model is made for",
+            where="data.max_example_tokens",
+            got=config.data.max_example_tokens,
+            expected=f"at most {positions} (max_position_embeddings)",
+        )
 
 
 def _spec(config: RunConfig) -> ModelSpec | None:
@@ -99,10 +111,15 @@ def _spec(config: RunConfig) -> ModelSpec | None:
 
 
 def _vocabulary(folder: Path) -> int:
-    """Number of ids of a tokenizer folder, added tokens included; 0 where it is not a local folder yet."""
+    """Number of ids of a tokenizer folder, added tokens included."""
     path = folder.expanduser() / "tokenizer.json"
     if not path.is_file():
-        return 0
+        raise ConfigError(
+            "the tokenizer folder is not there, or has no tokenizer.json",
+            where="model.from_scratch.tokenizer",
+            got=folder,
+            fix="name a local Hugging Face tokenizer folder",
+        )
     raw = json.loads(path.read_text(encoding="utf-8"))
     ids = (
         [*raw["model"]["vocab"].values()]

@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from posttrain_lib.errors import StoreError
 from posttrain_lib.lineage.store import Entry, Store
 from steps.pipeline import plain_errors
 
@@ -38,6 +39,14 @@ def clean(store: Store, *, older_than_days: float, dry_run: bool) -> str:
     return "\n".join(lines)
 
 
+def _days(text: str) -> float:
+    """NaN and negative numbers would call everything old."""
+    days = float(text)
+    if not days >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days")
+    return days
+
+
 def _mib(entry: Entry) -> float:
     return entry.size_bytes / 2**20
 
@@ -53,10 +62,12 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="what is in the store and how large it is")
     cleaning = commands.add_parser("clean", help="remove results and left-over work not used for some time")
-    cleaning.add_argument("--older-than-days", type=float, default=7.0, help="default: %(default)s")
+    cleaning.add_argument("--older-than-days", type=_days, default=7.0, help="default: %(default)s")
     cleaning.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
     options = parser.parse_args(arguments)
     with plain_errors():
+        if options.store is not None and not options.store.is_dir():
+            raise StoreError("there is no such store", where=options.store, fix="name the folder of a store")
         store = Store(options.store)
         if options.command == "report":
             print(report(store))

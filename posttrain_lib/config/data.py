@@ -20,7 +20,9 @@ class GeneratedConversations(Section):
 class Source(Section):
     """One named source of rows."""
 
-    name: str = Field(min_length=1, description="name shown in receipts and per-source losses")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name shown in receipts and per-source losses"
+    )
     path: str | None = Field(None, description="file, glob, datasets folder, fsspec URL, or hub id (hf://owner/name)")
     generate: GeneratedConversations | None = None
     format: str = Field("messages", description="row format; a name in posttrain_lib.data.formats")
@@ -60,11 +62,11 @@ class DataConfig(Section):
     max_refused_fraction: float = Field(0.01, ge=0.0, lt=1.0, description="refused rows allowed before the flow stops")
     held_out: HeldOut = HeldOut()
 
-    @field_validator("template_date")
+    @field_validator("template_date", mode="before")
     @classmethod
-    def _is_a_date(cls, value: str) -> str:
-        datetime.date.fromisoformat(value)
-        return value
+    def _is_a_date(cls, value: object) -> str:
+        """YAML reads an unquoted date as one."""
+        return datetime.date.fromisoformat(str(value)).isoformat()
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:

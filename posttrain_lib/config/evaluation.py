@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain_lib.config.base import Section
 
@@ -26,3 +26,10 @@ class EvaluationConfig(Section):
     samples: int = Field(6, ge=0, description="before/after generations shown in the report")
     max_new_tokens: int = Field(48, ge=1)
     gates: Gates = Gates()
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> EvaluationConfig:
+        wanted = (self.gates.min_exact_match, self.gates.min_exact_match_over_majority)
+        if any(gate is not None for gate in wanted) and self.exact_match_prompts == 0:
+            raise ValueError("gates on exact match need exact_match_prompts above 0")
+        return self

@@ -19,6 +19,26 @@ from posttrain_lib.errors import ConfigError
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: plain YAML lets the last of two win, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's, after a look for doubles."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def split_overrides(text: str) -> list[str]:
+    """``a.b=1,c.d=[2,3]`` as its parts: a comma separates where a key and an equals sign follow."""
+    return [piece for piece in re.split(r",(?=\s*[A-Za-z_][\w.]*=)", text) if piece.strip()]
+
+
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, expand ``${VARIABLE}``, apply ``section.key=value`` overrides, validate.
 
@@ -28,9 +48,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "the config file cannot be read", where=path, got=error.strerror, fix="name an existing YAML file"
+            "the config file cannot be read", where=path, got=error, fix="name an existing YAML file in UTF-8"
         ) from error
     return parse_run_config(text, where=str(path), overrides=overrides)
 
@@ -38,8 +58,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 def parse_run_config(text: str, *, where: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
     """Like :func:`load_run_config`, from the YAML text itself."""
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
         mark = getattr(error, "problem_mark", None)
         line = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         raise ConfigError(
@@ -52,7 +72,7 @@ def parse_run_config(text: str, *, where: str = "config", overrides: Sequence[st
 
 def build_run_config(raw: dict[str, Any], *, where: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
     """Validate a plain mapping, after overrides and variable expansion."""
-    for override in overrides:
+    for override in [piece for text in overrides for piece in split_overrides(text)]:
         raw = _override(raw, override)
     raw = _expand(raw, where, ())
     try:
@@ -74,7 +94,12 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
             raise ConfigError("an override goes through a value that is no section", where=key, got=child)
         node[name] = dict(child or {})
         node = node[name]
-    node[path[-1]] = yaml.safe_load(value)
+    try:
+        node[path[-1]] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
+        raise ConfigError(
+            "the value of an override is not valid YAML", where=key, got=value, fix="quote it: key='\"text\"'"
+        ) from error
     return result
 
 

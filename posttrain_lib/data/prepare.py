@@ -103,7 +103,8 @@ class _Preparation:
             rendered = render_conversation(self.tokenizer, conversation, self.config.trained_turns)
             made, left_out = self._tokenize_each(rendered.documents)
         except RefusedRow as refusal:
-            self._refuse(source, row_id, row, refusal)
+            # A row that its author keeps out of the loss is no bad row.
+            self._refuse(source, row_id, row, refusal, whole_row=refusal.reason != "nothing_to_train")
             return
         for document, problem in left_out:
             self._refuse(source, row_id + document.suffix, row, problem, whole_row=False)
@@ -184,9 +185,9 @@ class _Preparation:
                 for first, _ in tokens.answers:
                     self.receipt.trained_prompt(tokens.ids[:first])
             return
-        document, tokens, _ = made[-1]
-        if not tokens.answers:
-            return  # the cut to data.max_example_tokens went through the answer
+        document, tokens, truncated = made[-1]
+        if truncated:
+            return  # the cut to data.max_example_tokens went through the last answer
         first, end = tokens.answers[-1]
         self.receipt.notes["held_out_prompts"] += 1
         messages = [
@@ -217,11 +218,11 @@ class _Preparation:
     def _refuse(
         self, source: str, row_id: str, row: dict[str, Any] | BadRow, refusal: RefusedRow, *, whole_row: bool = True
     ) -> None:
-        """Count and keep. A row of which other documents remain does not count against ``max_refused_fraction``."""
+        """Count and keep. Not ``whole_row``: noted, without counting against ``max_refused_fraction``."""
         if whole_row:
             self.receipt.refuse(source, row_id, refusal.reason, refusal.detail)
         else:
-            self.receipt.notes[f"documents_refused_{refusal.reason}"] += 1
+            self.receipt.notes[f"left_out_{refusal.reason}"] += 1
         raw = row.raw if isinstance(row, BadRow) else row
         record = {
             "source": source, "row_id": row_id, "reason": refusal.reason, "detail": refusal.detail, "row": raw,
@@ -242,7 +243,7 @@ class _Preparation:
                 got="; ".join(f"{reason} {count:,}" for reason, count in receipt.refused.most_common())
                 + "".join(f"\n            {_named(first)}" for first in receipt.first_refused),
                 expected=f"at most {limit:.2%} (data.max_refused_fraction)",
-                fix="mend or remove the rows in the quarantine file, or allow more of them to be left out",
+                fix="mend or remove these rows in the source (the quarantine file has them all), or raise that limit",
             )
         if receipt.total("trained_tokens") == 0 or receipt.total("examples") == receipt.total("held_out"):
             raise DataError(

@@ -12,6 +12,12 @@ import numpy as np
 from posttrain_lib.data.tokenize import Tokens
 from posttrain_lib.schema.manifests import Check
 
+#: notes that belong on the terminal
+_SAID = {
+    "duplicate_examples": "duplicate examples",
+    "held_out_prompts_also_in_training": "held-out prompts that training answers, not used for evaluation",
+    "left_out_nothing_to_train": "rows without a trained turn",
+}
 #: counts of a source, in the order of the receipt
 _SOURCE_COUNTS = ("rows", "refused", "examples", "held_out", "truncated", "tokens", "trained_tokens")
 
@@ -99,6 +105,7 @@ class Receipt:
         return (
             f"{self.total('rows'):,} rows, {self.total('refused'):,} refused; {self.total('examples'):,} examples "
             f"({self.total('held_out'):,} held out) of {self.total('tokens'):,} tokens, {share:.0%} trained"
+            + "".join(f"; {self.notes[name]:,} {said}" for name, said in _SAID.items() if self.notes[name])
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def render_conversation(tokenizer: ChatTokenizer, conversation: Conversation, tr
     if part is not None:
         kind = "tools" if "tool" in part else "system"
         raise RefusedRow(f"template_lacks_{kind}", f"the template leaves out the {part}")
+    _check_markers(tokenizer, conversation)
     renderings = Renderings(tokenizer, conversation)
     turns = [locate(renderings, index) for index in trained]
     notes = Counter(note for turn in turns for note in turn.notes)
@@ -84,6 +85,15 @@ def render_conversation(tokenizer: ChatTokenizer, conversation: Conversation, tr
     if trained_turns == "as_rendered":
         return Rendered((_as_rendered(renderings, turns),), notes)
     return Rendered(tuple(_document(renderings, turn, [turn], suffix=f"#turn{turn.index}") for turn in turns), notes)
+
+
+def _check_markers(tokenizer: ChatTokenizer, conversation: Conversation) -> None:
+    """Refuse words that would become control tokens: a text could then end its turn and speak for another."""
+    for index, message in enumerate(conversation.messages):
+        words = [message.content or "", message.reasoning_content or "", *map(str, message.tool_calls)]
+        found = tokenizer.special_token and next(filter(None, map(tokenizer.special_token.search, words)), None)
+        if found:
+            raise RefusedRow("control_token_in_text", f"message {index} ({message.role}) holds {found.group()!r}")
 
 
 def _document(renderings: Renderings, whole: Turn, turns: list[Turn], suffix: str = "") -> Document:

@@ -48,7 +48,9 @@ class Tokens:
     def truncated(self, length: int) -> Tokens:
         """The first ``length`` tokens."""
         cut = {name: getattr(self, name)[:length] for name in ("ids", "weights", "role_of")}
-        return dataclasses.replace(self, **cut, answers=tuple(pair for pair in self.answers if pair[1] <= length))
+        return dataclasses.replace(
+            self, **cut, answers=tuple((first, min(end, length)) for first, end in self.answers if first < length)
+        )
 
 
 def tokenize(tokenizer: ChatTokenizer, document: Document) -> Tokens:

@@ -8,14 +8,19 @@ leaves the digest alone; a change in anything reachable does not.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from posttrain_lib.lineage.digests import digest_file, digest_value
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("posttrain_lib", "steps")
+_USER_REFERENCE = re.compile(r"^[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_][\w.]*$")
 _REFERENCE = re.compile(r"^((?:posttrain_lib|steps)(?:\.\w+)+)(?::\w+)?$")
 
 
@@ -76,6 +81,38 @@ def project_sources(module: str, root: Path = PROJECT_ROOT) -> list[Path]:
 def source_digests(module: str, root: Path = PROJECT_ROOT) -> dict[str, str]:
     """File name relative to the project -> sha256, for everything ``module`` reaches."""
     return {path.relative_to(root).as_posix(): digest_file(path) for path in project_sources(module, root)}
+
+
+def user_code(references: Iterable[str]) -> dict[str, str]:
+    """``module:attribute`` -> digest of the module's file, for code that is neither the project's nor installed.
+
+    Installed packages are in the environment's digest. What such a module imports in turn is not followed, save the
+    other files of its own package.
+    """
+    found = {}
+    for reference in references:
+        top = reference.partition(":")[0].partition(".")[0]
+        if top in PACKAGES or top in sys.stdlib_module_names:
+            continue
+        spec = importlib.util.find_spec(top)
+        if spec is None or spec.origin is None or any(part.endswith("-packages") for part in Path(spec.origin).parts):
+            continue
+        origin = Path(spec.origin)
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+        found[reference] = digest_value([digest_file(file) for file in files])
+    return found
+
+
+def references_in(value: Any) -> Iterator[str]:
+    """Every string of the form ``module:attribute`` in plain config values."""
+    if isinstance(value, str) and _USER_REFERENCE.match(value):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from references_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from references_in(item)
 
 
 def source_digest(module: str, root: Path = PROJECT_ROOT) -> str:

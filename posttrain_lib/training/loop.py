@@ -21,7 +21,7 @@ from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.data.loader import LoadedStep, PackedLoader, count_steps
 from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.errors import DataError, TrainingError
+from posttrain_lib.errors import ConfigError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import Decoder, build_model
@@ -122,6 +122,17 @@ def check_vocabulary(spec: ModelSpec, *stores: TokenStore) -> None:
             )
 
 
+def check_warmup(config: TrainConfig, total_steps: int) -> None:
+    """The config checks this where it states steps; with epochs the number is known only here."""
+    if config.schedule.warmup_steps > total_steps:
+        raise ConfigError(
+            "the warm-up is longer than the training",
+            where="train.schedule.warmup_steps",
+            got=config.schedule.warmup_steps,
+            expected=f"at most {total_steps}, the steps of {config.epochs} epochs",
+        )
+
+
 class Trainer:
     """A job's objects, and the loop over them."""
 
@@ -137,6 +148,7 @@ class Trainer:
         loader = build_loader(self.store, config, job.rank, job.world)
         self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory_of(config))
         self.total_steps = planned_steps(self.store, config)
+        check_warmup(config, self.total_steps)
         self.settings = StepSettings(
             device=device,
             precision=config.precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _OWN_FIELDS = ("role", "content", *_REASONING_FIELDS, "tool_calls", "train", "weight")
 
+#: fields of others that look like ours and are not
+_OTHER_FIELDS = ("tool_call_id",)
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6
 
 #: which role may follow which; None is the start
@@ -37,6 +40,7 @@ def parse(row: Mapping[str, Any], source: str, row_id: str, group_field: str | N
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise RefusedRow("no_messages", f"'messages' is {'missing or empty' if not raw else type(raw).__name__}")
     _check_unicode(row)
+    _check_spelling(row, ("messages", "tools"), (), "the row")
     messages = tuple(_message(item, index) for index, item in enumerate(raw))
     _check_order(messages)
     if not any(message.role == "assistant" for message in messages):
@@ -47,6 +51,7 @@ def parse(row: Mapping[str, Any], source: str, row_id: str, group_field: str | N
 def _message(raw: Any, index: int) -> Message:
     if not isinstance(raw, Mapping):
         raise RefusedRow("bad_message", f"message {index} is a {type(raw).__name__}, expected an object")
+    _check_spelling(raw, _OWN_FIELDS, _OTHER_FIELDS, f"message {index}")
     role = raw.get("role")
     if role not in ROLES:
         raise RefusedRow("unknown_role", f"message {index} has role {role!r}, expected one of {', '.join(ROLES)}")
@@ -87,6 +92,16 @@ def _weights(raw: Mapping[str, Any], index: int) -> tuple[bool | None, float | N
             f"message {index} has weight={str(weight)[:40]}, expected 0 or {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}",
         )
     return train, float(weight)
+
+
+def _check_spelling(raw: Mapping[str, Any], own: Sequence[str], others: Sequence[str], where: str) -> None:
+    """A misspelt ``train`` would be ignored, and the message trained."""
+    for key in raw:
+        if key in own or key in others or raw[key] is None:
+            continue
+        near = difflib.get_close_matches(str(key), own, n=1, cutoff=0.8)
+        if near:
+            raise RefusedRow("misspelt_field", f"{where} has a field {key!r}; is {near[0]!r} meant?")
 
 
 def _check_unicode(row: Mapping[str, Any]) -> None:

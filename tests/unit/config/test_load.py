@@ -11,6 +11,7 @@ from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.load import build_run_config, parse_run_config
 from posttrain_lib.errors import ConfigError
 
+DEFAULT = Path(__file__).resolve().parents[3] / "configs" / "sft" / "default.yaml"
 MINIMAL: dict[str, Any] = {
     "name": "test",
     "data": {"sources": [{"name": "a", "path": "rows.jsonl"}], "max_example_tokens": 64},
@@ -103,3 +104,47 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_resolved_form_loads_to_the_same_config() -> None:
     config = build_run_config(MINIMAL)
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_key_that_stands_twice_is_refused() -> None:
+    text = "name: a\ntrain: {steps: 1}\ntrain: {steps: 2}\n"
+    with pytest.raises(ConfigError, match="not valid YAML") as caught:
+        parse_run_config(text, where="file.yaml")
+    assert "'train' stands twice" in str(caught.value) and "line 3" in str(caught.value)
+
+
+def test_an_override_of_broken_yaml_is_named() -> None:
+    with pytest.raises(ConfigError, match="not valid YAML") as caught:
+        load_run_config(DEFAULT, ["train.optimizer.lr=@x"])
+    assert "train.optimizer.lr" in str(caught.value)
+
+
+def test_overrides_come_together_or_one_by_one() -> None:
+    apart = load_run_config(DEFAULT, ["train.steps=50", "train.seed=1"])
+    assert load_run_config(DEFAULT, ["train.steps=50,train.seed=1"]) == apart
+    assert (apart.train.steps, apart.train.seed) == (50, 1)
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        load_run_config(tmp_path / "latin.yaml")
+    assert "latin.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.optimizer.betas=[2,3]",
+        "evaluation.exact_match_prompts=0",
+        "data.template_date=2026-02-30",
+        "data.sources=[{name: ../../evil, generate: {rows: 20}}]",
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_run_config(DEFAULT, [override])
+
+
+def test_a_date_that_yaml_reads_as_one_is_a_date() -> None:
+    assert load_run_config(DEFAULT, ["data.template_date=2026-02-01"]).data.template_date == "2026-02-01"

@@ -104,12 +104,11 @@ def test_too_many_refused_rows_stop_it_and_leave_the_quarantine(preparation: Pre
 @pytest.mark.parametrize(
     ("rows", "settings", "said"),
     [
-        ([row(1, train=False), row(2, weight=0)], {}, "rows were refused"),
-        ([row(1, train=False)] * 2, {"max_refused_fraction": 0.99}, "rows were refused"),
+        ([row(1, train=False), row(2, weight=0)], {}, "nothing to train on"),
         ([row(1)] * 5, {"held_out": {"fraction": 0.01}}, "no row is held out"),
         ([row(1)] * 5, {"held_out": {"fraction": 0.49, "seed": 1}}, "nothing to train on"),
     ],
-    ids=["untrained", "untrained and allowed", "nothing held out", "all held out"],
+    ids=["untrained", "nothing held out", "all held out"],
 )
 def test_it_stops_where_training_would_be_in_vain(
     preparation: Preparation, rows: list[Any], settings: dict[str, Any], said: str
@@ -117,6 +116,14 @@ def test_it_stops_where_training_would_be_in_vain(
     preparation.write(*rows)
     with pytest.raises(DataError, match=said):
         preparation.run(**settings)
+
+
+def test_a_row_that_its_author_keeps_out_of_the_loss_is_no_bad_row(preparation: Preparation) -> None:
+    preparation.write(row(0, train=False), *(row(number) for number in range(1, 40)))
+    receipt = preparation.run(max_refused_fraction=0)
+    assert (receipt.total("refused"), receipt.total("examples")) == (0, 39)
+    assert "1 rows without a trained turn" in receipt.summary()
+    assert [item["reason"] for item in preparation.lines("quarantine.jsonl")] == ["nothing_to_train"]
 
 
 def test_long_rows_are_refused_or_cut_and_counted(preparation: Preparation, tmp_path: Path) -> None:
@@ -146,7 +153,7 @@ def test_a_turn_that_is_too_long_costs_only_its_own_document(preparation: Prepar
     preparation.write(long, *(row(number) for number in range(2, 40)))
     receipt = preparation.run(max_example_tokens=64)
     assert (receipt.total("refused"), receipt.total("examples")) == (0, 39)
-    assert receipt.notes["documents_refused_too_long"] == 1
+    assert receipt.notes["left_out_too_long"] == 1
     assert [(item["row_id"], item["reason"]) for item in preparation.lines("quarantine.jsonl")] == [
         ("rows.jsonl:1#turn3", "too_long")
     ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain_lib.lineage.source_digest import project_sources, source_digest
+from posttrain_lib.lineage.source_digest import project_sources, references_in, source_digest, user_code
 
 
 @pytest.fixture
@@ -53,3 +53,15 @@ def test_the_train_step_depends_on_its_loss_and_not_on_the_exporter() -> None:
     files = {path.as_posix().split("/posttrain_lib/")[-1] for path in project_sources("steps.train")}
     assert "losses/sft.py" in files
     assert "adapters/vllm_check.py" not in files
+
+
+def test_a_users_own_module_is_part_of_the_key_and_installed_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_own_loss.py").write_text("SCALE = 1.0\n")
+    settings = {"loss": "my_own_loss:Loss", "optimizer": {"name": "torch.optim:NAdam"}, "other": ["json:loads", "a: b"]}
+    before = user_code(references_in(settings))
+    assert list(before) == ["my_own_loss:Loss"]
+    (tmp_path / "my_own_loss.py").write_text("SCALE = 0.0\n")
+    assert user_code(references_in(settings)) != before

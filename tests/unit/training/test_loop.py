@@ -15,7 +15,7 @@ from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.data.loader import count_steps
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
-from posttrain_lib.errors import CheckpointError, DataError, TrainingError
+from posttrain_lib.errors import CheckpointError, ConfigError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import build_model
@@ -217,6 +217,12 @@ def test_threads_and_determinism_are_put_back(tmp_path: Path) -> None:
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     run(make_job(tmp_path, tiny_config(steps=1, schedule={}), threads=before[0] + 1))
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(tmp_path: Path) -> None:
+    job = make_job(tmp_path, tiny_config(steps=None, epochs=1.0, schedule={"name": "constant", "warmup_steps": 10_000}))
+    with pytest.raises(ConfigError, match="warm-up is longer"):
+        run(job)
 
 
 def test_ids_that_the_model_does_not_know_are_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -54,6 +54,14 @@ def test_reasoning_under_every_name_of_the_field(name: str) -> None:
     assert (message.reasoning_content, message.extra) == ("because", {})
 
 
+@pytest.mark.parametrize(("field", "meant"), [("trian", "train"), ("wieght", "weight"), ("tool_call", "tool_calls")])
+def test_a_misspelt_field_is_no_extra_field(field: str, meant: str) -> None:
+    with pytest.raises(RefusedRow, match=f"misspelt_field.*{meant}"):
+        parsed(USER, {**ANSWER, field: 0})
+    with pytest.raises(RefusedRow, match=r"misspelt_field.*tools"):
+        parsed(USER, ANSWER, tool=[])
+
+
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert parsed({"role": "user", "content": parts}, ANSWER).messages[0].content == "ab"
