@@ -17,11 +17,13 @@ from pathlib import Path
 
 from posttrain_lib.errors import ExportError
 
-#: One process, no affinity, a small cache: what vLLM's CPU build needs on a machine shared with a trainer.
+#: One process, no affinity, a small cache: what vLLM's CPU build needs on a machine shared with a trainer. And no
+#: torch.compile: some of vLLM's functions carry it even in eager mode, and it would need a C++ compiler.
 CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
 }
 QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
