@@ -31,10 +31,10 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def run_suite(marks: str) -> dict[str, object]:
-    """One suite in this process."""
+def run_suite(marks: str, paths: list[str]) -> dict[str, object]:
+    """One suite in this process, or the part of it below ``paths``."""
     recorder, start = Recorder(), time.monotonic()
-    options = ["-o", "addopts=--import-mode=importlib --strict-markers", "-q", "-m", marks]
+    options = ["-o", "addopts=--import-mode=importlib --strict-markers", "-q", "-m", marks, *paths]
     status = int(pytest.main(options, plugins=[recorder]))
     told = {
         name: test.get("reason") or test.get("error") or ""
@@ -43,6 +43,7 @@ def run_suite(marks: str) -> dict[str, object]:
     }
     return {
         "marks": marks,
+        "paths": paths or ["tests"],
         "exit_status": status,
         "outcomes": dict(Counter(str(test["outcome"]) for test in recorder.tests.values())),
         "seconds": round(time.monotonic() - start),
@@ -50,9 +51,9 @@ def run_suite(marks: str) -> dict[str, object]:
     }
 
 
-def record(name: str, output: Path) -> int:
+def record(name: str, output: Path, paths: list[str]) -> int:
     """Run one suite and write it into the result file."""
-    suite = run_suite(SUITES[name])
+    suite = run_suite(SUITES[name], paths)
     known = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"suites": {}}
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     suite |= {
@@ -75,10 +76,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(SUITES), help="only this one")
     parser.add_argument("--output", type=Path, default=ROOT / "infra" / "results" / "test-suites.json")
+    parser.add_argument("paths", nargs="*", help="with --suite: only the tests below these")
     options = parser.parse_args()
     os.chdir(ROOT)
     if options.suite:
-        return record(options.suite, options.output)
+        return record(options.suite, options.output, options.paths)
     command = [sys.executable, __file__, "--output", str(options.output), "--suite"]
     return max(subprocess.run([*command, name], check=False).returncode for name in SUITES)
 

@@ -20,7 +20,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """Keeps the input and one number a row for the backward, where autograd would keep four tensors of full size.
 
-    On a CPU that is also faster than the same operations under autograd (tests/benchmarks/results/ops.json).
+    ``tests/benchmarks/ops.py`` times both.
     """
 
     @staticmethod
