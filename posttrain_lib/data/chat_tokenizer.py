@@ -114,10 +114,6 @@ class ChatTokenizer:
         """Text of each token by itself, for display; a character cut in two shows as U+FFFD."""
         return [self.decode([token], skip_special_tokens=False) for token in ids]
 
-    def __len__(self) -> int:
-        """Number of ids, added tokens included."""
-        return len(self._tokenizer)
-
     @property
     def bos_id(self) -> int | None:
         """Begin-of-sequence id."""

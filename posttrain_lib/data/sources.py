@@ -13,7 +13,6 @@ from typing import Any
 
 import fsspec
 
-from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import FileDigests, digest_value
 from posttrain_lib.lineage.digests import list_files as files_below
@@ -130,7 +129,7 @@ def _client_errors(where: str) -> Iterator[None]:
     """Every file system has a client with exceptions of its own (credentials, connections, codecs): name the path."""
     try:
         yield
-    except (DataError, RefusedRow):
+    except DataError:
         raise
     except Exception as error:
         text = str(error).strip() or repr(error)
