@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: prepare data -> convert model -> train -> evaluate -> export.
+"""Supervised fine-tuning: prepare data -> check serving -> convert model -> train -> evaluate -> export.
 
     python flows/sft_flow.py run
     python flows/sft_flow.py --config configs/sft/chat_qwen3.yaml run --set train.steps=50
@@ -37,6 +37,13 @@ class SFTFlow(FlowSpec):
         """Tokenise, mask, split and check the rows."""
         with plain_errors():
             self.manifests = pipeline.advance("prepare_data", self.run_config, self.manifests, reuse=self.reuse)
+        self.next(self.check_serving)
+
+    @step
+    def check_serving(self):
+        """Prove on a sample that training and serving make the same tokens of the same messages."""
+        with plain_errors():
+            self.manifests = pipeline.advance("check_serving", self.run_config, self.manifests, reuse=self.reuse)
         self.next(self.convert_model)
 
     @step

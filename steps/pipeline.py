@@ -13,7 +13,7 @@ from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import PosttrainError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.schema.manifests import StepManifest
-from steps import convert_model, evaluate, export, inputs, prepare_data, train
+from steps import check_serving, convert_model, evaluate, export, inputs, prepare_data, train
 from steps.base import Say, Step, run_step, say_line
 
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "sft" / "default.yaml"
@@ -22,6 +22,7 @@ DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "sft" / "default.yaml"
 SFT: tuple[Step, ...] = (
     inputs.STEP,
     prepare_data.STEP,
+    check_serving.STEP,
     convert_model.STEP,
     train.STEP,
     evaluate.STEP,

@@ -11,8 +11,9 @@ from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """The data section, without where the rows lie: their content is an input."""
-    section = config.data.model_dump(mode="json", exclude={"tokenizer", "chat_template"})
-    section["sources"] = [{"name": source.name, "format": source.format} for source in config.data.sources]
+    elsewhere = {"tokenizer", "chat_template", "serving_check", "serving_samples"}
+    section = config.data.model_dump(mode="json", exclude={*elsewhere, "workers"})
+    section["sources"] = [source.model_dump(include={"name", "format", "fields"}) for source in config.data.sources]
     return section
 
 
@@ -29,7 +30,7 @@ def body(context: StepContext) -> StepResult:
 
     found = context.inputs
     config = context.config.data
-    _check_unchanged(context)
+    check_unchanged(context)
     if "chat_template" in found:
         config = config.model_copy(update={"chat_template": found["chat_template"].uri})
     receipt = prepare_dataset(
@@ -40,7 +41,7 @@ def body(context: StepContext) -> StepResult:
         rejects_dir=context.work,
         progress=context.say,
     )
-    _check_unchanged(context)  # again: reading took time
+    check_unchanged(context)  # again: reading took time
     for check in receipt.checks():
         if not check.passed:
             context.say(f"prepare_data: FAILED {check.name}: {check.value} ({check.reason})")
@@ -49,6 +50,7 @@ def body(context: StepContext) -> StepResult:
             "train": ("train", "tokens"),
             "held_out": ("held_out", "tokens"),
             "prompts": ("prompts.jsonl", "prompts"),
+            "train_prompts": ("train_prompts.jsonl", "prompts"),
             "receipt": ("receipt.json", "receipt"),
             "samples": ("samples.json", "samples"),
             "quarantine": ("quarantine.jsonl", "quarantine"),
@@ -59,7 +61,7 @@ def body(context: StepContext) -> StepResult:
     )
 
 
-def _check_unchanged(context: StepContext) -> None:
+def check_unchanged(context: StepContext) -> None:
     """The rows are those that the run's key was made of; a resumed run may find them edited.
 
     Raises:

@@ -87,6 +87,8 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "reports": reports,
         "data": _data_table(receipt),
         "roles": _roles_table(receipt),
+        "sources": _sources_table(manifests["train"].metrics, reports),
+        "findings": _findings_table(receipt),
         "notes": [[name.replace("_", " "), f"{count:,}"] for name, count in receipt["notes"].items() if count],
         "lengths": receipt["length_histogram"],
         "samples": json.loads(_file(manifests, "prepare_data", "samples"))[:4],
@@ -113,6 +115,36 @@ def _data_table(receipt: Mapping[str, Any]) -> list[list[str]]:
     for reason, count in receipt["refused"].items():
         rows.append([f"refused: {reason}", f"{count:,}", "", "", ""])
     return rows
+
+
+def _sources_table(training: Mapping[str, Any], reports: list[dict[str, Any]]) -> list[list[str]]:
+    """What each source gave to training and its loss at the last step that had some of it."""
+    rows = []
+    for source, given in training["sources"].items():
+        losses = [report["source_loss"][source] for report in reports if source in report["source_loss"]]
+        shares = [f"{given['unit_share']:.2%}", f"{given['token_share']:.2%}"]
+        rows.append([source, f"{given['tokens']:,}", *shares, *(f"{loss:.4f}" for loss in losses[:1] + losses[-1:])])
+    return rows
+
+
+def _findings_table(receipt: Mapping[str, Any]) -> list[list[str]]:
+    """What looks odd about the data, with the first places: nothing was refused for it."""
+    near = receipt["near_duplicates"]
+    rows = [
+        ["near-duplicate examples", f"{near['near_duplicates']:,}", _pairs_of(near["first"])],
+        ["held-out examples that training nearly has", f"{near['held_out_near_training']:,}", ""],
+    ]
+    for source, found in receipt["oddities"].items():
+        for kind, what in found["oddities"].items():
+            first = "; ".join(f"{place['row_id']}: {place['place']}" for place in what["first"][:2])
+            rows.append([f"{source}: {kind.replace('_', ' ')}", f"{what['rows']:,}", first])
+    for finding, what in (receipt["pairs"] or {}).get("findings", {}).items():
+        rows.append([f"pairs: {finding.replace('_', ' ')}", f"{what['rows']:,}", ", ".join(what["first"][:2])])
+    return [row for row in rows if row[1] != "0"]
+
+
+def _pairs_of(first: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{pair['a']} ~ {pair['b']} ({pair['similarity']:.2f})" for pair in first[:2])
 
 
 def _roles_table(receipt: Mapping[str, Any]) -> list[list[str]]:

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from posttrain_lib.schema.reports import StepReport, TrainResult
-from steps.base import Manifests, Step, StepContext, StepResult
+from steps import prepare_data
+from steps.base import Manifests, Step, StepContext, StepResult, known_digests
+
+if TYPE_CHECKING:
+    from posttrain_lib.data.live_feed import LiveSpec
 
 METRICS = "metrics.jsonl"
+QUARANTINE = "live_quarantine.jsonl"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """The train section, and from compute what can change the result's bits: workers, threads, device."""
     compute = config.compute.model_dump(mode="json", include={"workers", "threads_per_worker", "device"})
-    return {"train": config.train.model_dump(mode="json"), "compute": compute}
+    live = prepare_data.settings(config) if config.data.on_the_fly else None
+    return {"train": config.train.model_dump(mode="json"), "compute": compute, "on_the_fly": live}
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """Token stores, and the model together with the proof that it was verified."""
+    """Token stores, the tokenizer that they must have been made with, the model with the proof that it was verified,
+    and the rows themselves where training tokenises them."""
     data, model = manifests["prepare_data"].outputs, manifests["convert_model"].outputs
+    rows = prepare_data.inputs(config, manifests)
     return {
+        **{name: ref for name, ref in rows.items() if config.data.on_the_fly or not name.startswith("source:")},
         "train": data["train"],
         "held_out": data["held_out"],
         "model": model["model"],
@@ -40,12 +51,14 @@ def body(context: StepContext) -> StepResult:
     from posttrain_lib.training.job import TrainJob
 
     context.work.mkdir(parents=True, exist_ok=True)
+    made_by = _check_made_by_this_tokenizer(context)
     job = TrainJob(
         model_folder=context.inputs["model"].uri,
         train_store=context.inputs["train"].uri,
         held_out_store=context.inputs["held_out"].uri,
         work_dir=str(context.work),
         train=context.config.train,
+        live=_live_spec(context, made_by) if context.config.data.on_the_fly else None,
     )
     result, reports = _watch(launch(job, context.config.compute), context)
     checkpoints = Path(result.last_checkpoint).parent
@@ -53,15 +66,25 @@ def body(context: StepContext) -> StepResult:
     (context.out / METRICS).write_text(
         "".join(json.dumps(dataclasses.asdict(report)) + "\n" for report in reports), encoding="utf-8"
     )
+    refused = {}
+    if (context.work / QUARANTINE).exists():
+        shutil.copyfile(context.work / QUARANTINE, context.out / QUARANTINE)
+        refused["quarantine"] = (QUARANTINE, "quarantine")
     best = result.best_checkpoint or result.last_checkpoint
     return StepResult(
         outputs={
             "last": (f"checkpoints/{Path(result.last_checkpoint).name}", "checkpoint"),
             "best": (f"checkpoints/{Path(best).name}", "checkpoint"),
             "metrics": (METRICS, "metrics"),
+            **refused,
         },
         checks=[Check("every step's loss was finite", True, len(reports), reason="a non-finite one stops training")],
-        metrics={**dataclasses.asdict(result), **throughput(reports)},
+        metrics={
+            **dataclasses.asdict(result),
+            **throughput(reports),
+            "sources": shares(reports),
+            "rows": _rows(reports),
+        },
         summary=f"{result.step} steps{' (stopped early)' if result.stopped_early else ''}, best held-out loss "
         f"{result.best_held_out:.4f}"
         if result.best_held_out is not None
@@ -82,6 +105,58 @@ def throughput(reports: list[StepReport]) -> dict[str, float]:
         "model_tflops": sum(report.model_flops for report in timed) / max(seconds, 1e-9) / 1e12,
         "peak_memory_gib": max((report.peak_memory_gib for report in reports), default=0.0),
     }
+
+
+def shares(reports: list[StepReport]) -> dict[str, dict[str, float]]:
+    """Per source, what it gave over the whole run: tokens, units (examples, or what was packed as one), and its
+    shares of both."""
+    tokens, units = Counter[str](), Counter[str]()
+    for report in reports:
+        tokens.update(report.source_tokens)
+        units.update(report.source_units)
+    return {
+        name: {
+            "tokens": tokens[name],
+            "units": units[name],
+            "token_share": tokens[name] / max(1, tokens.total()),
+            "unit_share": units[name] / max(1, units.total()),
+        }
+        for name in tokens
+    }
+
+
+def _rows(reports: list[StepReport]) -> dict[str, int]:
+    """What became of the rows that training read itself; empty where they were prepared."""
+    return reports[-1].rows if reports else {}
+
+
+def _check_made_by_this_tokenizer(context: StepContext) -> dict[str, str]:
+    """The fingerprint of the run's tokenizer and template, which is also that of the token stores.
+
+    Raises:
+        DataError: it is not.
+    """
+    from posttrain_lib.data.fingerprint import check_fingerprint, fingerprint
+    from posttrain_lib.data.token_store import TokenStore
+    from steps.evaluate import load_tokenizer
+
+    expected = fingerprint(load_tokenizer(context.config, context.inputs))
+    for name in ("train", "held_out"):
+        check_fingerprint(TokenStore(context.inputs[name].uri), expected)
+    return expected
+
+
+def _live_spec(context: StepContext, made_by: dict[str, str]) -> LiveSpec:
+    """What a live feed reads: the files as they are now, which must be those that the run's key was made of."""
+    from posttrain_lib.data.live_feed import LiveSpec
+    from posttrain_lib.data.sources import list_files
+
+    prepare_data.check_unchanged(context)
+    config, known = context.config.data, known_digests()
+    if "chat_template" in context.inputs:
+        config = config.model_copy(update={"chat_template": context.inputs["chat_template"].uri})
+    files = tuple(tuple(list_files(context.inputs[f"source:{source.name}"].uri, known)) for source in config.sources)
+    return LiveSpec(config, context.inputs["tokenizer"].uri, files, made_by)
 
 
 def _watch(events: Iterator[StepReport], context: StepContext) -> tuple[TrainResult, list[StepReport]]:

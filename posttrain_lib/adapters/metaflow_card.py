@@ -207,6 +207,12 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(Markdown("## Data"))
     card.append(Table(report["data"], headers=["", "rows", "examples", "tokens", "trained tokens"]))
     card.append(Table(report["roles"], headers=["source", "role", "tokens", "trained tokens"]))
+    sources = ["source", "tokens given", "share of examples", "share of tokens", "first loss", "last loss"]
+    card.append(Markdown("### What training saw of each source"))
+    card.append(Table(report["sources"], headers=sources))
+    if report["findings"]:
+        findings = [[_text(cell) for cell in row] for row in report["findings"]]
+        card.append(Table(findings, headers=["worth a look", "rows", "first ones"]))
     if report["notes"]:
         card.append(Table(report["notes"], headers=["counted on the way", ""]))
     card.append(VegaChart(bar_chart("Length of examples (tokens)", report["lengths"], "tokens")))

@@ -19,7 +19,13 @@ def launch(job: TrainJob, compute: ComputeConfig) -> Events:
     Raises:
         TrainingError: a worker was lost more often than ``compute.retries`` allows, or the training itself failed.
     """
-    job = dataclasses.replace(job, device=compute.device, world=compute.workers, threads=threads_per_worker(compute))
+    job = dataclasses.replace(
+        job,
+        device=compute.device,
+        world=compute.workers,
+        threads=threads_per_worker(compute),
+        loader_workers=compute.loader_workers,
+    )
     if compute.launcher == "in_process":
         return (yield from train(job))
     from posttrain_lib.compute.ray_launcher import launch_on_ray

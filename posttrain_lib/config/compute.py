@@ -17,4 +17,10 @@ class ComputeConfig(Section):
     address: str | None = Field(None, description="host:port of a running Ray cluster; default: a local one")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_worker: int | None = Field(None, ge=1, description="CPU threads of a worker; default: cores / workers")
+    loader_workers: int = Field(
+        1,
+        ge=0,
+        description="of each training actor; 0: data is made in the training loop, else beside it; "
+        "with data.on_the_fly this many tokenising processes",
+    )
     retries: int = Field(2, ge=0, le=4, description="restarts from the last checkpoint after a lost worker or process")

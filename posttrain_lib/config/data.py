@@ -26,6 +26,9 @@ class Source(Section):
     path: str | None = Field(None, description="file, glob, datasets folder, fsspec URL, or hub id (hf://owner/name)")
     generate: GeneratedConversations | None = None
     format: str = Field("messages", description="row format; a name in posttrain_lib.data.formats")
+    fields: dict[str, str] = Field(
+        default_factory=dict, description="the format's field -> what the rows call it, as {prompt: question}"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -58,7 +61,34 @@ class DataConfig(Section):
         "the last turn only, or the conversation as rendered once",
     )
     max_example_tokens: int = Field(1024, ge=8, description="longest example kept whole")
-    over_length: Literal["refuse", "truncate"] = "refuse"
+    over_length: Literal["refuse", "truncate_right", "truncate_left", "split"] = Field(
+        "refuse", description="a longer one: quarantined, its end cut off, its start cut off, or cut into several"
+    )
+    train_on: Literal["all", "last", "without_tools", "flagged"] = Field(
+        "all",
+        description="assistant turns that are learned: all, the conversation's last, those that call no tool, "
+        "or only those with train: true (or a weight)",
+    )
+    control_tokens: Literal["refuse", "as_text"] = Field(
+        "refuse",
+        description="words that spell a control token: the row is quarantined, since serving would obey them, "
+        "or they are encoded as ordinary text",
+    )
+    deduplicate: bool = Field(False, description="keep one of several examples with the same token ids and weights")
+    engine: Literal["auto", "hf"] = Field(
+        "auto", description="tokenising engine; auto: the fast one where it proves equal to Hugging Face's"
+    )
+    workers: int | None = Field(None, ge=0, description="tokenising processes; default: one a core; 0: none")
+    on_the_fly: bool = Field(
+        False, description="training reads and tokenises the rows as it goes; only a sample is prepared beforehand"
+    )
+    on_the_fly_sample: int = Field(
+        2000, ge=10, description="rows of each source that are checked beforehand, and give the held-out examples"
+    )
+    serving_check: Literal["vllm", "off"] = Field(
+        "vllm", description="compare the prompts' token ids with those that vLLM makes of the same messages"
+    )
+    serving_samples: int = Field(64, ge=1, description="rows in that comparison, over all sources")
     max_refused_fraction: float = Field(0.01, ge=0.0, lt=1.0, description="refused rows allowed before the flow stops")
     held_out: HeldOut = HeldOut()
 

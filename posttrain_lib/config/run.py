@@ -15,6 +15,32 @@ from posttrain_lib.config.model import ModelConfig
 from posttrain_lib.config.train import TrainConfig
 
 
+def _check_on_the_fly(data: DataConfig, train: TrainConfig) -> None:
+    """What needs to know the whole data set cannot be had while it is read.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    problem = None
+    mixture = train.mixture
+    if train.shuffle_window is None:
+        problem = "reads rows in sequence: give train.shuffle_window, as 10000"
+    elif train.steps is None:
+        problem = "does not know how many steps the data makes: give train.steps"
+    elif data.deduplicate:
+        problem = "cannot know all earlier examples: turn data.deduplicate off"
+    elif mixture is not None:
+        shares = [mixture.sources.get(source.name) for source in data.sources]
+        if any(share is None or share.weight is None for share in shares):
+            problem = "does not know the sizes of the sources: give each a weight in train.mixture.sources"
+        elif any(share is not None and share.max_examples is not None for share in shares):
+            problem = "cannot choose among all examples of a source: leave train.mixture.sources.*.max_examples out"
+        elif any(share is not None and share.epochs is not None and share.epochs % 1 for share in shares):
+            problem = "can count whole passes only: give whole train.mixture.sources.*.epochs"
+    if problem is not None:
+        raise ValueError(f"data.on_the_fly {problem}")
+
+
 class RunConfig(Section):
     """Everything a run depends on. The resolved form is stored with every run."""
 
@@ -43,6 +69,20 @@ class RunConfig(Section):
                 f"train.rows_per_step ({train.rows_per_step}) is not a multiple of compute.workers x "
                 f"train.micro_batch_rows ({self.compute.workers} x {train.micro_batch_rows} = {share})"
             )
+        names = {source.name for source in data.sources}
+        mixed = train.mixture.sources if train.mixture is not None else {}
+        if unknown := sorted(set(mixed) - names):
+            raise ValueError(f"train.mixture.sources names {unknown}, which data.sources ({sorted(names)}) does not")
+        weighed = {name for name, source in mixed.items() if source.weight is not None}
+        if weighed and weighed != names:
+            raise ValueError(
+                f"train.mixture.sources gives a weight to {sorted(weighed)} and none to {sorted(names - weighed)}: "
+                "weigh every source or none (then sizes decide, and train.mixture.temperature)"
+            )
+        if train.mixture is not None and train.steps is None and train.mixture.never_ends(names):
+            raise ValueError("the mixture repeats its sources without end: give train.steps, or another 'exhausted'")
+        if data.on_the_fly:
+            _check_on_the_fly(data, train)
         if self.compute.launcher == "in_process" and self.compute.workers > 1:
             raise ValueError("compute.launcher 'in_process' runs one worker; use 'ray' for more")
         if self.data.tokenizer is not None and self.model.from_scratch is not None:

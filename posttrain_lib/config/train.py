@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -42,6 +45,48 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0)
 
 
+class MixedSource(Section):
+    """One source's part in a mixture."""
+
+    weight: float | tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0)]], ...] | None = Field(
+        None,
+        description="share relative to the others', or a schedule [[step, weight], ...] that is linear in between; "
+        "default: the source's size",
+    )
+    epochs: float | None = Field(None, gt=0, description="passes over the source before it counts as exhausted")
+    max_examples: int | None = Field(None, ge=1, description="use at most this many of its examples, chosen by hash")
+    exhausted: Literal["stop", "repeat", "drop"] | None = Field(None, description="default: the mixture's")
+
+    @model_validator(mode="after")
+    def _schedule_rises(self) -> MixedSource:
+        if isinstance(self.weight, tuple):
+            steps = [step for step, _ in self.weight]
+            if not steps or any(after <= before for before, after in pairwise(steps)):
+                raise ValueError(f"a weight schedule needs rising steps, got {steps}")
+        elif self.weight is not None and not 0 <= self.weight < inf:
+            raise ValueError(f"a weight is a number of at least 0, got {self.weight}")
+        return self
+
+
+class Mixture(Section):
+    """How the sources share the stream of examples. Without it every example is as likely as any other."""
+
+    by: Literal["samples", "tokens"] = Field("samples", description="what weights are shares of")
+    temperature: float = Field(
+        1.0, gt=0, description="default weights are size ** (1 / temperature): above 1 evens the sources out"
+    )
+    exhausted: Literal["stop", "repeat", "drop"] = Field(
+        "repeat", description="when a source is through: the run ends, it starts over, or the others share its part"
+    )
+    sources: dict[str, MixedSource] = Field(default_factory=dict, description="by the names in data.sources")
+
+    def never_ends(self, names: Iterable[str]) -> bool:
+        """Whether no policy ends a mixture of these sources: then the run needs a number of steps."""
+        stated = {name: source.exhausted for name, source in self.sources.items()}
+        policies = [stated.get(name) or self.exhausted for name in names]
+        return "stop" not in policies and "repeat" in policies
+
+
 class TrainConfig(Section):
     """One optimiser step = ``rows_per_step`` packed rows of ``row_tokens``, over all workers."""
 
@@ -51,6 +96,15 @@ class TrainConfig(Section):
     rows_per_step: int = Field(8, ge=1, description="packed rows in one optimiser step, over all workers")
     micro_batch_rows: int = Field(1, ge=1, description="rows in one forward of one worker")
     packing_buffer: int = Field(256, ge=1, description="examples the packer may choose from")
+    share_prefixes: bool = Field(
+        True, description="compute once what several documents of one row begin with, where they are packed together"
+    )
+    shuffle_window: int | None = Field(
+        None,
+        ge=1,
+        description="shuffle within windows of this many rows, read in sequence; default: over the whole data set",
+    )
+    mixture: Mixture | None = None
     loss: str = Field("sft", description="a name in posttrain_lib.losses")
     loss_options: dict[str, Any] = Field(default_factory=dict)
     optimizer: Optimizer = Optimizer()
@@ -65,8 +119,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if (self.steps is None) == (self.epochs is None):
+        if self.mixture is None and (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of 'steps' and 'epochs'")
+        if self.mixture is not None and self.epochs is not None:
+            raise ValueError("with a mixture, passes are a matter of each source: give train.mixture.sources.*.epochs")
         if self.steps is not None and self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) exceeds steps ({self.steps})")
         return self

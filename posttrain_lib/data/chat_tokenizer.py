@@ -5,18 +5,20 @@ Serving loads the same files through the same class, so training and serving can
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
-import numpy as np
 
+from posttrain_lib.data.engine_gate import GateReport, choose_engine
+from posttrain_lib.data.engine_texts import SAMPLES
+from posttrain_lib.data.engines import Encoded, Engine, GigatokenEngine, HfEngine
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.errors import DataError
 from posttrain_lib.schema.examples import Message
@@ -24,16 +26,10 @@ from posttrain_lib.schema.examples import Message
 #: what a template raises on messages that it was not made for: its own refusals and the slips of template code
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
 
+#: characters that the reference reads before a faster engine is made: making and proving one takes about as long
+WORTH_AN_ENGINE = 1_000_000
+
 Variables = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids int64 [S] of a text, and where in it (character from, character to) each token stands, int64 [S]."""
-
-    ids: np.ndarray
-    begins: np.ndarray
-    ends: np.ndarray
 
 
 class ChatTokenizer:
@@ -44,6 +40,9 @@ class ChatTokenizer:
         chat_template: Jinja file that replaces the tokenizer's own template.
         template_date: ISO date that templates print where they ask for today's.
         template_kwargs: further variables for the template.
+        engine: "hf" for the reference alone; "auto" for a faster one where that gives the same ids and offsets on
+            every text of the gate, once there is enough text to be worth it.
+        verdict: what the gate said of these files in another process: then a worker starts with the faster engine.
 
     Raises:
         DataError: no tokenizer there, none of the fast kind, or no template.
@@ -56,8 +55,15 @@ class ChatTokenizer:
         chat_template: Path | str | None = None,
         template_date: str = "2026-01-01",
         template_kwargs: Variables | None = None,
+        engine: Literal["auto", "hf"] = "auto",
+        verdict: GateReport | None = None,
     ) -> None:
         self._tokenizer = _load(folder)
+        self._reference = HfEngine(self._tokenizer)
+        self._reference_only = engine == "hf"
+        self._engine: Engine | None = self._reference if self._reference_only else None
+        self._verdict = verdict
+        self._characters_read = 0
         self._template: str | None = None if chat_template is None else _read_template(chat_template)
         date = datetime.date.fromisoformat(template_date)
         # Hugging Face's templates call strftime_now; a variable of that name takes precedence over the function.
@@ -100,9 +106,36 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> Encoded:
         """Ids of exactly this text: nothing is added before or behind, markers in it become their tokens."""
-        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = np.asarray(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return Encoded(np.asarray(found["input_ids"], dtype=np.int64), offsets[:, 0], offsets[:, 1])
+        return self._engine_for(len(text)).encode_with_offsets(text)
+
+    def encode_many(self, texts: Sequence[str]) -> list[Encoded]:
+        """Each text by itself, in their order."""
+        engine = self._engine_for(sum(map(len, texts)))
+        return [engine.encode_with_offsets(text) for text in texts]
+
+    def gate_verdict(self) -> GateReport | None:
+        """Whether a faster engine gives the same; asks where that has not been done. None with ``engine="hf"``."""
+        if self._engine is None:
+            self._choose_engine()
+        return self._verdict
+
+    @property
+    def engine_report(self) -> dict[str, Any]:
+        """For lineage: which engine reads, why, what the gate said, and the texts that the reference read instead."""
+        used = self._engine or self._reference
+        if self._reference_only:
+            reason = "asked for"
+        elif self._engine is None:
+            reason = f"fewer than {WORTH_AN_ENGINE} characters read"
+        else:
+            reason = "" if self._verdict is None else self._verdict.reason
+        return {
+            "engine": used.name,
+            "version": used.version,
+            "reason": reason,
+            "gate": None if self._verdict is None else self._verdict.as_dict(),
+            "fallbacks": dict(used.fallbacks) if isinstance(used, GigatokenEngine) else {},
+        }
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids."""
@@ -113,6 +146,17 @@ class ChatTokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Text of each token by itself, for display; a character cut in two shows as U+FFFD."""
         return [self.decode([token], skip_special_tokens=False) for token in ids]
+
+    def definition(self) -> dict[str, str]:
+        """What decides ids and rendered text, as text: the tokenizer, and the template with its variables."""
+        template = self._template or self._tokenizer.chat_template
+        variables = {
+            name: value if not callable(value) else value("%Y-%m-%d") for name, value in self._variables.items()
+        }
+        return {
+            "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+            "template": json.dumps([template, variables], sort_keys=True, default=str),
+        }
 
     @property
     def bos_id(self) -> int | None:
@@ -142,6 +186,32 @@ class ChatTokenizer:
         source = self._template or self._tokenizer.chat_template
         text = source if isinstance(source, str) else "\n".join(source.values())
         return variable not in self._variables and re.search(rf"\b{re.escape(variable)}\b", text) is not None
+
+    def _engine_for(self, characters: int) -> Engine:
+        if self._engine is not None:
+            return self._engine
+        self._characters_read += characters
+        if self._verdict is None and self._characters_read < WORTH_AN_ENGINE:
+            return self._reference
+        return self._choose_engine()
+
+    def _choose_engine(self) -> Engine:
+        engine, self._verdict = choose_engine(self._tokenizer, self._samples(), self._verdict)
+        self._engine = engine
+        return engine
+
+    def _samples(self) -> list[str]:
+        """Conversations as this template renders them, for the gate; those that it refuses are left out."""
+        rendered = []
+        for messages, tools in SAMPLES:
+            for answer_next in (False, True):
+                with contextlib.suppress(RefusedRow):
+                    rendered.append(self.render(messages, tools, answer_next=answer_next))
+        return rendered
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the engine, which a process makes for itself; the verdict goes along."""
+        return {**self.__dict__, "_engine": self._reference if self._reference_only else None}
 
     @cached_property
     def _arguments_as_text(self) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
 from posttrain_lib.schema.batches import PackedBatch
 
+#: int32 on their way here, int64 as torch's look-ups want them
+_INDICES = ("token_ids", "target_ids", "positions")
+
 
 def to_torch(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBatch:
-    """The batch as tensors on ``device``; shapes and dtypes stay as :class:`PackedBatch` states.
+    """The batch as tensors on ``device``, of the shapes and dtypes that :class:`PackedBatch` states.
 
-    On the CPU the tensors share memory with the arrays. For a CUDA device they pass through pinned memory, so that
+    On the CPU the tensors share memory with the arrays where the dtype stays. For a CUDA device they pass through pinned memory, so that
     the copy runs beside the computation.
     """
     target = torch.device(device)
@@ -24,4 +29,5 @@ def to_torch(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBa
             tensor = tensor.pin_memory()
         return tensor.to(target, non_blocking=True)
 
-    return batch.map(convert)
+    tensors = batch.map(convert)
+    return dataclasses.replace(tensors, **{name: getattr(tensors, name).long() for name in _INDICES})

@@ -1,10 +1,11 @@
-"""From a token store to training steps.
+"""From a feed of units to training steps.
 
-    store --epoch_permutation--> examples --StreamingPacker--> rows --rows_per_step--> steps --row r: rank r % world-->
+    feed --units--> Planner --rows--> step --deal_out--> each rank's rows --pack--> micro-batches
 
-Everything up to the steps works on lengths alone and is the same on every rank, so no rank talks to another: the
-stream of rows is a pure function of (store, seed, row_tokens, packing_buffer, position) and knows no world size. A
-rank then builds only its own rows. Epochs follow one another without a seam: packing continues across the boundary.
+Planning works on lengths alone and is the same on every rank, so no rank talks to another: the stream of rows is a
+pure function of (data version, seed, mixture, row length, packing buffer, position) and knows no world size. Which of
+a step's rows a rank computes is decided by their cost; it then builds those alone. Epochs follow one another without
+a seam: packing continues across the boundary.
 
 The position that a checkpoint keeps is the *consumed* one. The thread that works ahead attaches to each step the
 position behind it, and handing a step out is what moves the loader's state.
@@ -15,20 +16,25 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from posttrain_lib.data.order import epoch_permutation
-from posttrain_lib.data.packing import Row, StreamingPacker
+from posttrain_lib.data.assemble import assemble, segments_of, store_filler
+from posttrain_lib.data.balance import deal_out
+from posttrain_lib.data.packing import Row, make_packer
+from posttrain_lib.data.planner import Feed, Planner
+from posttrain_lib.data.store_feed import StoreFeed, check_trainable
 from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.errors import CheckpointError, DataError
+from posttrain_lib.data.units import units_of
+from posttrain_lib.errors import CheckpointError
 from posttrain_lib.schema.batches import PackedBatch
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 PREFETCHED_STEPS = 2
 
 
@@ -38,7 +44,9 @@ class LoadedStep:
 
     ``micro_batches`` are this rank's; every rank has the same number of the same sizes. All the rest is global, over
     the rows of all ranks: ``global_weight`` is the sum of the loss weights in float64, the divisor of the step's loss;
-    ``real_tokens`` counts tokens that are no padding, ``slot_tokens`` counts both. ``step`` counts from 1.
+    ``real_tokens`` counts tokens that are no padding, ``slot_tokens`` counts both. ``source_tokens`` int64 [sources]
+    and ``source_units`` int64 [sources] say what each source gave, ``rows`` what became of the rows so far (a live feed
+    counts them). ``step`` counts from 1.
     ``data_wait_seconds`` is how long :meth:`PackedLoader.next_step` blocked.
     """
 
@@ -48,52 +56,9 @@ class LoadedStep:
     real_tokens: int
     slot_tokens: int
     data_wait_seconds: float
-
-
-class RowStream:
-    """The global stream of rows: lengths only, the same on every rank, resumable from a small state.
-
-    Args:
-        lengths: int32 [N], tokens of each example.
-        examples: stop after this many examples (a last epoch may be cut short); None = never.
-    """
-
-    def __init__(
-        self, lengths: np.ndarray, *, row_tokens: int, packing_buffer: int, seed: int, examples: int | None = None
-    ) -> None:
-        self._lengths = lengths
-        self._seed = seed
-        self._examples = examples
-        self._packer = StreamingPacker(row_tokens, packing_buffer)
-        self._epoch = 0
-        self._cursor = 0
-        self._order = epoch_permutation(len(lengths), seed, 0)
-
-    def next_row(self) -> Row:
-        """Ids of the examples of the next row; an empty row when the stream has ended."""
-        total = len(self._lengths)
-        while self._examples is None or self._epoch * total + self._cursor < self._examples:
-            if self._cursor == total:
-                self._epoch, self._cursor = self._epoch + 1, 0
-                self._order = epoch_permutation(total, self._seed, self._epoch)
-                continue
-            example = int(self._order[self._cursor])
-            self._cursor += 1
-            rows = self._packer.push(example, int(self._lengths[example]))
-            if rows:
-                return rows[0]
-        return self._packer.pop_row()
-
-    def state(self) -> dict[str, Any]:
-        """The position: how far the order is read and what waits in the packer."""
-        return {"epoch": self._epoch, "cursor": self._cursor, "packer": self._packer.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go to a position given by :meth:`state`."""
-        self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
-        self._order = epoch_permutation(len(self._lengths), self._seed, self._epoch)
-        waiting = [int(example) for example in state["packer"]]
-        self._packer.load_state(waiting, [int(self._lengths[example]) for example in waiting])
+    source_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    source_units: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,63 +77,59 @@ class _Ended:
 class PackedLoader:
     """Packed training steps of one rank, made ahead of time by a background thread.
 
-    ``epochs=None`` makes an endless stream; else the stream ends after that many passes, and the last step may have
-    rows that hold nothing but padding. Iterate, or call :meth:`next_step`; close it, or use it as a context manager.
+    When the feed ends, the last step may have rows that hold nothing but padding. Iterate, or call :meth:`next_step`;
+    close it, or use it as a context manager.
 
     Args:
-        store: the training examples.
+        feed: the units, in order; closed with the loader.
         row_tokens: length of a packed row.
         rows_per_step: rows of one optimiser step over all ranks.
         micro_batch_rows: rows of one forward of one rank, laid end to end on T.
-        packing_buffer: examples that the packer may choose from.
-        seed: decides the order.
-        rank, world: row r of a step belongs to rank ``r % world``.
-        epochs: passes over the examples, may be a fraction.
-
-    Raises:
-        DataError: the store is empty, has nothing to train on, or an example is longer than a row.
+        packing_buffer: units that the packer may choose from.
+        rank, world: a step's rows are dealt out so that all ranks have equally many and about the same cost.
+        pair_cost: cost of a query-key pair of attention in units of a token's other cost; see ``training.flops``.
+        background: make steps in a thread, ahead of time; else when they are asked for.
     """
 
     def __init__(
         self,
-        store: TokenStore,
+        feed: Feed,
         *,
         row_tokens: int,
         rows_per_step: int,
         micro_batch_rows: int = 1,
         packing_buffer: int = 256,
-        seed: int = 0,
         rank: int = 0,
         world: int = 1,
-        epochs: float | None = None,
+        pair_cost: float = 0.0,
+        background: bool = True,
     ) -> None:
-        _check_trainable(store, row_tokens)
         if min(rows_per_step, micro_batch_rows) < 1 or not 0 <= rank < world:
             raise ValueError(f"rows_per_step={rows_per_step} micro_batch_rows={micro_batch_rows} rank={rank}/{world}")
-        self._store = store
+        self._feed = feed
         self._row_tokens = row_tokens
         self._rows_per_step = rows_per_step
         self._micro_batch_rows = micro_batch_rows
         self._packing_buffer = packing_buffer
-        self._seed = seed
         self._rank, self._world = rank, world
-        self._examples = _example_count(len(store), epochs)
-        self._state = self._snapshot(0, self._new_stream())
+        self._pair_cost = pair_cost
+        self._background = background
+        self._planner = Planner(feed, row_tokens=row_tokens, packing_buffer=packing_buffer)
+        self._state = self._snapshot(0)
+        self._planned_state: dict[str, Any] | None = self._state  # where the planner stands; None: it is ahead
         self._queue: queue.Queue[_Prepared | _Ended] = queue.Queue(maxsize=PREFETCHED_STEPS)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._ended: _Ended | None = None
 
     def next_step(self) -> LoadedStep | None:
-        """The next step; None when the epochs are through.
+        """The next step; None when the stream has ended.
 
         Raises:
             Whatever went wrong in the background, as it was raised there; again at every further call.
         """
-        if self._ended is None and self._thread is None:
-            self._start()
         begun = time.perf_counter()
-        item = self._ended or self._queue.get()
+        item = self._ended or self._next_item()
         waited = time.perf_counter() - begun
         if isinstance(item, _Ended):
             self._ended = item
@@ -176,7 +137,17 @@ class PackedLoader:
                 raise item.error
             return None
         self._state = item.state_after
-        return LoadedStep(**{**vars(item.step), "data_wait_seconds": waited})
+        return replace(item.step, data_wait_seconds=waited)
+
+    def _next_item(self) -> _Prepared | _Ended:
+        if not self._background:
+            return self._prepare(self._state)
+        if self._thread is None:
+            self._stop = threading.Event()
+            arguments = (self._state, self._stop, self._queue)
+            self._thread = threading.Thread(target=self._work_ahead, args=arguments, daemon=True)
+            self._thread.start()
+        return self._queue.get()
 
     def __iter__(self) -> Iterator[LoadedStep]:
         while (step := self.next_step()) is not None:
@@ -190,29 +161,22 @@ class PackedLoader:
         """Continue from a position given by :meth:`state`, on this or any other number of ranks.
 
         Raises:
-            CheckpointError: the position is of another store, seed or packing; it says which.
+            CheckpointError: the position is of other data, another seed, mixture or packing; it says which, and of
+                data which file.
         """
-        own = self._identity()
-        for name, value in own.items():
-            if state.get(name) != value:
-                raise CheckpointError(
-                    f"the data position is of another run: {name} differs",
-                    where=f"data position, {name}",
-                    got=state.get(name),
-                    expected=value,
-                    fix="resume with the data and the train section that the checkpoint was made with, or start anew",
-                )
+        _check_identity(self._identity(), state)
         self.close()
         self._state = state
         self._ended = None
 
     def close(self) -> None:
-        """Stop the background thread and drop what it made ahead; the position stays."""
+        """Stop what works ahead and drop what it made; the position stays."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._queue = queue.Queue(maxsize=PREFETCHED_STEPS)
+        self._feed.close()
 
     def __enter__(self) -> PackedLoader:
         return self
@@ -225,128 +189,104 @@ class PackedLoader:
     def _identity(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
-            "store": self._store.digest,
-            "seed": self._seed,
             "row_tokens": self._row_tokens,
             "rows_per_step": self._rows_per_step,
             "packing_buffer": self._packing_buffer,
+            **self._feed.identity(),
         }
 
-    def _snapshot(self, step: int, stream: RowStream) -> dict[str, Any]:
-        return {**self._identity(), "step": step, **stream.state()}
+    def _snapshot(self, step: int) -> dict[str, Any]:
+        return {**self._identity(), "step": step, **self._planner.state()}
 
-    def _new_stream(self) -> RowStream:
-        return RowStream(
-            self._store.lengths,
-            row_tokens=self._row_tokens,
-            packing_buffer=self._packing_buffer,
-            seed=self._seed,
-            examples=self._examples,
-        )
+    def _work_ahead(self, state: dict[str, Any], stop: threading.Event, into: queue.Queue[_Prepared | _Ended]) -> None:
+        """Consumes: the feed. Produces: prepared steps. Waits for: room in the queue. Ends with: an _Ended."""
+        while not stop.is_set():
+            item = self._prepare(state)
+            _put(into, item, stop)
+            if isinstance(item, _Ended):
+                return
+            state = item.state_after
 
-    def _start(self) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work_ahead, args=(self._stop, self._queue), daemon=True)
-        self._thread.start()
-
-    def _work_ahead(self, stop: threading.Event, into: queue.Queue[_Prepared | _Ended]) -> None:
-        """Consumes: the row stream. Produces: prepared steps. Waits for: room in the queue. Ends with: an _Ended."""
+    def _prepare(self, state: dict[str, Any]) -> _Prepared | _Ended:
+        """The step behind ``state``. The planner goes there first unless it stands there already."""
         try:
-            stream = self._new_stream()
-            stream.load_state(self._state)
-            step = self._state["step"]
-            while not stop.is_set():
-                rows = [stream.next_row() for _ in range(self._rows_per_step)]
-                if not rows[0]:
-                    _put(into, _Ended(None), stop)
-                    return
-                step += 1
-                _put(into, _Prepared(self._build(step, rows), self._snapshot(step, stream)), stop)
+            if self._planned_state is not state:
+                self._planner.load_state(state)
+            self._planned_state = None
+            step = int(state["step"]) + 1
+            rows = self._planner.rows(self._rows_per_step, step)
+            if not rows:
+                return _Ended(None)
+            loaded, after = self._build(step, rows), self._snapshot(step)
+            prepared = _Prepared(replace(loaded, rows=_row_counts(after)), after)
+            self._planned_state = prepared.state_after
+            return prepared
         except BaseException as error:  # handed to next_step, which raises it in the caller's thread
-            _put(into, _Ended(error), stop)
+            return _Ended(error)
 
     def _build(self, step: int, rows: list[Row]) -> LoadedStep:
-        examples = [example for row in rows for example in row]
-        own = rows[self._rank :: self._world]
-        own.extend([()] * (-(-self._rows_per_step // self._world) - len(own)))
+        units = np.fromiter((unit for row in rows for unit in row), np.int64)
+        facts = self._feed.facts(units)
+        # Every rank gets equally many rows: what is missing is padding, of weight 0.
+        rows = rows + [()] * (-(-self._rows_per_step // self._world) * self._world - len(rows))
+        row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        costs = self._row_tokens + self._pair_cost * np.bincount(row_of, weights=facts.pairs, minlength=len(rows))
+        own = [rows[row] for row in deal_out(costs, self._world)[self._rank]]
+        micro_batches = [
+            self._feed.pack(own[first : first + self._micro_batch_rows], self._row_tokens)
+            for first in range(0, len(own), self._micro_batch_rows)
+        ]
+        self._feed.release(units.tolist())
+        sources = len(self._feed.sources)
         return LoadedStep(
             step=step,
-            micro_batches=[
-                pack_rows(self._store, own[first : first + self._micro_batch_rows], self._row_tokens)
-                for first in range(0, len(own), self._micro_batch_rows)
-            ],
-            global_weight=float(self._store.weight_sums[examples].sum()),
-            real_tokens=int(self._store.lengths[examples].sum(dtype=np.int64)),
+            micro_batches=micro_batches,
+            global_weight=float(facts.weight.sum()),
+            real_tokens=int(facts.tokens.sum()),
             slot_tokens=self._rows_per_step * self._row_tokens,
             data_wait_seconds=0.0,
+            source_tokens=np.bincount(facts.source, weights=facts.tokens, minlength=sources).astype(np.int64),
+            source_units=np.bincount(facts.source, minlength=sources),
         )
 
 
-def pack_rows(store: TokenStore, rows: Sequence[Row], row_tokens: int) -> PackedBatch:
-    """Lay ``rows`` end to end: T = ``len(rows) * row_tokens``.
+def _row_counts(state: dict[str, Any]) -> dict[str, int]:
+    """What a live feed's streams counted up to a position; nothing of a store's."""
+    total: Counter[str] = Counter()
+    for stream in state["mixer"]["streams"]:
+        total.update(stream.get("counts", {}))
+    return dict(total)
 
-    What a row leaves free becomes a last document of the row, with positions from 0, weight 0 and source -1, so that
-    it sees no real token and none sees it. Weights move from the predicted token to the position that predicts it;
-    that of a document's first token, which nothing predicts, falls away.
+
+def _check_identity(own: dict[str, Any], state: dict[str, Any]) -> None:
+    for name, value in own.items():
+        saved = state.get(name)
+        if saved == value:
+            continue
+        where, got, expected = name, saved, value
+        if isinstance(value, dict) and isinstance(saved, dict):
+            # Files and mixtures: name the entry that differs.
+            entry = next(key for key in [*value, *saved] if value.get(key) != saved.get(key))
+            where, got, expected = f"{name}, {entry}", saved.get(entry), value.get(entry)
+        raise CheckpointError(
+            f"the data position is of another run: {where} differs",
+            where=f"data position, {where}",
+            got=got,
+            expected=expected,
+            fix="resume with the data and the train section that the checkpoint was made with, or start anew",
+        )
+
+
+def count_steps(feed: StoreFeed, *, row_tokens: int, rows_per_step: int, packing_buffer: int) -> int:
+    """Optimiser steps until ``feed`` ends, exact: the packer runs over the lengths (millions of units a second).
+
+    The feed is used up. It must end: one that repeats without end never returns.
     """
-    total = len(rows) * row_tokens
-    token_ids, target_ids, positions = (np.zeros(total, np.int64) for _ in range(3))
-    loss_weights = np.zeros(total, np.float32)
-    boundaries, sources, ids = [0], [], []
-    count = np.arange(row_tokens, dtype=np.int64)
-    real_tokens = 0
-    for number, row in enumerate(rows):
-        begin = number * row_tokens
-        for example in row:
-            tokens, weights = store.get(example)
-            end = begin + len(tokens)
-            token_ids[begin:end] = tokens
-            target_ids[begin : end - 1] = tokens[1:]
-            loss_weights[begin : end - 1] = weights[1:]
-            positions[begin:end] = count[: len(tokens)]
-            boundaries.append(end)
-            sources.append(int(store.source_index[example]))
-            ids.append(example)
-            real_tokens += len(tokens)
-            begin = end
-        end = (number + 1) * row_tokens
-        if begin < end:
-            positions[begin:end] = count[: end - begin]
-            boundaries.append(end)
-            sources.append(-1)
-            ids.append(-1)
-    cu_seqlens = np.asarray(boundaries, dtype=np.int32)
-    return PackedBatch(
-        token_ids=token_ids,
-        target_ids=target_ids,
-        loss_weights=loss_weights,
-        positions=positions,
-        cu_seqlens=cu_seqlens,
-        supervised_index=np.flatnonzero(loss_weights).astype(np.int64, copy=False),
-        document_sources=np.asarray(sources, dtype=np.int32),
-        document_ids=np.asarray(ids, dtype=np.int64),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
-        real_tokens=real_tokens,
-    )
-
-
-def count_steps(
-    lengths: np.ndarray, *, row_tokens: int, rows_per_step: int, packing_buffer: int, seed: int, epochs: float
-) -> int:
-    """Optimiser steps in ``epochs`` passes, exact: the packer runs over the lengths (about a million examples/s).
-
-    Raises:
-        DataError: an example is longer than a row.
-    """
-    stream = RowStream(
-        lengths,
-        row_tokens=row_tokens,
-        packing_buffer=packing_buffer,
-        seed=seed,
-        examples=_example_count(len(lengths), epochs),
-    )
-    rows = sum(1 for _ in iter(stream.next_row, ()))
-    return -(-rows // rows_per_step)
+    planner = Planner(feed, row_tokens=row_tokens, packing_buffer=packing_buffer)
+    steps = 0
+    while planner.rows(rows_per_step, steps + 1):
+        steps += 1
+    return steps
 
 
 def held_out_batches(
@@ -360,40 +300,17 @@ def held_out_batches(
     Raises:
         DataError: the store has nothing to evaluate on, or an example is longer than a row.
     """
-    _check_trainable(store, row_tokens)
-    packer = StreamingPacker(row_tokens, packing_buffer)
-    rows: list[Row] = []
-    for example, length in enumerate(store.lengths.tolist()):
-        rows.extend(packer.push(example, length))
-    rows.extend(packer.flush())
+    check_trainable(store)
+    units = units_of(store, row_tokens, share_prefixes=True)
+    packer = make_packer(row_tokens, packing_buffer)
+    everything = len(units) + 1
+    rows = packer.feed(np.arange(len(units)), units.lengths, everything)[1] + packer.flush(everything)
     per_rank = -(-len(rows) // world)
     own = rows[rank::world]
     own.extend([()] * (per_rank - len(own)))
     for first in range(0, per_rank, batch_rows):
-        yield pack_rows(store, own[first : first + batch_rows], row_tokens)
-
-
-def _check_trainable(store: TokenStore, row_tokens: int) -> None:
-    if store.trained_tokens == 0:
-        raise DataError(
-            "the token store has nothing to train on",
-            where=store.folder,
-            got=f"{len(store)} examples, none with a weight above 0",
-            fix="look at the receipt and the quarantine of the prepared data",
-        )
-    if store.longest > row_tokens:
-        example = int(np.argmax(store.lengths))
-        raise DataError(
-            "an example is longer than a packed row",
-            where=f"{store.folder}, row {store.row_id(example)}",
-            got=f"{store.longest} tokens",
-            expected=f"at most {row_tokens} tokens (train.row_tokens)",
-            fix="raise train.row_tokens, or lower data.max_example_tokens and prepare the data again",
-        )
-
-
-def _example_count(total: int, epochs: float | None) -> int | None:
-    return None if epochs is None else max(1, round(total * epochs))
+        segments = segments_of(store, units, own[first : first + batch_rows])
+        yield assemble(segments, store_filler(store, segments), row_tokens)
 
 
 def _put(into: queue.Queue[_Prepared | _Ended], item: _Prepared | _Ended, stop: threading.Event) -> None:

@@ -1,8 +1,9 @@
-"""Packing on the fly: which examples share a row, decided from their lengths alone.
+"""Packing on the fly: which units share a row, decided from their lengths alone.
 
-A row starts with the oldest example in the buffer and then takes, again and again, the longest one that still fits.
-Starting with the oldest bounds the delay: an example leaves at the latest with the ``buffer``-th row after it came.
-Taking the longest that fits leaves the short ones, which are what fills the gaps.
+A *unit* is what must not be parted: a document, or several that share a prefix, or a preference pair. A row starts
+with the oldest unit in the buffer and then takes, again and again, the longest one that still fits (of equally long
+ones the oldest). Starting with the oldest bounds the delay: a unit leaves at the latest with the ``buffer``-th row
+after it came. Taking the longest that fits leaves the short ones, which are what fills the gaps.
 """
 
 from __future__ import annotations
@@ -10,29 +11,120 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
 
+import numpy as np
+
+from posttrain_lib.data import kernels
 from posttrain_lib.errors import DataError
 
 Row = tuple[int, ...]
 
 
-class StreamingPacker:
-    """Packs a stream of (example id, length) into rows of at most ``row_tokens``.
+class Packer(Protocol):
+    """Packs a stream of (unit id, length) into rows of at most ``row_tokens``; two versions, one behaviour."""
 
-    Deterministic; its whole state is the ids that wait, in order of arrival. One row costs
-    O(examples in it * log(buffer)) plus short memory moves in a list of ``buffer`` entries.
+    row_tokens: int
+    buffer: int
 
-    Args:
-        row_tokens: capacity of a row.
-        buffer: examples to choose from; more fill better and delay longer.
+    def __len__(self) -> int:
+        """Units that wait."""
+
+    def feed(self, ids: np.ndarray, lengths: np.ndarray, wanted: int) -> tuple[int, list[Row]]:
+        """Take units in until ``wanted`` rows are made: (how many were taken in, those rows).
+
+        Args:
+            ids: int64 [n]. lengths: int32 [n], packed tokens of each.
+
+        Raises:
+            DataError: a unit does not fit into any row.
+        """
+
+    def flush(self, wanted: int) -> list[Row]:
+        """At most ``wanted`` rows of what waits, however little it is."""
+
+    def state(self) -> list[int]:
+        """Ids of the waiting units, oldest first; JSON-ready. It is the whole state."""
+
+    def load_state(self, waiting: Sequence[int], lengths: Sequence[int]) -> None:
+        """Make ``waiting`` (as given by :meth:`state`) the buffer; ``lengths[i]`` is the length of ``waiting[i]``."""
+
+
+def make_packer(row_tokens: int, buffer: int) -> Packer:
+    """The fastest packer that this machine has."""
+    return CompiledPacker(row_tokens, buffer) if kernels.has_numba() else StreamingPacker(row_tokens, buffer)
+
+
+class CompiledPacker:
+    """The rule of the module's text, compiled: a list per length and a bit per list that is not empty.
+
+    Taking a unit in is O(1), taking one out O(row_tokens / 64) at worst.
     """
 
     def __init__(self, row_tokens: int, buffer: int) -> None:
-        if row_tokens < 1 or buffer < 1:
-            raise DataError("the packer needs a positive row length and buffer", got=(row_tokens, buffer))
-        self.row_tokens = row_tokens
-        self.buffer = buffer
-        # Waiting examples twice: by arrival (arrival -> id, length) and sorted by (length, -arrival), so that of
+        _check_sizes(row_tokens, buffer)
+        self.row_tokens, self.buffer = row_tokens, buffer
+        self._loop = kernels.pack_loop()
+        self._clear()
+
+    def _clear(self) -> None:
+        buffer, lengths = self.buffer, self.row_tokens + 1
+        # units that wait, the oldest slot, the newest, free slots
+        self._counters = np.array([0, -1, -1, buffer], np.int64)
+        self._slot_id = np.zeros(buffer, np.int64)
+        self._slot_length, self._follower, self._older, self._newer = (np.full(buffer, -1, np.int32) for _ in range(4))
+        self._free = np.arange(buffer, dtype=np.int32)
+        self._heads, self._tails = (np.full(lengths, -1, np.int32) for _ in range(2))
+        self._occupied = np.zeros((lengths >> 6) + 1, np.uint64)
+
+    def __len__(self) -> int:
+        return int(self._counters[0])
+
+    def feed(self, ids: np.ndarray, lengths: np.ndarray, wanted: int) -> tuple[int, list[Row]]:
+        """See :class:`Packer`."""
+        _check_lengths(ids, lengths, self.row_tokens)
+        return self._run(ids, lengths, wanted, flush=False)
+
+    def flush(self, wanted: int) -> list[Row]:
+        """See :class:`Packer`."""
+        return self._run(np.empty(0, np.int64), np.empty(0, np.int32), wanted, flush=True)[1]
+
+    def _run(self, ids: np.ndarray, lengths: np.ndarray, wanted: int, *, flush: bool) -> tuple[int, list[Row]]:
+        out = np.empty(len(self) + len(ids), np.int64)
+        wanted = min(wanted, len(out))
+        ends = np.empty(wanted, np.int64)
+        taken, rows = self._loop(
+            ids, lengths, wanted, flush, self.row_tokens, self.buffer, self._counters, self._slot_id,
+            self._slot_length, self._follower, self._older, self._newer, self._free, self._heads, self._tails,
+            self._occupied, out, ends,
+        )  # fmt: skip
+        bounds = [0, *ends[:rows].tolist()]
+        members = out[: bounds[-1]].tolist()
+        return taken, [tuple(members[begin:end]) for begin, end in pairwise(bounds)]
+
+    def state(self) -> list[int]:
+        """See :class:`Packer`."""
+        found, slot = [], int(self._counters[1])
+        while slot >= 0:
+            found.append(int(self._slot_id[slot]))
+            slot = int(self._newer[slot])
+        return found
+
+    def load_state(self, waiting: Sequence[int], lengths: Sequence[int]) -> None:
+        """See :class:`Packer`."""
+        self._clear()
+        taken, rows = self.feed(np.asarray(waiting, np.int64), np.asarray(lengths, np.int32), 1)
+        assert taken == len(waiting) and not rows, "a saved buffer is never full"
+
+
+class StreamingPacker:
+    """The same rule in plain Python: the reference, and what runs where numba is not installed."""
+
+    def __init__(self, row_tokens: int, buffer: int) -> None:
+        _check_sizes(row_tokens, buffer)
+        self.row_tokens, self.buffer = row_tokens, buffer
+        # Waiting units twice: by arrival (arrival -> id, length) and sorted by (length, -arrival), so that of
         # equally long ones the oldest comes last, where "the longest that fits" looks first.
         self._waiting: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self._by_length: list[tuple[int, int]] = []
@@ -41,34 +133,32 @@ class StreamingPacker:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def push(self, example: int, length: int) -> list[Row]:
-        """Take one example in; return the rows that this finishes: one when the buffer is full, else none.
+    def feed(self, ids: np.ndarray, lengths: np.ndarray, wanted: int) -> tuple[int, list[Row]]:
+        """See :class:`Packer`."""
+        _check_lengths(ids, lengths, self.row_tokens)
+        rows: list[Row] = []
+        for taken, (unit, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
+            if len(rows) == wanted:
+                return taken, rows
+            self._waiting[self._arrivals] = (unit, length)
+            insort(self._by_length, (length, -self._arrivals))
+            self._arrivals += 1
+            if len(self._waiting) >= self.buffer:
+                rows.append(self._pop_row())
+        return len(ids), rows
 
-        Raises:
-            DataError: the example does not fit into any row.
-        """
-        if not 1 <= length <= self.row_tokens:
-            raise DataError(
-                "an example does not fit into a packed row",
-                where=f"example {example}",
-                got=f"{length} tokens",
-                expected=f"1 to {self.row_tokens} tokens (train.row_tokens)",
-                fix="raise train.row_tokens or lower data.max_example_tokens",
-            )
-        arrival = self._arrivals
-        self._arrivals += 1
-        self._waiting[arrival] = (example, length)
-        insort(self._by_length, (length, -arrival))
-        return [self.pop_row()] if len(self._waiting) >= self.buffer else []
+    def flush(self, wanted: int) -> list[Row]:
+        """See :class:`Packer`."""
+        rows: list[Row] = []
+        while self._waiting and len(rows) < wanted:
+            rows.append(self._pop_row())
+        return rows
 
-    def pop_row(self) -> Row:
-        """Form one row from what waits, however little it is; an empty row when nothing waits."""
-        if not self._waiting:
-            return ()
-        oldest, (example, length) = self._waiting.popitem(last=False)
+    def _pop_row(self) -> Row:
+        oldest, (unit, length) = self._waiting.popitem(last=False)
         by_length = self._by_length
         del by_length[bisect_right(by_length, (length, -oldest)) - 1]
-        row = [example]
+        row = [unit]
         space = self.row_tokens - length
         while by_length and by_length[0][0] <= space:
             # (space, 1) sorts behind every entry of length `space`, for arrivals are stored negated.
@@ -77,22 +167,32 @@ class StreamingPacker:
             space -= length
         return tuple(row)
 
-    def flush(self) -> list[Row]:
-        """Form rows until nothing waits."""
-        rows = []
-        while self._waiting:
-            rows.append(self.pop_row())
-        return rows
-
     def state(self) -> list[int]:
-        """Ids of the waiting examples, oldest first; JSON-ready."""
-        return [example for example, _ in self._waiting.values()]
+        """See :class:`Packer`."""
+        return [unit for unit, _ in self._waiting.values()]
 
     def load_state(self, waiting: Sequence[int], lengths: Sequence[int]) -> None:
-        """Make ``waiting`` (as given by :meth:`state`) the buffer; ``lengths[i]`` is the length of ``waiting[i]``."""
+        """See :class:`Packer`."""
         self._waiting = OrderedDict(
-            (arrival, (int(example), int(length)))
-            for arrival, (example, length) in enumerate(zip(waiting, lengths, strict=True))
+            (arrival, (int(unit), int(length)))
+            for arrival, (unit, length) in enumerate(zip(waiting, lengths, strict=True))
         )
         self._by_length = sorted((length, -arrival) for arrival, (_, length) in self._waiting.items())
         self._arrivals = len(self._waiting)
+
+
+def _check_sizes(row_tokens: int, buffer: int) -> None:
+    if row_tokens < 1 or buffer < 1:
+        raise DataError("the packer needs a positive row length and buffer", got=(row_tokens, buffer))
+
+
+def _check_lengths(ids: np.ndarray, lengths: np.ndarray, row_tokens: int) -> None:
+    wrong = np.flatnonzero((lengths < 1) | (lengths > row_tokens))
+    if len(wrong):
+        raise DataError(
+            "an example does not fit into a packed row",
+            where=f"example {ids[wrong[0]]}",
+            got=f"{lengths[wrong[0]]} tokens",
+            expected=f"1 to {row_tokens} tokens (train.row_tokens)",
+            fix="raise train.row_tokens or lower data.max_example_tokens",
+        )

@@ -1,10 +1,12 @@
-"""Rows into token stores: parse, render, mask, split, count; refuse into a quarantine; stop where it must not go on."""
+"""Rows into token stores: encode, split, count; refuse into a quarantine; stop where it must not go on."""
 
 from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,18 +16,25 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from posttrain_lib.data.chat_tokenizer import ChatTokenizer
-from posttrain_lib.data.formats import get_format
+from posttrain_lib.data.encoding import (
+    EncodedRow,
+    Example,
+    RawRow,
+    RowEncoder,
+    encode_rows,
+    make_encoder,
+    name_rows,
+)
+from posttrain_lib.data.fingerprint import fingerprint
+from posttrain_lib.data.formats import check_fields
+from posttrain_lib.data.oddities import Oddities
 from posttrain_lib.data.probes import check_maskable
 from posttrain_lib.data.receipt import Receipt
-from posttrain_lib.data.refusal import RefusedRow
-from posttrain_lib.data.rendering import Document, render_conversation
-from posttrain_lib.data.sources import BadRow, iter_rows
-from posttrain_lib.data.split import is_held_out
+from posttrain_lib.data.sources import files_of, read_from
 from posttrain_lib.data.token_store import TokenStoreWriter
-from posttrain_lib.data.tokenize import Tokens, tokenize
+from posttrain_lib.data.workers import OrderedPool
 from posttrain_lib.errors import DataError
-from posttrain_lib.schema.examples import Conversation, TokenizedExample
+from posttrain_lib.schema.examples import TokenizedExample
 
 if TYPE_CHECKING:
     from posttrain_lib.config.data import DataConfig
@@ -33,12 +42,20 @@ if TYPE_CHECKING:
 #: what a finished preparation leaves in its folder
 TRAIN, HELD_OUT = "train", "held_out"
 PROMPTS, RECEIPT, SAMPLES, QUARANTINE = "prompts.jsonl", "receipt.json", "samples.json", "quarantine.jsonl"
+#: rows of the ``prompts`` format that training asks, in the order of their examples in the store
+TRAIN_PROMPTS = "train_prompts.jsonl"
 
 #: held-out prompts kept for evaluation, of every source and length alike
 _MOST_PROMPTS = 2000
 _SAMPLES_PER_SOURCE = 3
 _SAMPLE_TOKENS = 600
 _PROGRESS_SECONDS = 5.0
+#: rows of one work item of a process
+_CHUNK_ROWS = 64
+#: starting processes takes seconds: as many work items are done without
+_CHUNKS_ALONE = 16
+
+Encoded = tuple[list[EncodedRow], Oddities]
 
 
 def prepare_dataset(
@@ -57,68 +74,131 @@ def prepare_dataset(
         rejects_dir: where receipt and quarantine are also put when the preparation stops; made then.
 
     Raises:
-        DataError: more rows refused than the config allows, a template that cannot be masked, nothing to train on or
-            nothing held out. The stores are then not finished.
+        DataError: more rows refused than the config allows, a template that cannot be masked, rows of several kinds,
+            nothing to train on or nothing held out. The stores are then not finished.
+        ConfigError: an unknown format, or a field that it does not have.
     """
-    tokenizer = ChatTokenizer(
-        tokenizer_folder,
-        chat_template=config.chat_template,
-        template_date=config.template_date,
-        template_kwargs=config.template_kwargs,
-    )
-    check_maskable(tokenizer, config.chat_template or tokenizer_folder)
+    for source in config.sources:
+        check_fields(source.format, source.fields)
+    encoder = RowEncoder(config, tokenizer_folder)
+    check_maskable(encoder.tokenizer, config.chat_template or tokenizer_folder)
+    files = {source.name: files_of(inputs[source.name]) for source in config.sources}
     with ExitStack() as stack:
-        preparation = _Preparation(config, tokenizer, out_dir, rejects_dir, stack)
-        for source in config.sources:
-            parse = get_format(source.format)
-            for row_id, row in _reported(iter_rows(inputs[source.name]), source.name, preparation, progress):
-                preparation.add(source.name, row_id, row, parse)
+        preparation = _Preparation(config, encoder, files, out_dir, rejects_dir, stack)
+        for rows, oddities in _encoded(config, encoder, tokenizer_folder, preparation.chunks(), stack):
+            preparation.receipt.oddities.merge(oddities)
+            for row in rows:
+                preparation.add(row)
+            preparation.report(progress)
         preparation.finish()
     return preparation.receipt
+
+
+def _encoded(
+    config: DataConfig,
+    encoder: RowEncoder,
+    tokenizer_folder: str | Path,
+    chunks: Iterator[list[RawRow]],
+    stack: ExitStack,
+) -> Iterator[Encoded]:
+    """Every chunk encoded, in order: the first ones here, the rest by processes where the config allows."""
+    workers = len(os.sched_getaffinity(0)) if config.workers is None else config.workers
+    alone = chunks if workers < 2 and config.workers is None else itertools.islice(chunks, _CHUNKS_ALONE)
+    yield from map(encoder.encode, alone)
+    rest = next(chunks, None)
+    if rest is None:
+        return
+    verdict = encoder.tokenizer.gate_verdict()
+    arguments = (config, str(tokenizer_folder), verdict, True)
+    pool: OrderedPool[list[RawRow], Encoded] = OrderedPool(workers, make_encoder, arguments, encode_rows, name_rows)
+    stack.callback(pool.close)
+    yield from pool.map(itertools.chain([rest], chunks))
 
 
 class _Preparation:
     """The open files of a preparation and what is counted on the way."""
 
     def __init__(
-        self, config: DataConfig, tokenizer: ChatTokenizer, out: Path, rejects: Path, stack: ExitStack
+        self,
+        config: DataConfig,
+        encoder: RowEncoder,
+        files: Mapping[str, Sequence[str]],
+        out: Path,
+        rejects: Path,
+        stack: ExitStack,
     ) -> None:
-        self.config, self.tokenizer, self.out, self.rejects = config, tokenizer, out, rejects
+        self.config, self.tokenizer, self.out, self.rejects = config, encoder.tokenizer, out, rejects
         self.receipt = Receipt(config.max_refused_fraction)
-        self._stores = {name: stack.enter_context(TokenStoreWriter(out / name)) for name in (TRAIN, HELD_OUT)}
-        self._quarantine: IO[str] = stack.enter_context(
-            (out / QUARANTINE).open("w", encoding="utf-8", errors="backslashreplace")
-        )
+        self._names = [source.name for source in config.sources]
+        self._files = files
+        self._rows_read = {name: [0] * len(files[name]) for name in self._names}
+        made_by = fingerprint(encoder.tokenizer)
+        self._stores = {
+            name: stack.enter_context(TokenStoreWriter(out / name, fingerprint=made_by)) for name in (TRAIN, HELD_OUT)
+        }
+        self._quarantine = _open(stack, out / QUARANTINE)
+        self._train_prompts = _open(stack, out / TRAIN_PROMPTS)
         self._samples: dict[str, list[dict[str, Any]]] = {}
         # The prompts with the smallest hashes of their row ids, largest first: a sample that no order decides.
         self._prompts: list[tuple[int, dict[str, Any]]] = []
+        self._reported = time.monotonic()
 
-    def add(self, source: str, row_id: str, row: dict[str, Any] | BadRow, parse: Callable[..., Conversation]) -> None:
-        """Take in one row, whatever it is."""
-        self.receipt.row(source)
-        try:
-            if isinstance(row, BadRow):
-                raise RefusedRow(row.reason, row.detail)
-            conversation = parse(row, source, row_id, self.config.held_out.group_field)
-            rendered = render_conversation(self.tokenizer, conversation, self.config.trained_turns)
-            made, left_out = self._tokenize_each(rendered.documents)
-        except RefusedRow as refusal:
+    def chunks(self) -> Iterator[list[RawRow]]:
+        """All rows in the order of reading, some at a time; at most the configured sample of each source."""
+        most = self.config.on_the_fly_sample if self.config.on_the_fly else None
+        for number, name in enumerate(self._names):
+            rows = itertools.islice(self._rows_of(number, name), most)
+            while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+                yield chunk
+
+    def _rows_of(self, source: int, name: str) -> Iterator[RawRow]:
+        for file, path in enumerate(self._files[name]):
+            for place, row_id, content in read_from(path):
+                self._rows_read[name][file] += 1
+                yield RawRow(source, file, place.row, row_id, content)
+            if not self._rows_read[name][file]:
+                raise DataError("the data file has no rows", where=path, fix="remove it from the source, or fill it")
+
+    def add(self, row: EncodedRow) -> None:
+        """Take in what became of one row."""
+        name, receipt = self._names[row.source], self.receipt
+        receipt.row(name)
+        if row.refused is not None:
             # A row that its author keeps out of the loss is no bad row.
-            self._refuse(source, row_id, row, refusal, whole_row=refusal.reason != "nothing_to_train")
+            self._refuse(name, row.row_id, row.raw, *row.refused, whole_row=row.refused[0] != "nothing_to_train")
             return
-        for document, problem in left_out:
-            self._refuse(source, row_id + document.suffix, row, problem, whole_row=False)
-        self.receipt.notes.update(rendered.notes)
-        held_out = is_held_out(conversation.group or row_id, self.config.held_out)
-        for document, tokens, truncated in made:
-            self._write(conversation, document, tokens, held_out=held_out, truncated=truncated)
-        self._keep_prompts(conversation, made, held_out=held_out)
+        for row_id, reason, detail in row.left_out:
+            self._refuse(name, row_id, row.raw, reason, detail, whole_row=False)
+        receipt.notes.update(row.notes)
+        receipt.trained_prompts(row.answered)
+        if self._is_repeated(name, row):
+            return
+        if row.kind == "pair":
+            receipt.pair(row, self.tokenizer.special_ids)
+        for example in row.examples:
+            self._write(name, row, example)
+        self._keep_prompt(row)
+
+    def report(self, progress: Callable[[str], None]) -> None:
+        """A line on how far it is, every few seconds."""
+        if time.monotonic() - self._reported < _PROGRESS_SECONDS:
+            return
+        self._reported, receipt = time.monotonic(), self.receipt
+        progress(
+            f"prepare_data: {receipt.total('rows'):,} rows, {receipt.total('refused'):,} refused, "
+            f"{receipt.total('tokens'):,} tokens"
+        )
 
     def finish(self) -> None:
         """Write the small files, and stop where training would be in vain."""
         self._quarantine.flush()
+        for name in self._names:
+            files = [path.rsplit("/", 1)[-1] for path in self._files[name]]
+            for store in self._stores.values():
+                store.state_files(name, list(zip(files, self._rows_read[name], strict=True)))
+        self.receipt.made_by = {**fingerprint(self.tokenizer), "engine": self.tokenizer.engine_report}
         ordered = [prompt for _, prompt in sorted(self._prompts, key=lambda item: -item[0])]
-        self._write_lines(PROMPTS, [prompt for prompt in ordered if not self._is_leaked(prompt)])
+        _write_lines(self.out / PROMPTS, [prompt for prompt in ordered if not self._is_leaked(prompt)])
         samples = [sample for found in self._samples.values() for sample in found]
         (self.out / SAMPLES).write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
         (self.out / RECEIPT).write_text(json.dumps(self.receipt.to_dict(), indent=1), encoding="utf-8")
@@ -130,84 +210,43 @@ class _Preparation:
                 shutil.copyfile(self.out / name, self.rejects / name)
             raise
 
-    def _tokenize_each(
-        self, documents: Sequence[Document]
-    ) -> tuple[list[tuple[Document, Tokens, bool]], list[tuple[Document, RefusedRow]]]:
-        """The documents that can be used and those that cannot; RefusedRow where none can."""
-        made, left_out = [], []
-        for document in documents:
-            try:
-                made.append((document, *self._tokenize(document)))
-            except RefusedRow as refusal:
-                left_out.append((document, refusal))
-        if not made:
-            raise left_out[0][1]
-        return made, left_out
+    def _is_repeated(self, source: str, row: EncodedRow) -> bool:
+        """Count examples that came before; with ``deduplicate``, leave a row out of which nothing is new."""
+        known = [self.receipt.is_duplicate(example) for example in row.examples]
+        if not self.config.deduplicate:
+            self.receipt.notes["duplicate_examples"] += sum(known)
+            return False
+        if not all(known):
+            return False
+        self._refuse(source, row.row_id, None, "duplicate", "an earlier row gave the same tokens", whole_row=False)
+        return True
 
-    def _tokenize(self, document: Document) -> tuple[Tokens, bool]:
-        tokens = tokenize(self.tokenizer, document)
-        limit = self.config.max_example_tokens
-        if len(tokens.ids) <= limit:
-            return tokens, False
-        if self.config.over_length == "refuse":
-            raise RefusedRow("too_long", f"{len(tokens.ids)} tokens, data.max_example_tokens is {limit}")
-        tokens = tokens.truncated(limit)
-        if not np.count_nonzero(tokens.weights[1:]):
-            raise RefusedRow("nothing_left", f"no trained token within the first {limit} tokens")
-        return tokens, True
+    def _write(self, source: str, row: EncodedRow, example: Example) -> None:
+        store = self._stores[HELD_OUT if row.held_out else TRAIN]
+        tokenized = TokenizedExample(example.ids, example.weights, source, example.row_id)
+        store.add(tokenized, kind=row.kind, shared=example.shared, row=(row.file, row.row))
+        self.receipt.example(source, example, kind=row.kind, held_out=row.held_out, bos_id=self.tokenizer.bos_id)
+        kept = self._samples.setdefault(source, [])
+        if len(kept) < _SAMPLES_PER_SOURCE and not row.held_out:
+            ids = example.ids[:_SAMPLE_TOKENS].tolist()
+            weights = [round(float(weight), 4) for weight in example.weights[:_SAMPLE_TOKENS]]
+            pieces = self.tokenizer.pieces(ids)
+            kept.append({"source": source, "row_id": example.row_id, "tokens": pieces, "weights": weights})
 
-    def _write(
-        self, conversation: Conversation, document: Document, tokens: Tokens, *, held_out: bool, truncated: bool
-    ) -> None:
-        name, row_id = conversation.source, conversation.row_id + document.suffix
-        store = self._stores[HELD_OUT if held_out else TRAIN]
-        store.add(TokenizedExample(tokens.ids, tokens.weights, name, row_id))
-        self.receipt.example(name, tokens, held_out=held_out, truncated=truncated)
-        notes, bos = self.receipt.notes, self.tokenizer.bos_id
-        notes["double_bos"] += bos is not None and list(tokens.ids[:2]) == [bos, bos]
-        notes["missing_end"] += not all(span.closed for span in document.spans)
-        notes["resplit_examples"] += tokens.resplit
-        kept = self._samples.setdefault(name, [])
-        if len(kept) < _SAMPLES_PER_SOURCE and not held_out:
-            kept.append(self._sample(name, row_id, tokens))
-
-    def _sample(self, source: str, row_id: str, tokens: Tokens) -> dict[str, Any]:
-        ids = tokens.ids[:_SAMPLE_TOKENS].tolist()
-        weights = [round(float(weight), 4) for weight in tokens.weights[:_SAMPLE_TOKENS]]
-        return {"source": source, "row_id": row_id, "tokens": self.tokenizer.pieces(ids), "weights": weights}
-
-    def _keep_prompts(
-        self, conversation: Conversation, made: Sequence[tuple[Document, Tokens, bool]], *, held_out: bool
-    ) -> None:
-        """Remember what training answers; of a held-out row, keep what serving would send before its last turn."""
-        if not held_out:
-            for _, tokens, _ in made:
-                for first, _ in tokens.answers:
-                    self.receipt.trained_prompt(tokens.ids[:first])
+    def _keep_prompt(self, row: EncodedRow) -> None:
+        """Keep what serving would send: all prompts of training, a bounded sample of the held-out ones."""
+        if row.prompt is None:
             return
-        document, tokens, truncated = made[-1]
-        if truncated:
-            return  # the cut to data.max_example_tokens went through the last answer
-        first, end = tokens.answers[-1]
-        self.receipt.notes["held_out_prompts"] += 1
-        messages = [
-            {"role": said.role, "content": said.content} for said in conversation.messages[: document.last_turn]
-        ]
-        prompt = {
-            "source": conversation.source,
-            "row_id": conversation.row_id,
-            "prompt_ids": tokens.ids[:first].tolist(),
-            "messages": messages,
-            # As a generation would be read: what the model writes, markers left out.
-            "answer": self.tokenizer.decode(tokens.ids[first:end].tolist()).strip(),
-        }
-        self.receipt.notes["held_out_prompts_kept"] += 1
-        key = int.from_bytes(
-            hashlib.sha256(f"{conversation.source} {conversation.row_id}".encode()).digest()[:8], "big"
-        )
+        if not row.held_out:
+            self._train_prompts.write(json.dumps(row.prompt, ensure_ascii=False) + "\n")
+            return
+        notes, prompt = self.receipt.notes, row.prompt
+        notes["held_out_prompts"] += 1
+        notes["held_out_prompts_kept"] += 1
+        key = int.from_bytes(hashlib.sha256(f"{prompt['source']} {row.row_id}".encode()).digest()[:8], "big")
         bisect.insort(self._prompts, (-key, prompt), key=lambda item: item[0])
         if len(self._prompts) > _MOST_PROMPTS:
-            self.receipt.notes["held_out_prompts_kept"] -= 1
+            notes["held_out_prompts_kept"] -= 1
             del self._prompts[0]
 
     def _is_leaked(self, prompt: dict[str, Any]) -> bool:
@@ -215,23 +254,14 @@ class _Preparation:
         self.receipt.notes["held_out_prompts_also_in_training"] += leaked
         return leaked
 
-    def _refuse(
-        self, source: str, row_id: str, row: dict[str, Any] | BadRow, refusal: RefusedRow, *, whole_row: bool = True
-    ) -> None:
+    def _refuse(self, source: str, row_id: str, raw: Any, reason: str, detail: str, *, whole_row: bool) -> None:
         """Count and keep. Not ``whole_row``: noted, without counting against ``max_refused_fraction``."""
         if whole_row:
-            self.receipt.refuse(source, row_id, refusal.reason, refusal.detail)
+            self.receipt.refuse(source, row_id, reason, detail)
         else:
-            self.receipt.notes[f"left_out_{refusal.reason}"] += 1
-        raw = row.raw if isinstance(row, BadRow) else row
-        record = {
-            "source": source, "row_id": row_id, "reason": refusal.reason, "detail": refusal.detail, "row": raw,
-        }  # fmt: skip
+            self.receipt.notes[f"left_out_{reason}"] += 1
+        record = {"source": source, "row_id": row_id, "reason": reason, "detail": detail, "row": raw}
         self._quarantine.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-
-    def _write_lines(self, name: str, rows: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.out / name).write_text(text, encoding="utf-8")
 
     def _stop_if_in_vain(self) -> None:
         receipt, limit = self.receipt, self.config.max_refused_fraction
@@ -245,7 +275,16 @@ class _Preparation:
                 expected=f"at most {limit:.2%} (data.max_refused_fraction)",
                 fix="mend or remove these rows in the source (the quarantine file has them all), or raise that limit",
             )
-        if receipt.total("trained_tokens") == 0 or receipt.total("examples") == receipt.total("held_out"):
+        if len(receipt.kinds) > 1:
+            raise DataError(
+                "the sources give rows of several kinds, and no training takes them together",
+                where="data.sources.format",
+                got=", ".join(f"{count:,} of kind {kind}" for kind, count in receipt.kinds.items()),
+                expected="conversations and text, or pairs, or prompts",
+                fix="make a run file of each",
+            )
+        in_training = receipt.total("examples") - receipt.total("held_out")
+        if in_training == 0 or (receipt.total("trained_tokens") == 0 and set(receipt.kinds) != {"prompt"}):
             raise DataError(
                 "there is nothing to train on",
                 where=", ".join(receipt.sources),
@@ -261,21 +300,13 @@ class _Preparation:
             )
 
 
+def _open(stack: ExitStack, path: Path) -> IO[str]:
+    return stack.enter_context(path.open("w", encoding="utf-8", errors="backslashreplace"))
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 def _named(refused: dict[str, str]) -> str:
     return f"{refused['source']} {refused['row_id']}: {refused['reason']}: {refused['detail']}"
-
-
-def _reported(
-    rows: Iterator[tuple[str, Any]], source: str, preparation: _Preparation, progress: Callable[[str], None]
-) -> Iterator[tuple[str, Any]]:
-    """The rows, with a line on how far it is every few seconds."""
-    last = time.monotonic()
-    for number, row in enumerate(rows, start=1):
-        yield row
-        if time.monotonic() - last >= _PROGRESS_SECONDS:
-            last = time.monotonic()
-            receipt = preparation.receipt
-            progress(
-                f"prepare_data: {source}: {number:,} rows, {receipt.total('refused'):,} refused, "
-                f"{receipt.total('tokens'):,} tokens"
-            )

@@ -6,11 +6,14 @@ with another marker. Such a turn can only be learned as serving had it, in a doc
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from posttrain_lib.data.control_tokens import without_control_tokens
 from posttrain_lib.data.probes import left_out
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.data.turns import (
@@ -41,14 +44,17 @@ class Span:
 class Document:
     """Text to learn from. ``parts`` are (end, role) of the messages in it, headers counted to their message.
 
-    ``suffix`` tells several documents of one row apart; ``last_turn`` is the index of the last trained message.
+    ``suffix`` tells several documents of one row apart; ``last_turn`` is the index of the last trained message (None:
+    nothing is trained). ``literal``: words that spell control tokens have stand-ins in it (see
+    posttrain_lib/data/literal.py).
     """
 
     text: str
     spans: tuple[Span, ...]
     parts: tuple[tuple[int, str], ...]
-    last_turn: int
+    last_turn: int | None
     suffix: str = ""
+    literal: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,41 +65,91 @@ class Rendered:
     notes: Counter[str] = field(default_factory=Counter)
 
 
-def render_conversation(tokenizer: ChatTokenizer, conversation: Conversation, trained_turns: str) -> Rendered:
-    """Render and mask. ``trained_turns`` is the config's field: each, last or as_rendered.
+def render_conversation(
+    tokenizer: ChatTokenizer,
+    conversation: Conversation,
+    trained_turns: str,
+    train_on: str = "all",
+    control_tokens: str = "refuse",
+) -> Rendered:
+    """Render and mask.
+
+    Args:
+        trained_turns: the config's field, for templates that rewrite earlier turns: each, last or as_rendered.
+        train_on: the config's field, which turns of a weight above 0 are trained: all, last, without_tools or flagged.
+        control_tokens: the config's field, for words that spell a control token: refuse or as_text.
 
     Raises:
         RefusedRow: nothing in it is trained, the template cannot render it, or its mask is in doubt.
     """
-    trained = [index for index, message in enumerate(conversation.messages) if message.loss_weight > 0]
-    if not trained:
+    trained = trained_messages(conversation, train_on)
+    check_shown(tokenizer, conversation)
+    conversation, literal = without_control_tokens(tokenizer, conversation, control_tokens)
+    renderings = Renderings(tokenizer, conversation)
+    turns = [locate(renderings, index) for index in trained]
+    notes = Counter(note for turn in turns for note in turn.notes)
+    notes["control_tokens_as_text"] += literal
+    documents = _documents(renderings, turns, trained_turns, notes)
+    return Rendered(tuple(dataclasses.replace(document, literal=literal) for document in documents), +notes)
+
+
+def render_prompt(tokenizer: ChatTokenizer, conversation: Conversation, control_tokens: str = "refuse") -> Rendered:
+    """What serving sends for an answer to the conversation, as one document that trains nothing.
+
+    Raises:
+        RefusedRow: the template cannot render it, or words of it spell control tokens.
+    """
+    check_shown(tokenizer, conversation)
+    conversation, literal = without_control_tokens(tokenizer, conversation, control_tokens)
+    renderings = Renderings(tokenizer, conversation)
+    text = next(renderings.prompts(len(conversation.messages)))
+    parts = _parts(renderings, text, len(conversation.messages) - 1)
+    document = Document(text, (), parts, None, literal=literal)
+    return Rendered((document,), +Counter(control_tokens_as_text=int(literal)))
+
+
+def trained_messages(conversation: Conversation, train_on: str) -> list[int]:
+    """Indices of the messages that are trained.
+
+    Raises:
+        RefusedRow: there is none.
+    """
+    messages = conversation.messages
+    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    chosen: dict[str, Callable[[int], bool]] = {
+        "all": lambda index: True,
+        "last": lambda index: index == last,
+        "without_tools": lambda index: not messages[index].tool_calls,
+        "flagged": lambda index: messages[index].train is True or messages[index].weight is not None,
+    }
+    weighted = [index for index, message in enumerate(messages) if message.loss_weight > 0]
+    if not weighted:
         raise RefusedRow("nothing_to_train", "no assistant turn has a weight above 0")
+    trained = [index for index in weighted if chosen[train_on](index)]
+    if not trained:
+        raise RefusedRow("nothing_to_train", f"no assistant turn is left by data.train_on: {train_on}")
+    return trained
+
+
+def check_shown(tokenizer: ChatTokenizer, conversation: Conversation) -> None:
+    """Refuse a conversation of which the template leaves a part out without a word."""
     part = left_out(tokenizer, conversation)
     if part is not None:
         kind = "tools" if "tool" in part else "system"
         raise RefusedRow(f"template_lacks_{kind}", f"the template leaves out the {part}")
-    _check_markers(tokenizer, conversation)
-    renderings = Renderings(tokenizer, conversation)
-    turns = [locate(renderings, index) for index in trained]
-    notes = Counter(note for turn in turns for note in turn.notes)
+
+
+def _documents(renderings: Renderings, turns: list[Turn], trained_turns: str, notes: Counter[str]) -> list[Document]:
+    """One document where the template never rewrites a turn, else what ``trained_turns`` says."""
     last = turns[-1]
     if all(last.text.startswith(turn.text) for turn in turns):
-        return Rendered((_document(renderings, last, turns),), notes)
+        return [_document(renderings, last, turns)]
     notes["rewritten_conversations"] += 1
     if trained_turns == "last":
-        return Rendered((_document(renderings, last, [last]),), notes)
+        return [_document(renderings, last, [last])]
     if trained_turns == "as_rendered":
-        return Rendered((_as_rendered(renderings, turns),), notes)
-    return Rendered(tuple(_document(renderings, turn, [turn], suffix=f"#turn{turn.index}") for turn in turns), notes)
-
-
-def _check_markers(tokenizer: ChatTokenizer, conversation: Conversation) -> None:
-    """Refuse words that would become control tokens: a text could then end its turn and speak for another."""
-    for index, message in enumerate(conversation.messages):
-        words = [message.content or "", message.reasoning_content or "", *map(str, message.tool_calls)]
-        found = tokenizer.special_token and next(filter(None, map(tokenizer.special_token.search, words)), None)
-        if found:
-            raise RefusedRow("control_token_in_text", f"message {index} ({message.role}) holds {found.group()!r}")
+        return [_as_rendered(renderings, turns)]
+    return [_document(renderings, turn, [turn], suffix=f"#turn{turn.index}") for turn in turns]
 
 
 def _document(renderings: Renderings, whole: Turn, turns: list[Turn], suffix: str = "") -> Document:

@@ -1,49 +1,32 @@
-"""Rows out of files: JSON lines, Parquet, datasets folders and hub data sets, on disk or behind an fsspec URL."""
+"""Rows out of files: JSON lines, Parquet, Arrow, datasets folders, hub data sets, on disk or behind an fsspec URL."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import io
+import itertools
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
+from fsspec.utils import glob_translate
 
+from posttrain_lib.data import readers
+from posttrain_lib.data.readers import BadRow, Place
+from posttrain_lib.data.remote import VERSION_FIELDS, file_system, patiently, protocols, version_of
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import FileDigests, digest_value
-from posttrain_lib.lineage.digests import list_files as files_below
 
 _HUB = "hf://"
 #: what fsspec itself resolves on the hub: single files
 _HUB_FILES = "hf://datasets/"
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
-#: by which remote stores tell one version of a file from another
-_VERSION_FIELDS = (
-    "ETag",
-    "etag",
-    "VersionId",
-    "md5Hash",
-    "checksum",
-    "LastModified",
-    "last_modified",
-    "mtime",
-    "created",
-)
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A place where a row should be and cannot be read: kept for the quarantine as it stands."""
-
-    reason: str
-    detail: str
-    raw: str
-
+_MAGIC = re.compile(r"[*?\[]")
+#: what ``datasets`` leaves in the folder of a data set, and of several
+_SAVED, _SAVED_INFO, _SAVED_SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_START = Place(0)
 
 Row = tuple[str, "dict[str, Any] | BadRow"]
 
@@ -54,25 +37,42 @@ def iter_rows(path: str) -> Iterator[Row]:
     Row ids are ``file:line`` for JSON lines and ``file:number`` elsewhere, file names without their folder.
 
     Raises:
-        DataError: nothing matches, a file is of an unknown kind, empty, or cannot be opened.
+        DataError: as :func:`files_of` and :func:`read_from` raise it, or a file has no rows.
     """
-    _refuse_dataset_dict(path)
-    with _client_errors(path):
-        if _is_hub_id(path):
-            yield from _hub_rows(path.removeprefix(_HUB))
-            return
-        if _is_datasets_folder(path):
-            yield from _numbered(Path(path).name, _saved_dataset(path))
-            return
-        files = _expand(path)
-    for file in files:
+    for file in files_of(path):
         found = False
-        with _client_errors(file):
-            for row in _file_rows(file):
-                found = True
-                yield row
+        for _, row_id, row in read_from(file):
+            found = True
+            yield row_id, row
         if not found:
             raise DataError("the data file has no rows", where=file, fix="remove it from the source, or fill it")
+
+
+def files_of(path: str) -> list[str]:
+    """What :func:`iter_rows` reads, in its order. A datasets folder and a hub id are one "file": themselves.
+
+    Raises:
+        DataError: nothing matches, a folder holds several splits, or the store cannot be listed whole.
+    """
+    if _is_hub_id(path):
+        return [path]
+    with _client_errors(path):
+        return [file for file, _ in _expand(path)]
+
+
+def read_from(file: str, place: Place = _START) -> Iterator[tuple[Place, str, dict[str, Any] | BadRow]]:
+    """Yield (its place, row id, row) for every row of one file of :func:`files_of` from ``place`` on.
+
+    Plain JSON lines are sought to the place, Parquet to its row group, local Arrow and datasets folders to the row;
+    a compressed file is decompressed from its start, a JSON array read again, a hub stream skipped through.
+
+    Raises:
+        DataError: the file is of an unknown kind, cannot be opened, is damaged (a compressed file that was cut gives
+            the rows before the cut first: who counts a file as read waits for its end), was replaced while it was
+            read, or its store kept failing. Each names the file.
+    """
+    with _client_errors(file):
+        yield from _read(file, place)
 
 
 def pinned(path: str) -> str:
@@ -97,28 +97,29 @@ def digest_rows(path: str, known: FileDigests) -> str:
 
 
 def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
-    """(file, digest) in the order of reading: sha256 on local disk, else what the store tells of the file's version."""
+    """(file, digest) in the order of reading: sha256 on local disk, else what the store tells of the file's version.
+
+    The files of a datasets folder are listed one by one.
+    """
     if _is_hub_id(path):
         return [(path, path.partition("@")[2])]
-    _refuse_dataset_dict(path)
-    if _is_datasets_folder(path):
-        return [(str(file), known.file(file)) for file in files_below(Path(path))]
     with _client_errors(path):
-        fsspec.core.url_to_fs(path)[0].invalidate_cache()
-        return [(file, _file_digest(file, known)) for file in _expand(path)]
+        found = _expand(path)
+        if found[0][1]["type"] == "directory":  # a datasets folder
+            found = _all_below(path)
+        return [(file, _file_digest(file, told, known)) for file, told in found]
 
 
-def _file_digest(file: str, known: FileDigests) -> str:
-    filesystem, inner = fsspec.core.url_to_fs(file)
-    if "file" in _protocols(filesystem):
+def _file_digest(file: str, told: dict[str, Any], known: FileDigests) -> str:
+    filesystem, inner = file_system(file)
+    if "file" in protocols(filesystem):
         return known.file(Path(inner))
-    told = filesystem.info(inner)
-    version = {name: str(told[name]) for name in _VERSION_FIELDS if told.get(name)}
+    version = version_of(told)
     if not version:
         raise DataError(
             "the store does not tell one version of the file from another, so results could not be reused safely",
             where=file,
-            expected=f"one of {', '.join(_VERSION_FIELDS)}",
+            expected=f"one of {', '.join(VERSION_FIELDS)}",
             fix="copy the file to a local disk or an object store",
         )
     return digest_value({**version, "size": told.get("size")})
@@ -145,129 +146,122 @@ def _is_hub_id(path: str) -> bool:
     return path.startswith(_HUB) and not path.startswith(_HUB_FILES)
 
 
-def _is_datasets_folder(path: str) -> bool:
-    return "://" not in path and (Path(path) / "state.json").is_file() and (Path(path) / "dataset_info.json").is_file()
-
-
-def _refuse_dataset_dict(path: str) -> None:
-    """A folder of several splits: which one is meant is the user's to say."""
-    if "://" in path or not (Path(path) / "dataset_dict.json").is_file():
-        return
-    splits = json.loads((Path(path) / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-    raise DataError(
-        "the datasets folder holds several splits",
-        where=path,
-        got=", ".join(splits),
-        fix=f"name one of them, for example {Path(path) / splits[0]}",
-    )
-
-
-def _protocols(filesystem: Any) -> tuple[str, ...]:
-    return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
-
-
-def _expand(path: str) -> list[str]:
-    """The files of a path, glob or folder, sorted."""
-    filesystem, inner = fsspec.core.url_to_fs(str(Path(path).expanduser()) if "://" not in path else path)
-    if filesystem.isdir(inner):
-        inner = inner.rstrip("/") + "/**"
-    names = [inner] if filesystem.isfile(inner) else filesystem.glob(inner)
-    found = sorted(filesystem.unstrip_protocol(name) for name in names if filesystem.isfile(name))
+def _expand(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(file, what its store tells of it), of a path, glob or folder, sorted; a datasets folder stands for itself."""
+    filesystem, inner = _listing(path)
+    told = _info(path, filesystem, inner)
+    if told is not None and told["type"] != "directory":
+        found = {inner: told}
+    elif told is not None:
+        if _is_saved(path, filesystem, inner):
+            return [(path, told)]
+        found = _find(path, filesystem, inner)
+    elif match := _MAGIC.search(inner):
+        # Not filesystem.glob: where a listing fails, it leaves out what it could not list and says nothing.
+        matches = re.compile(glob_translate(inner)).match
+        root = inner[: match.start()].rpartition("/")[0]
+        found = {name: told for name, told in _find(path, filesystem, root).items() if matches(name)}
+    else:
+        found = {}
     if not found:
         raise DataError("no file matches the data path", where=path, fix="check the path; a glob needs quotes in YAML")
-    return found
+    return sorted((filesystem.unstrip_protocol(name), told) for name, told in found.items())
 
 
-def _file_rows(file: str) -> Iterator[Row]:
-    name = file.rsplit("/", 1)[-1]
+def _all_below(folder: str) -> list[tuple[str, dict[str, Any]]]:
+    filesystem, inner = _listing(folder)
+    found = _find(folder, filesystem, inner)
+    return sorted((filesystem.unstrip_protocol(name), told) for name, told in found.items())
+
+
+def _listing(path: str) -> tuple[Any, str]:
+    """(file system, path on it), without what the file system remembers of earlier listings."""
+    filesystem, inner = file_system(str(Path(path).expanduser()) if "://" not in path else path)
+    filesystem.invalidate_cache()
+    return filesystem, inner
+
+
+def _info(path: str, filesystem: Any, inner: str) -> dict[str, Any] | None:
+    """What is at the path; None where nothing is. ``isfile`` and ``exists`` would take any fault for nothing."""
+    try:
+        return patiently(path, lambda: filesystem.info(inner))
+    except FileNotFoundError:
+        return None
+
+
+def _find(path: str, filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Every file below ``root`` -> what its store tells of it."""
+    # s3fs lists flat, page by page, and raises; the others walk, and would leave out a folder that fails.
+    options = {} if "s3" in protocols(filesystem) else {"on_error": "raise"}
+    try:
+        found = patiently(path, lambda: filesystem.find(root, detail=True, **options))
+    except FileNotFoundError:
+        return {}
+    return {
+        name: told
+        for name, told in found.items()
+        if told["type"] == "file" or (told["type"] != "directory" and filesystem.isfile(name))  # a link
+    }
+
+
+def _is_saved(path: str, filesystem: Any, inner: str) -> bool:
+    """Whether the folder is one of ``datasets``. Of several splits, which one is meant is the user's to say."""
+    inner = inner.rstrip("/")
+    if _info(path, filesystem, f"{inner}/{_SAVED_SPLITS}") is not None:
+        splits = json.loads(patiently(path, lambda: filesystem.cat_file(f"{inner}/{_SAVED_SPLITS}")))["splits"]
+        raise DataError(
+            "the datasets folder holds several splits",
+            where=path,
+            got=", ".join(splits),
+            fix=f"name one of them, for example {path.rstrip('/')}/{splits[0]}",
+        )
+    return all(_info(path, filesystem, f"{inner}/{name}") is not None for name in (_SAVED, _SAVED_INFO))
+
+
+def _read(file: str, place: Place) -> Iterator[readers.Read]:
+    name = file.rstrip("/").rsplit("/", 1)[-1]
     stem, compression = name, None
     for ending, kind in _COMPRESSED.items():
         if name.endswith(ending):
             stem, compression = name.removesuffix(ending), kind
-    if stem.endswith(".json") and _is_array(file, compression):
-        yield from _numbered(name, _json_array(file, compression))
+    if _is_hub_id(file):
+        yield from readers.numbered(file.removeprefix(_HUB).partition("@")[0], _hub(file, place.row), place.row)
+    elif stem.endswith(".json") and readers.is_json_array(file, compression):
+        rows = itertools.islice(readers.json_array(file, compression), place.row, None)
+        yield from readers.numbered(name, rows, place.row)
     elif stem.endswith(_JSON_LINES):
-        yield from _json_lines(file, name, compression)
+        yield from readers.json_lines(file, name, compression, place)
     elif stem.endswith(".parquet"):
-        yield from _numbered(name, _parquet(file))
+        yield from readers.numbered(name, readers.parquet(file, place.row), place.row)
+    elif stem.endswith(".arrow"):
+        yield from readers.numbered(name, readers.arrow([file], place.row), place.row)
+    elif parts := _saved_parts(file):
+        yield from readers.numbered(name, readers.arrow(parts, place.row), place.row)
     else:
         raise DataError(
             "the data file is of an unknown kind",
             where=file,
-            expected=".jsonl or .json (also .gz, .zst), .parquet, or a datasets folder",
+            expected=".jsonl or .json (also .gz, .zst), .parquet, .arrow, or a datasets folder",
         )
 
 
-def _is_array(file: str, compression: str | None) -> bool:
-    with fsspec.open(file, "rb", compression=compression) as handle:
-        return handle.read(256).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-
-
-def _json_array(file: str, compression: str | None) -> Iterator[dict[str, Any] | BadRow]:
-    with fsspec.open(file, "rb", compression=compression) as handle:
-        try:
-            rows = json.loads(handle.read())
-        except ValueError as error:
-            raise DataError(
-                "the file starts as a JSON array and does not end as one", where=file, got=error, fix="write it again"
-            ) from error
-    for row in rows:
-        yield row if isinstance(row, dict) else _no_object(row, json.dumps(row))
-
-
-def _json_lines(file: str, name: str, compression: str | None) -> Iterator[Row]:
-    with fsspec.open(file, "rb", compression=compression) as handle:
-        # The zstd reader has no lines of its own; the buffer gives them to every kind alike.
-        for number, line in enumerate(io.BufferedReader(handle), start=1):
-            if not line.strip():
-                continue
-            yield f"{name}:{number}", _parse(line)
-
-
-def _parse(line: bytes) -> dict[str, Any] | BadRow:
+def _saved_parts(folder: str) -> list[str]:
+    """The Arrow files of a datasets folder, in their order; none where it is no such folder."""
+    filesystem, inner = file_system(folder)
+    inner = inner.rstrip("/")
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return BadRow("not_utf8", str(error), line.decode("utf-8", errors="replace"))
-    except (ValueError, RecursionError) as error:
-        return BadRow("broken_json", str(error), line.decode("utf-8"))
-    return row if isinstance(row, dict) else _no_object(row, line.decode("utf-8"))
+        state = json.loads(patiently(folder, lambda: filesystem.cat_file(f"{inner}/{_SAVED}")))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [filesystem.unstrip_protocol(f"{inner}/{part['filename']}") for part in state["_data_files"]]
 
 
-def _no_object(value: Any, raw: str) -> BadRow:
-    return BadRow("not_an_object", f"the row is a {type(value).__name__}", raw)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every object of a column all fields that any of them has; those that are null were not there."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _parquet(file: str) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as parquet
-
-    with fsspec.open(file, "rb") as handle:
-        table = parquet.ParquetFile(handle)
-        for group in range(table.num_row_groups):
-            yield from map(_without_nulls, table.read_row_group(group).to_pylist())
-
-
-def _saved_dataset(path: str) -> Iterator[dict[str, Any]]:
+def _hub(pinned_id: str, first: int) -> Iterator[dict[str, Any]]:
     import datasets
 
-    yield from map(_without_nulls, datasets.load_from_disk(path))
-
-
-def _hub_rows(pinned_name: str) -> Iterator[Row]:
-    import datasets
-
-    name, _, revision = pinned_name.partition("@")
+    name, _, revision = pinned_id.removeprefix(_HUB).partition("@")
     stream = datasets.load_dataset(name, split="train", streaming=True, revision=revision or None)
-    yield from _numbered(name, map(_without_nulls, stream))
+    return readers.without_nulls(stream.skip(first))
 
 
 def _hub_commit(name: str) -> str:
@@ -275,8 +269,3 @@ def _hub_commit(name: str) -> str:
 
     with _client_errors(f"{_HUB}{name}"):
         return str(huggingface_hub.HfApi().dataset_info(name).sha)
-
-
-def _numbered(name: str, rows: Iterator[dict[str, Any] | BadRow]) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}:{number}", row

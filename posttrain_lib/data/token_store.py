@@ -3,11 +3,15 @@
     store/
         shard-00000.arrow ...  one record batch each: tokens list<int32>, weights list<float32>,
                                source dictionary<string>, row_id string
-        examples.arrow         one row per example: length, weight_sum, trained, source
-        index.json             counts, digest, and size and sha256 of every file above
+        examples.arrow         one row per example: length, weight_sum, trained, source, kind, shared, file, row
+        index.json             counts, digest, fingerprint, files of the sources, and size and sha256 of every file above
 
 ``examples.arrow`` holds what packing and the loss divisor need, so neither ever reads a token. A folder without
 ``index.json`` is not a store: its writer did not finish.
+
+An example knows the row it was made from (``file`` of its source, ``row`` in that file); examples of one row follow one
+another. ``shared`` is how many of its first tokens, none of them trained, are those of the example before it, so that
+both can share their computation; ``kind`` is ``document``, ``pair`` (chosen, then rejected) or ``prompt``.
 
 The first token of a document is never predicted, so its weight never counts: ``weight_sum`` and ``trained`` are
 taken over ``loss_weights[1:]``, here and nowhere else.
@@ -19,6 +23,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +37,8 @@ from posttrain_lib.schema.examples import TokenizedExample
 INDEX_FILE = "index.json"
 EXAMPLES_FILE = "examples.arrow"
 FORMAT = "posttrain-token-store"
-VERSION = 2
+VERSION = 3
+KINDS = ("document", "pair", "prompt")
 
 # Tokens in one shard: 8 bytes each on disk and, while it is being written, in memory: 64 MiB.
 SHARD_TOKENS = 8 * 1024 * 1024
@@ -44,12 +50,19 @@ class TokenStoreWriter:
     Args:
         folder: made if absent; must not hold a store yet.
         shard_tokens: a shard is written as soon as it holds this many tokens.
+        fingerprint: digests of what made the tokens (tokenizer, template), for training to compare.
 
     Raises:
         DataError: the folder holds a store already.
     """
 
-    def __init__(self, folder: Path | str, *, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        shard_tokens: int = SHARD_TOKENS,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = Path(folder)
         self._shard_tokens = shard_tokens
         if (self._folder / INDEX_FILE).exists():
@@ -63,12 +76,28 @@ class TokenStoreWriter:
         self._weight_sums: list[float] = []
         self._trained: list[int] = []
         self._source_index: list[int] = []
+        self._kinds: list[int] = []
+        self._shared: list[int] = []
+        self._rows: list[tuple[int, int]] = []
+        self._source_files: dict[str, list[tuple[str, int]]] = {}
+        self._fingerprint = dict(fingerprint or {})
         self._largest_id = -1
         self._content = hashlib.sha256()
         self._closed = False
 
-    def add(self, example: TokenizedExample) -> None:
+    def add(
+        self,
+        example: TokenizedExample,
+        *,
+        kind: str = "document",
+        shared: int = 0,
+        row: tuple[int, int] | None = None,
+    ) -> None:
         """Append one example.
+
+        Args:
+            shared: tokens that it begins with as the example before it does; see the module's text.
+            row: (file of the source, row in it) that it was made from; default: a row of its own in file 0.
 
         Raises:
             DataError: empty, of unequal lengths, with a token id outside int32 or a weight that is negative or not
@@ -77,6 +106,11 @@ class TokenStoreWriter:
         tokens = np.ascontiguousarray(example.token_ids, dtype=np.int32)
         weights = np.ascontiguousarray(example.loss_weights, dtype=np.float32)
         self._check(example, tokens, weights)
+        if not 0 <= shared < min(len(tokens), *self._lengths[-1:] or [1]):
+            raise DataError("no such prefix to share", where=f"{example.source}: {example.row_id}", got=shared)
+        self._kinds.append(KINDS.index(kind))
+        self._shared.append(shared)
+        self._rows.append(row or (0, len(self._rows)))
         self._largest_id = max(self._largest_id, int(tokens.max()))
         counted = weights[1:]
         self._lengths.append(len(tokens))
@@ -87,13 +121,18 @@ class TokenStoreWriter:
         for text in (example.source, example.row_id):
             encoded = text.encode()
             self._content.update(len(encoded).to_bytes(8, "little") + encoded)
-        self._content.update(len(tokens).to_bytes(8, "little"))
+        for number in (len(tokens), self._kinds[-1], shared, *self._rows[-1]):
+            self._content.update(int(number).to_bytes(8, "little"))
         self._content.update(tokens.astype("<i4", copy=False).data)
         self._content.update(weights.astype("<f4", copy=False).data)
         self._pending.append(TokenizedExample(tokens, weights, example.source, example.row_id))
         self._pending_tokens += len(tokens)
         if self._pending_tokens >= self._shard_tokens:
             self._write_shard()
+
+    def state_files(self, source: str, files: Sequence[tuple[str, int]]) -> None:
+        """Say what a source was read from: (name, rows read, refused ones among them) in the order of reading."""
+        self._source_files[source] = [(name, int(rows)) for name, rows in files]
 
     def close(self) -> None:
         """Write what is pending, then the index. Calling it again does nothing."""
@@ -107,6 +146,10 @@ class TokenStoreWriter:
                 "weight_sum": pa.array(self._weight_sums, pa.float64()),
                 "trained": pa.array(self._trained, pa.int32()),
                 "source": pa.array(self._source_index, pa.int32()),
+                "kind": pa.array(self._kinds, pa.int8()),
+                "shared": pa.array(self._shared, pa.int32()),
+                "file": pa.array([file for file, _ in self._rows], pa.int32()),
+                "row": pa.array([row for _, row in self._rows], pa.int64()),
             }
         )
         shards = list(self._files)
@@ -122,6 +165,8 @@ class TokenStoreWriter:
             "largest_id": self._largest_id,
             "sources": list(self._sources),
             "digest": self._content.hexdigest(),
+            "fingerprint": self._fingerprint,
+            "source_files": self._source_files,
             "shards": shards,
             "examples_file": examples,
         }
@@ -192,6 +237,10 @@ class TokenStore:
         weight_sums: float64 [N], sum of the weights that count (see the module's text).
         trained_counts: int32 [N], how many of them are not zero.
         source_index: int32 [N], index into ``sources``.
+        kinds: int8 [N], index into :data:`KINDS`.
+        shared: int32 [N]. file_index: int32 [N]. row_index: int64 [N]. See the module's text.
+        source_files: source -> [(file, rows read from it)], in the order of reading; may lack sources.
+        fingerprint: digests of what made the tokens.
         sources: names, in order of first appearance.
         largest_id: the largest token id in it, -1 for an empty store.
         digest: sha256 of the content: the same examples in the same order give the same digest.
@@ -211,18 +260,26 @@ class TokenStore:
         self.total_weight: float = index["weight"]
         self.longest: int = index["longest"]
         self.largest_id: int = index["largest_id"]
+        self.fingerprint: dict[str, str] = index["fingerprint"]
+        self.source_files: dict[str, list[tuple[str, int]]] = index["source_files"]
         self._examples_file: dict[str, Any] = index["examples_file"]
         for entry in [*self._files, self._examples_file]:
             self._check_size(entry)
+        self._check_content(self._examples_file)
         columns = self._map(self._examples_file)
         self.lengths = columns.column("length").to_numpy()
         self.weight_sums = columns.column("weight_sum").to_numpy()
         self.trained_counts = columns.column("trained").to_numpy()
         self.source_index = columns.column("source").to_numpy()
+        self.kinds = columns.column("kind").to_numpy()
+        self.shared = columns.column("shared").to_numpy()
+        self.file_index = columns.column("file").to_numpy()
+        self.row_index = columns.column("row").to_numpy()
         # Where each shard's examples start; the last entry is the number of examples.
         self._starts = [0]
         for entry in self._files:
             self._starts.append(self._starts[-1] + entry["examples"])
+        self._starts_array = np.asarray(self._starts)
         if not self._starts[-1] == len(self.lengths) == index["examples"]:
             raise DataError(
                 "the token store disagrees with itself about how many examples it holds",
@@ -230,7 +287,12 @@ class TokenStore:
                 got=f"{self._starts[-1]} in shards, {len(self.lengths)} in {EXAMPLES_FILE}, {index['examples']} stated",
                 fix="prepare the data again",
             )
-        self._shards: dict[int, _Shard] = {}
+        self._shards: dict[int, Shard] = {}
+
+    @property
+    def file_digests(self) -> dict[str, str]:
+        """File of the store -> first half of its sha256: small, and enough to name a file that changed."""
+        return {entry["file"]: entry["sha256"][:32] for entry in [*self._files, self._examples_file]}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -240,6 +302,13 @@ class TokenStore:
         shard, offset = self._locate(example)
         begin, end = shard.offsets[offset], shard.offsets[offset + 1]
         return shard.tokens[begin:end], shard.weights[begin:end]
+
+    def shards_of(self, examples: np.ndarray) -> Iterator[tuple[np.ndarray, Shard, np.ndarray]]:
+        """For each shard that holds some of ``examples``: (which of them, the shard, their numbers within it)."""
+        numbers = np.searchsorted(self._starts_array, examples, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            chosen = np.flatnonzero(numbers == number)
+            yield chosen, self._shard(number), examples[chosen] - self._starts[number]
 
     def row_id(self, example: int) -> str:
         """The id of the row that the example was made from."""
@@ -257,30 +326,38 @@ class TokenStore:
             DataError: naming the first file that differs.
         """
         for entry in [*self._files, self._examples_file]:
-            path = self.folder / entry["file"]
             self._check_size(entry)
-            found = _sha256(path)
-            if found != entry["sha256"]:
-                raise DataError(
-                    "a file of the token store is damaged",
-                    where=path,
-                    got=f"sha256 {found}",
-                    expected=f"sha256 {entry['sha256']}",
-                    fix="prepare the data again",
-                )
+            self._check_content(entry)
 
-    def _locate(self, example: int) -> tuple[_Shard, int]:
+    def _check_content(self, entry: dict[str, Any]) -> None:
+        path = self.folder / entry["file"]
+        found = _sha256(path)
+        if found != entry["sha256"]:
+            raise DataError(
+                "a file of the token store is damaged",
+                where=path,
+                got=f"sha256 {found}",
+                expected=f"sha256 {entry['sha256']}",
+                fix="prepare the data again",
+            )
+
+    def _locate(self, example: int) -> tuple[Shard, int]:
         if not 0 <= example < len(self):
             raise IndexError(f"example {example} of {len(self)}")
         number = bisect_right(self._starts, example) - 1
+        return self._shard(number), example - self._starts[number]
+
+    def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
         if shard is None:
             shard = self._shards[number] = self._open_shard(number)
-        return shard, example - self._starts[number]
+        return shard
 
-    def _open_shard(self, number: int) -> _Shard:
+    def _open_shard(self, number: int) -> Shard:
+        """Map a shard. Its bytes are compared with the index first: training on a changed file must not begin."""
         entry = self._files[number]
-        shard = _Shard(self._map(entry))
+        self._check_content(entry)
+        shard = Shard(self._map(entry))
         lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
         if not np.array_equal(np.diff(shard.offsets), lengths):
             raise DataError(
@@ -323,8 +400,8 @@ class TokenStore:
         return batch
 
 
-class _Shard:
-    """The mapped columns of one shard."""
+class Shard:
+    """The mapped columns of one shard: ``tokens`` int32 and ``weights`` float32 flat, example i at ``offsets[i]``."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         tokens, weights = batch.column("tokens"), batch.column("weights")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from posttrain_lib.data.chat_tokenizer import Encoded
+from posttrain_lib.data.engines import Encoded
+from posttrain_lib.data.literal import literal
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.data.rendering import Document, Span
 
@@ -47,9 +48,20 @@ class Tokens:
 
     def truncated(self, length: int) -> Tokens:
         """The first ``length`` tokens."""
-        cut = {name: getattr(self, name)[:length] for name in ("ids", "weights", "role_of")}
+        return self.cut(0, length)
+
+    def cut(self, begin: int, end: int) -> Tokens:
+        """Tokens ``begin`` to ``end``, as a document of their own: its first token is predicted from nothing."""
+        end = min(end, len(self.ids))
+        weights = self.weights[begin:end].copy()
+        weights[:1] = 0.0
+        answers = [(max(first, begin) - begin, min(last, end) - begin) for first, last in self.answers]
         return dataclasses.replace(
-            self, **cut, answers=tuple((first, min(end, length)) for first, end in self.answers if first < length)
+            self,
+            ids=self.ids[begin:end],
+            weights=weights,
+            role_of=self.role_of[begin:end],
+            answers=tuple((first, last) for first, last in answers if first < last),
         )
 
 
@@ -59,8 +71,11 @@ def tokenize(tokenizer: ChatTokenizer, document: Document) -> Tokens:
     Raises:
         RefusedRow: a token runs across the start of an answer and cannot be split, or an answer has no token.
     """
+    encode = tokenizer.encode
+    if document.literal:
+        document, encode = literal(tokenizer).respelled(document), literal(tokenizer).encode
     starts = [span.start for span in document.spans]
-    encoded, resplit = _encode(tokenizer, document.text, starts)
+    encoded, resplit = _encode(tokenizer, encode, document.text, starts)
     weights = np.zeros(len(encoded.ids), np.float32)
     ends = np.array([end for end, _ in document.parts])
     role_of = np.minimum(np.searchsorted(ends, encoded.begins, side="right"), len(ends) - 1)
@@ -81,15 +96,19 @@ def _tokens_of(encoded: Encoded, span: Span) -> np.ndarray:
     return (encoded.begins >= span.start) & (encoded.begins < span.end) & (encoded.ends > encoded.begins)
 
 
-def _encode(tokenizer: ChatTokenizer, text: str, cuts: Sequence[int]) -> tuple[Encoded, bool]:
+def _encode(
+    tokenizer: ChatTokenizer, encode: Callable[[str], Encoded], text: str, cuts: Sequence[int]
+) -> tuple[Encoded, bool]:
     """The text encoded as serving and the model make it: cut at the start of every answer.
 
     Mostly that gives what the whole text gives. Where it does not, a token ran across a cut or white space before it
     was grouped otherwise; the pieces are then the truth, and the second result is True.
     """
-    together = tokenizer.encode(text)
+    together = encode(text)
+    if not cuts:
+        return together, False
     bounds = [0, *cuts, len(text)]
-    pieces = [(begin, tokenizer.encode(text[begin:end])) for begin, end in pairwise(bounds) if begin < end]
+    pieces = [(begin, encode(text[begin:end])) for begin, end in pairwise(bounds) if begin < end]
     ids = np.concatenate([piece.ids for _, piece in pieces])
     if np.array_equal(ids, together.ids):
         return together, False

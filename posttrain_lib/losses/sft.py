@@ -29,5 +29,7 @@ class SFTLoss:
                 hidden_TD, head_weight_VD, batch.target_ids, batch.loss_weights, batch.supervised_index
             )
 
-        local_sum, nll = model(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, head)
+        local_sum, nll = model(
+            batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, head, prefixes=batch.prefixes
+        )
         return LossOutput(local_sum, nll)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from posttrain_lib.models.heads import Output, full_logits
 from posttrain_lib.models.spec import DecoderConfig, ModelSpec
 from posttrain_lib.ops.attention import DocumentLayout, attention_dtype, has_fused_varlen
 from posttrain_lib.ops.rope import inverse_frequencies, rope_tables
+
+if TYPE_CHECKING:
+    from posttrain_lib.schema.shared_prefix import SharedPrefixes
 
 
 class Decoder(nn.Module):
@@ -51,21 +54,25 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         output: Output = full_logits,
+        *,
+        prefixes: SharedPrefixes | None = None,
     ) -> Any:
         """Run the decoder and hand the normed hidden states to ``output``.
 
         Args:
-            token_ids: int64 [T]. positions: int64 [T], from 0 in each document.
-            cu_seqlens: int32 [n+1] document boundaries. max_seqlen: longest document, tokens.
+            token_ids: int64 [T]. positions: int64 [T], places in the document.
+            cu_seqlens: int32 [n+1] boundaries of the segments. max_seqlen: longest segment, tokens.
             output: called as ``output(hidden_TD, head_weight_VD)`` *inside* this forward, while sharded weights are
                 whole; a loss closes over its targets. Default: logits [T, V].
+            prefixes: where segments find the beginning of their documents, arrays on the model's device; None: every
+                segment is a whole document.
 
         Returns:
             what ``output`` returns.
         """
         hidden = self.embed_tokens(token_ids)
         fused = has_fused_varlen(hidden.device, attention_dtype(hidden))
-        layout = DocumentLayout.of(cu_seqlens, max_seqlen, fused=fused)
+        layout = DocumentLayout.of(cu_seqlens, max_seqlen, fused=fused, prefixes=prefixes)
         cosine, sine = self.rope_tables(positions)
         for layer in self.layers:
             hidden = layer(hidden, cosine, sine, layout)

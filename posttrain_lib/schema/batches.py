@@ -1,4 +1,4 @@
-"""A packed row batch: several documents laid end to end on one axis, never attending to each other."""
+"""A packed row batch: several documents laid end to end on one axis, attending to nothing but what they share."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from typing import Any
 
 import numpy as np
 
+from posttrain_lib.schema.shared_prefix import SharedPrefixes
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """Documents packed along T. Arrays are numpy as built by the loader, torch tensors after ``data.collate``.
 
-    Shapes and dtypes (T packed tokens, n documents, N supervised positions):
-        token_ids        int64 [T]
-        target_ids       int64 [T]   the next token of the same document; 0 where there is none
+    Each of the n segments of a row is a whole document, or the rest of one whose beginning lies in the row already.
+    Shapes and dtypes (T packed tokens, n segments, N supervised positions); what is int64* here is int32 in the
+    loader's numpy arrays, half as much to write and to send, and becomes int64 where it becomes a tensor:
+        token_ids        int64* [T]
+        target_ids       int64* [T]  the next token of the same document; 0 where there is none
         loss_weights     float32 [T] weight of predicting ``target_ids[t]`` at position t; 0 = not trained
-        positions        int64 [T]   restart at 0 with each document
-        cu_seqlens       int32 [n+1] document boundaries; padding, if any, is a last document of its own
+        positions        int64* [T]  places in the document: restart at 0 with each whole document, go on from the
+                                     length of the shared beginning in a segment with a parent
+        cu_seqlens       int32 [n+1] segment boundaries; padding, if any, is a last document of its own
         supervised_index int64 [N]   positions with a non-zero weight, found on the CPU so that the head never syncs
         document_sources int32 [n]   index into the store's source names; -1 for padding
         document_ids     int64 [n]   example index in the token store; -1 for padding
-    ``max_seqlen`` is the longest document; ``real_tokens`` counts tokens that are not padding.
+        parents          int32 [n]   the earlier segment whose path this one continues, -1 for a whole document; None
+                                     where the batch has whole documents alone (see ``schema.shared_prefix``)
+    ``max_seqlen`` is the longest segment; ``real_tokens`` counts tokens that are not padding, shared ones once.
+    ``prefixes`` is what attention needs to know of ``parents``. It is made with the batch, in the loader's thread, so
+    that no batch with parents is without it; to change ``parents`` in a copy, set it to None.
     """
 
     token_ids: Any
@@ -35,6 +44,8 @@ class PackedBatch:
     document_ids: Any
     max_seqlen: int
     real_tokens: int
+    parents: Any = None
+    prefixes: SharedPrefixes | None = None
 
     ARRAYS = (
         "token_ids",
@@ -47,9 +58,19 @@ class PackedBatch:
         "document_ids",
     )
 
+    def __post_init__(self) -> None:
+        """Work out ``prefixes``; raises DataError where ``parents`` and ``positions`` do not fit each other."""
+        if self.parents is None:
+            object.__setattr__(self, "prefixes", None)
+        elif self.prefixes is None:
+            prefixes = SharedPrefixes.of(self.cu_seqlens, self.positions, self.parents)
+            object.__setattr__(self, "prefixes", prefixes)
+
     def map(self, convert: Callable[[Any], Any]) -> PackedBatch:
         """The same batch with ``convert`` applied to every array (numpy -> torch, device moves)."""
         arrays = {name: convert(getattr(self, name)) for name in self.ARRAYS}
+        if self.parents is not None and self.prefixes is not None:
+            arrays.update(parents=convert(self.parents), prefixes=self.prefixes.map(convert))
         return PackedBatch(**arrays, max_seqlen=self.max_seqlen, real_tokens=self.real_tokens)
 
     @property

@@ -45,6 +45,65 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one prompt, the first preferred.
+
+    ``prompt`` ends with what is answered; ``chosen`` and ``rejected`` are the messages of each answer (the first is
+    the assistant's). ``margin`` is how much better the first is, in the unit of whoever judged; None: not said.
+    """
+
+    source: str
+    row_id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    margin: float | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages to be answered by the model in training. ``answer`` is what a reward compares with.
+
+    ``extra`` keeps the row's other fields, for the reward.
+    """
+
+    source: str
+    row_id: str
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    group: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """Text without roles; every token of it is learned."""
+
+    source: str
+    row_id: str
+    text: str
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row that comes as token ids int32 [S] with loss weights float32 [S], aligned as in TokenizedExample."""
+
+    source: str
+    row_id: str
+    token_ids: np.ndarray
+    loss_weights: np.ndarray
+    group: str | None = None
+
+
+#: what a row format makes of a row
+ParsedRow = Conversation | PreferencePair | Prompt | PlainText | TokenRow
+
+
+@dataclass(frozen=True)
 class TokenizedExample:
     """One document as token ids.
 

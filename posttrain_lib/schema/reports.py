@@ -14,6 +14,8 @@ class StepReport:
     ``data_wait_seconds`` is the part of ``step_seconds`` spent waiting for the loader.
     ``mfu`` is None where the device's peak is not known; ``held_out`` is None at steps without evaluation,
     else ``{"all": loss, "<source>": loss, ...}``.
+    ``source_tokens`` and ``source_units`` (examples, or what was packed as one) are what each source gave this step.
+    ``rows`` counts what became of the rows so far where training tokenises them itself: rows, refused, held_out, units.
     ``event`` names what else happened: "resumed", "checkpoint", "best", "early_stop", "finished"; comma-joined.
     """
 
@@ -34,6 +36,9 @@ class StepReport:
     held_out: dict[str, float] | None = None
     event: str = ""
     source_loss: dict[str, float] = field(default_factory=dict)
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    source_units: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def fill(self) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from posttrain_lib.config.train import TrainConfig
+    from posttrain_lib.data.live_feed import LiveSpec
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class TrainJob:
     ``train`` is a TrainConfig, or anything with its attributes (a bare machine needs no pydantic).
     ``work_dir`` is seen by all ranks and holds ``checkpoints/``; a job whose checkpoints are there goes on from the
     newest good one. ``threads`` are CPU threads of this rank, None = leave as is.
+    ``loader_workers``: 0 makes the data in the loop, otherwise beside it; with ``live``, above 1 that many processes.
+    ``live``: rows to tokenise while training; ``train_store`` is then a sample of them.
     """
 
     model_folder: str
@@ -26,6 +29,8 @@ class TrainJob:
     train: TrainConfig
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
+    loader_workers: int = 1
+    live: LiveSpec | None = None
     rank: int = 0
     world: int = 1
     rendezvous: str | None = None

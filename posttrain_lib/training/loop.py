@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import CheckpointManager
+from posttrain_lib.data.live_feed import LiveFeed
 from posttrain_lib.data.loader import LoadedStep, PackedLoader, count_steps
+from posttrain_lib.data.store_feed import StoreFeed
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import ConfigError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
@@ -32,7 +34,7 @@ from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.parallel.process_group import global_max, global_sum, process_group
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training.device import peak_memory_gib, pick_device, reproducible
-from posttrain_lib.training.flops import batch_flops, peak_flops
+from posttrain_lib.training.flops import batch_flops, peak_flops, relative_pair_cost
 from posttrain_lib.training.state import TrainState, trajectory_of
 from posttrain_lib.training.train_step import StepOutcome, StepSettings, train_step
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     import torch
 
     from posttrain_lib.config.train import TrainConfig
+    from posttrain_lib.data.live_feed import LiveSpec
+    from posttrain_lib.data.planner import Feed
     from posttrain_lib.models.spec import ModelSpec
     from posttrain_lib.training.job import TrainJob
 
@@ -75,33 +79,62 @@ def load_sharded_model(spec: ModelSpec, job: TrainJob, device: torch.device) -> 
     return model
 
 
-def build_loader(store: TokenStore, config: TrainConfig, rank: int, world: int) -> PackedLoader:
+def store_feed(store: TokenStore, config: TrainConfig) -> StoreFeed:
+    """The units of a store as the train section orders, mixes and joins them."""
+    return StoreFeed(
+        store,
+        row_tokens=config.row_tokens,
+        seed=config.seed,
+        epochs=config.epochs,
+        window=config.shuffle_window,
+        share_prefixes=config.share_prefixes,
+        mixture=config.mixture,
+    )
+
+
+def live_feed(spec: LiveSpec, job: TrainJob) -> LiveFeed:
+    """The units of rows that are tokenised as training goes; the first rank keeps the refused ones."""
+    config = job.train
+    assert config.shuffle_window is not None, "the config demands a window for rows that are read in sequence"
+    return LiveFeed(
+        spec,
+        row_tokens=config.row_tokens,
+        window=config.shuffle_window,
+        seed=config.seed,
+        epochs=None if config.epochs is None else int(config.epochs),
+        share_prefixes=config.share_prefixes,
+        mixture=config.mixture,
+        workers=job.loader_workers if job.loader_workers > 1 else 0,
+        quarantine=Path(job.work_dir) if job.rank == 0 else None,
+    )
+
+
+def build_loader(
+    feed: Feed, config: TrainConfig, *, rank: int = 0, world: int = 1, pair_cost: float = 0.0, background: bool = True
+) -> PackedLoader:
     """The training data of one rank."""
     return PackedLoader(
-        store,
+        feed,
         row_tokens=config.row_tokens,
         rows_per_step=config.rows_per_step,
         micro_batch_rows=config.micro_batch_rows,
         packing_buffer=config.packing_buffer,
-        seed=config.seed,
         rank=rank,
         world=world,
-        epochs=config.epochs,
+        pair_cost=pair_cost,
+        background=background,
     )
 
 
 def planned_steps(store: TokenStore, config: TrainConfig) -> int:
-    """Optimiser steps of the whole run: as configured, or as many as the epochs make."""
+    """Optimiser steps of the whole run: as configured, or as many as there are until the data ends."""
     if config.steps is not None:
         return int(config.steps)
-    assert config.epochs is not None, "the config demands steps or epochs"
     return count_steps(
-        store.lengths,
+        store_feed(store, config),
         row_tokens=config.row_tokens,
         rows_per_step=config.rows_per_step,
         packing_buffer=config.packing_buffer,
-        seed=config.seed,
-        epochs=config.epochs,
     )
 
 
@@ -129,7 +162,7 @@ def check_warmup(config: TrainConfig, total_steps: int) -> None:
             "the warm-up is longer than the training",
             where="train.schedule.warmup_steps",
             got=config.schedule.warmup_steps,
-            expected=f"at most {total_steps}, the steps of {config.epochs} epochs",
+            expected=f"at most {total_steps}, the steps until the data ends",
         )
 
 
@@ -145,7 +178,15 @@ class Trainer:
         check_vocabulary(self.spec, self.store, self.held_out)
         self.loss = build_loss(config.loss, config.loss_options)
         model = load_sharded_model(self.spec, job, device)
-        loader = build_loader(self.store, config, job.rank, job.world)
+        self.feed: Feed = store_feed(self.store, config) if job.live is None else live_feed(job.live, job)
+        loader = build_loader(
+            self.feed,
+            config,
+            rank=job.rank,
+            world=job.world,
+            pair_cost=relative_pair_cost(self.spec),
+            background=job.loader_workers > 0,
+        )
         self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory_of(config))
         self.total_steps = planned_steps(self.store, config)
         check_warmup(config, self.total_steps)
@@ -153,8 +194,8 @@ class Trainer:
             device=device,
             precision=config.precision,
             clip_norm=config.clip_norm,
-            sources=len(self.store.sources),
-            name_example=lambda example: f"{self.store.source(example)}: {self.store.row_id(example)}",
+            sources=len(self.feed.sources),
+            name_example=self.feed.name_example,
         )
         self.notes: list[str] = []
         self.checkpoints = CheckpointManager(
@@ -300,7 +341,8 @@ class Trainer:
         held_out: dict[str, float] | None,
         events: list[str],
     ) -> StepReport:
-        by_source = mean_losses(outcome.source_sums, self.store.sources)
+        sources = self.feed.sources
+        by_source = mean_losses(outcome.source_sums, sources)
         return StepReport(
             step=self.state.progress.step,
             total_steps=self.total_steps,
@@ -318,7 +360,10 @@ class Trainer:
             peak_memory_gib=max(global_max([peak_memory_gib(self.device)])),
             held_out=held_out,
             event=", ".join(events),
-            source_loss={name: by_source[name] for name in self.store.sources if name in by_source},
+            source_loss={name: by_source[name] for name in sources if name in by_source},
+            source_tokens=dict(zip(sources, loaded.source_tokens.tolist(), strict=True)),
+            source_units=dict(zip(sources, loaded.source_units.tolist(), strict=True)),
+            rows=loaded.rows,
         )
 
     def _result(self) -> TrainResult:

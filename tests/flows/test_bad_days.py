@@ -13,7 +13,7 @@ import pytest
 
 from tests.flows.test_sft_flow import FLOW, TINY, environment, flow
 
-STEPS = ("inputs", "prepare_data", "convert_model", "train", "evaluate", "export")
+STEPS = ("inputs", "prepare_data", "check_serving", "convert_model", "train", "evaluate", "export")
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,9 @@ def processes_naming(text: str) -> list[str]:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_ctrl_c_leaves_nothing_half_done_and_the_next_run_goes_on(step: str, tmp_path: Path) -> None:
-    run = Started(tmp_path, "first")
+    # The small run file leaves this step out: vLLM takes half a minute to start.
+    settings = ("--set", "data.serving_check=vllm") if step == "check_serving" else ()
+    run = Started(tmp_path, "first", *settings)
     run.wait_for(f"{step}: running")
     assert run.interrupt() != 0
     store = tmp_path / "store"
@@ -75,7 +77,7 @@ def test_ctrl_c_leaves_nothing_half_done_and_the_next_run_goes_on(step: str, tmp
     while (left := processes_naming(str(store))) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not left, "processes of the run outlive it by a minute"
-    again = flow(tmp_path, "run")
+    again = flow(tmp_path, "run", *settings)
     assert again.returncode == 0, again.stdout
     for name in STEPS[: STEPS.index(step)]:
         assert f"{name}: reused" in again.stdout

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain_lib.adapters import vllm_check
+
 ROOT = Path(__file__).resolve().parents[2]
 FLOW = ROOT / "flows" / "sft_flow.py"
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -97,7 +99,7 @@ def test_the_card_shows_the_run(home: Path, first_run: str) -> None:
 def test_a_second_run_reuses_every_step(home: Path, first_run: str) -> None:
     done = flow(home, "run")
     assert done.returncode == 0, done.stdout
-    for step in ("inputs", "prepare_data", "convert_model", "train", "evaluate", "export"):
+    for step in ("inputs", "prepare_data", "check_serving", "convert_model", "train", "evaluate", "export"):
         assert f"{step}: reused" in done.stdout
 
 
@@ -138,6 +140,31 @@ def test_bad_data_stops_before_training_and_resume_goes_on(home: Path, tmp_path:
     again = flow(home, "resume", "start")
     assert again.returncode == 0, again.stdout
     assert "prepare_data: 60 rows, 0 refused" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not vllm_check.is_available(), reason="vLLM is not installed")
+def test_tokens_that_serving_would_not_send_stop_the_flow(home: Path, tmp_path: Path, first_run: str) -> None:
+    """The template prints a field of the messages that no server passes on to it."""
+    tokenizer = sorted((home / "store").glob("steps/inputs/*/tokenizer"))[0]
+    rows, template, config = tmp_path / "rows.jsonl", tmp_path / "own.jinja", tmp_path / "skewed.yaml"
+    with open(rows, "w") as handle:
+        for number in range(60):
+            asked = {"role": "user", "content": f"Who has {number}?", "secret": "!"}
+            handle.write(json.dumps({"messages": [asked, {"role": "assistant", "content": "Tom."}]}) + "\n")
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.secret }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    text = TINY.read_text().replace("{name: generated, generate: {rows: 200}}", f"{{name: file, path: '{rows}'}}")
+    text = text.replace('serving_check: "off"', f"serving_check: vllm\n  chat_template: '{template}'")
+    config.write_text(text.replace("tokenizer_vocab_size: 320", f"tokenizer: '{tokenizer}'"))
+    done = flow(home, "run", config=config)
+    assert done.returncode != 0
+    for part in ("training and serving make different tokens", "row rows.jsonl:1, before message 1", "'!']"):
+        assert part in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "convert_model: running" not in done.stdout
 
 
 @pytest.mark.parametrize(

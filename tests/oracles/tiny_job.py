@@ -12,13 +12,17 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from posttrain_lib.config.train import TrainConfig
-from posttrain_lib.data.token_store import TokenStoreWriter
+from posttrain_lib.data.assemble import assemble, segments_of, store_filler
+from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
+from posttrain_lib.data.units import units_of
+from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.schema.examples import TokenizedExample
 from posttrain_lib.training.job import TrainJob
 
@@ -44,6 +48,12 @@ HF_CONFIG: dict[str, Any] = {
     "use_sliding_window": False,
     "dtype": "float32",
 }
+
+
+def pack_rows(store: TokenStore, rows: Sequence[Sequence[int]], row_tokens: int) -> PackedBatch:
+    """These rows of examples, packed as the loader packs them, nothing shared."""
+    segments = segments_of(store, units_of(store, store.longest, share_prefixes=False), rows)
+    return assemble(segments, store_filler(store, segments), row_tokens)
 
 
 def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -1,20 +1,32 @@
-"""Row formats by name. A new one is one file with a ``parse`` function and a line here."""
+"""Row formats by name. A new one is one file with ``FIELDS`` and ``parse``, and a line here.
+
+``FIELDS`` are the names under which the format looks for its values; a source's ``fields`` say what its rows call them.
+"""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.schema.examples import Conversation
+from posttrain_lib.schema.examples import ParsedRow
 
 FORMATS: dict[str, str] = {
+    "alpaca": "posttrain_lib.data.formats.alpaca:parse",
     "messages": "posttrain_lib.data.formats.messages:parse",
+    "preference": "posttrain_lib.data.formats.preference:parse",
+    "prompt_completion": "posttrain_lib.data.formats.prompt_completion:parse",
+    "prompts": "posttrain_lib.data.formats.prompts:parse",
+    "sharegpt": "posttrain_lib.data.formats.sharegpt:parse",
+    "text": "posttrain_lib.data.formats.text:parse",
+    "tokens": "posttrain_lib.data.formats.tokens:parse",
 }
 
-#: (row, source name, row id, name of the group field) -> Conversation; raises RefusedRow
-Parse = Callable[[Mapping[str, Any], str, str, "str | None"], Conversation]
+#: (row, source name, row id, name of the group field, {format's name: row's name}) -> row; raises RefusedRow
+Parse = Callable[[Mapping[str, Any], str, str, "str | None", Mapping[str, str]], ParsedRow]
 
 
 def get_format(name: str) -> Parse:
@@ -23,10 +35,45 @@ def get_format(name: str) -> Parse:
     Raises:
         ConfigError: no such format.
     """
-    if name not in FORMATS:
-        raise ConfigError(
-            "unknown row format", where="data.sources.format", got=name, expected=f"one of {sorted(FORMATS)}"
-        )
-    module, _, attribute = FORMATS[name].partition(":")
-    parse: Parse = getattr(importlib.import_module(module), attribute)
+    parse: Parse = _module(name).parse
     return parse
+
+
+def check_fields(format_name: str, fields: Mapping[str, str]) -> None:
+    """Refuse names that the format does not look for, before the first row is read.
+
+    Raises:
+        ConfigError: no such format, a name that is none of its fields, or two fields read from one name.
+    """
+    own = _module(format_name).FIELDS
+    for name in fields:
+        if name not in own:
+            near = difflib.get_close_matches(name, own, n=1)
+            raise ConfigError(
+                f"format {format_name!r} has no field {name!r}",
+                where="data.sources.fields",
+                got=dict(fields),
+                expected=f"of {', '.join(own)}: what the rows call it",
+                fix=f"is {near[0]!r} meant?" if near else None,
+            )
+    called = list(fields.values())
+    if twice := sorted({name for name in called if called.count(name) > 1}):
+        raise ConfigError(
+            f"two fields of format {format_name!r} are read from one",
+            where="data.sources.fields",
+            got=dict(fields),
+            expected=f"each from a field of its own, not {', '.join(twice)} for both",
+        )
+
+
+def _module(name: str) -> ModuleType:
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        raise ConfigError(
+            "unknown row format",
+            where="data.sources.format",
+            got=name,
+            expected=f"one of {sorted(FORMATS)}",
+            fix=f"is {near[0]!r} meant?" if near else None,
+        )
+    return importlib.import_module(FORMATS[name].partition(":")[0])

@@ -132,7 +132,7 @@ def test_long_rows_are_refused_or_cut_and_counted(preparation: Preparation, tmp_
     receipt = preparation.run(max_example_tokens=64, max_refused_fraction=0.1)
     assert receipt.refused == {"too_long": 1}
     preparation.out = tmp_path / "again"
-    receipt = preparation.run(max_example_tokens=64, over_length="truncate")
+    receipt = preparation.run(max_example_tokens=64, over_length="truncate_right")
     assert (receipt.total("refused"), receipt.total("truncated")) == (0, 1)
     stores = [TokenStore(preparation.out / name) for name in ("train", "held_out")]
     assert max(store.longest for store in stores) == 64
@@ -141,7 +141,7 @@ def test_long_rows_are_refused_or_cut_and_counted(preparation: Preparation, tmp_
 def test_a_cut_that_leaves_nothing_to_train_is_a_refusal(preparation: Preparation) -> None:
     long = {"messages": [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "b"}]}
     preparation.write(long, *(row(number) for number in range(50)))
-    receipt = preparation.run(max_example_tokens=64, over_length="truncate", max_refused_fraction=0.1)
+    receipt = preparation.run(max_example_tokens=64, over_length="truncate_right", max_refused_fraction=0.1)
     assert receipt.refused == {"nothing_left": 1}
 
 

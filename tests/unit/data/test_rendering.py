@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.formats.messages import parse
 from posttrain_lib.data.probes import check_maskable
 from posttrain_lib.data.refusal import RefusedRow
-from posttrain_lib.data.rendering import Rendered, render_conversation
+from posttrain_lib.data.rendering import Rendered, render_conversation, render_prompt, trained_messages
 from posttrain_lib.data.tokenize import tokenize
 from posttrain_lib.schema.examples import Conversation, Message
 from tests.unit.data.real_templates import EVERY_TEMPLATE, OWN_TOKENIZER
@@ -93,6 +94,55 @@ class TestTheEmbeddedTemplate:
         ):
             with pytest.raises(RefusedRow, match="control_token_in_text"):
                 render_conversation(chatml, talk, "each")
+
+
+CALLING = Message("assistant", "", tool_calls=({"type": "function", "function": {"name": "f", "arguments": {}}},))
+TURNS = conversation(
+    ("user", "a"), Message("assistant", "flagged", train=True),
+    ("user", "b"), CALLING, ("tool", "c"), Message("assistant", "weighted", weight=0.5),
+    ("user", "d"), Message("assistant", "left out", train=False),
+    ("user", "e"), Message("assistant", "last"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("train_on", "indices"),
+    [("all", [1, 3, 5, 9]), ("last", [9]), ("without_tools", [1, 5, 9]), ("flagged", [1, 5])],
+)
+def test_which_turns_are_trained(train_on: str, indices: list[int]) -> None:
+    assert trained_messages(TURNS, train_on) == indices
+
+
+@pytest.mark.parametrize(
+    ("train_on", "turns"),
+    [
+        ("last", [("user", "a"), ("assistant", "b"), ("user", "c"), Message("assistant", "d", train=False)]),
+        ("without_tools", [("user", "a"), CALLING]),
+        ("flagged", [("user", "a"), ("assistant", "b")]),
+        ("flagged", [("user", "a"), Message("assistant", "b", weight=0.0)]),
+    ],
+)
+def test_nothing_left_to_train_is_refused(train_on: str, turns: list[Any]) -> None:
+    with pytest.raises(RefusedRow, match="nothing_to_train"):
+        trained_messages(conversation(*turns), train_on)
+
+
+def test_the_last_turn_only_by_train_on(chatml: ChatTokenizer) -> None:
+    rendered = render_conversation(chatml, TWO_TURNS, "each", "last")
+    assert trained(rendered) == [["Six.<|im_end|>"]]
+    assert "Four." in rendered.documents[0].text
+
+
+@pytest.mark.parametrize("name", EVERY_TEMPLATE)
+def test_a_prompt_is_what_serving_sends(name: str, real_tokenizer: Callable[[str], ChatTokenizer]) -> None:
+    tokenizer = real_tokenizer(name)
+    asked = conversation(*TWO_TURNS.messages[:3])
+    document = render_prompt(tokenizer, asked).documents[0]
+    assert document.text == tokenizer.render(asked.messages, answer_next=True)
+    tokens = tokenize(tokenizer, document)
+    assert (tokens.answers, tokens.weights.any(), document.last_turn) == ((), np.False_, None)
+    assert tokens.ids.tolist() == tokenizer.encode(document.text).ids.tolist()
+    assert sum(tokens.by_role.values()) == len(tokens.ids)
 
 
 class TestHabitsOfTemplates:
@@ -266,7 +316,7 @@ def count_accepted(tokenizer: ChatTokenizer, data: Path, every: int = 1) -> tupl
     lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
     accepted, eligible, refused = 0, 0, []
     for number, line in enumerate(lines[::every]):
-        talk = parse(json.loads(line), "chat", str(number), "group")
+        talk = parse(json.loads(line), "chat", str(number), "group", {})
         try:
             for document in render_conversation(tokenizer, talk, "each").documents:
                 check_document(tokenizer, document, talk)

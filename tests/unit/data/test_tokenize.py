@@ -70,3 +70,16 @@ def test_truncation_keeps_what_belongs_together(chatml: ChatTokenizer) -> None:
     cut = tokens.truncated(3)
     assert [len(part) for part in (cut.ids, cut.weights, cut.role_of)] == [3, 3, 3]
     assert sum(cut.by_role.values()) == 3
+
+
+def test_a_piece_from_the_middle_is_a_document_of_its_own(chatml: ChatTokenizer) -> None:
+    text = "It was on Monday."
+    spans = (Span(0, 3, 1.0), Span(7, len(text), 0.5))
+    tokens = tokenize(chatml, Document(text, spans, ((len(text), "assistant"),), 0))
+    whole, (first, end) = len(tokens.ids), tokens.answers[1]
+    piece = tokens.cut(first + 1, whole)
+    assert piece.ids.tolist() == tokens.ids[first + 1 :].tolist()
+    assert piece.answers == ((0, end - first - 1),)
+    assert piece.weights[0] == 0.0, "nothing stands before it that could predict it"
+    assert piece.weights[1:].tolist() == tokens.weights[first + 2 :].tolist()
+    assert tokens.weights[first + 1] == 0.5, "the whole is left as it was"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain_lib.data.collate import to_torch
-from posttrain_lib.data.loader import pack_rows
+from tests.oracles.tiny_job import pack_rows
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.scratch import init_weights
+from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.training import flops
 from posttrain_lib.training.flops import batch_flops, causal_pairs, peak_flops
+from tests.oracles.prefix_tree import TREE, Segment, row_of, seen
 from tests.oracles.tiny_job import HF_CONFIG, write_model, write_store
 
 
@@ -40,6 +43,58 @@ def test_agrees_with_torchs_counter(tmp_path: Path) -> None:
     attention = 6 * layers * heads * size * squares
     # torch's plain attention computes the whole square, of which the causal half is needed
     assert counter.get_total_flops() == sum(batch_flops(spec, batch) for batch in batches) + attention
+
+
+def test_shared_beginnings_count_once_as_torch_counts_them(tmp_path: Path) -> None:
+    spec = spec_from_folder(write_model(tmp_path / "model"))
+    batch = _tree_batch(TREE, padding=0)
+    model = build_model(spec)
+    init_weights(model, spec, seed=0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        build_loss("sft")(model, to_torch(batch)).local_sum.backward()
+    layers, heads, size = (HF_CONFIG[k] for k in ("num_hidden_layers", "num_attention_heads", "head_dim"))
+    # the plain kernel again computes the whole square of a segment's own tokens, and its context as we count it
+    unused = 6 * layers * heads * size * sum(length**2 for _, _, length in TREE)
+    assert counter.get_total_flops() == batch_flops(spec, batch) + unused
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 11, 100])
+def test_pairs_of_a_tree_are_those_of_its_documents_less_the_shared(window: int | None) -> None:
+    contexts, lengths = (np.array([item[place] for item in TREE]) for place in (1, 2))
+    shared = causal_pairs(lengths, window, contexts)
+    assert shared == causal_pairs(contexts + lengths, window) - causal_pairs(contexts, window)
+    # the table of all pairs, of which the custom leaves half of each token's sight of itself; a window cuts the rest
+    exact = int(seen(TREE, window).sum())
+    assert abs(exact - shared) <= lengths.sum() / 2
+    if window is None:
+        assert shared == float((lengths * contexts + lengths**2 / 2).sum())
+
+
+def test_padding_of_a_row_with_shared_beginnings_costs_nothing(tmp_path: Path) -> None:
+    spec = spec_from_folder(write_model(tmp_path / "model"))
+    assert batch_flops(spec, _tree_batch(TREE, padding=9)) == batch_flops(spec, _tree_batch(TREE, padding=0))
+
+
+def _tree_batch(tree: Sequence[Segment], padding: int) -> PackedBatch:
+    """Random tokens, a third of them trained, and a last segment of padding."""
+    segments = [*tree, *([(-1, 0, padding)] if padding else [])]
+    cu_seqlens, positions, parents = (tensor.numpy() for tensor in row_of(segments))
+    real = sum(length for _, _, length in tree)
+    weights = np.where((np.arange(len(positions)) % 3 == 0) & (np.arange(len(positions)) < real), 1, 0)
+    ids = np.random.default_rng(0).integers(0, HF_CONFIG["vocab_size"], len(positions))
+    return PackedBatch(
+        token_ids=ids,
+        target_ids=ids,
+        loss_weights=weights.astype(np.float32),
+        positions=positions,
+        cu_seqlens=cu_seqlens,
+        supervised_index=np.flatnonzero(weights),
+        document_sources=np.zeros(len(segments), np.int32),
+        document_ids=np.where(np.arange(len(segments)) < len(tree), np.arange(len(segments)), -1),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        real_tokens=real,
+        parents=parents,
+    )
 
 
 def test_pairs_of_a_window() -> None:

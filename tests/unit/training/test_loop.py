@@ -14,6 +14,7 @@ import torch
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.data.loader import count_steps
+from posttrain_lib.data.store_feed import StoreFeed
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.errors import CheckpointError, ConfigError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss
@@ -119,7 +120,8 @@ def test_epochs_decide_the_steps(tmp_path: Path) -> None:
     config = tiny_config(steps=None, epochs=1.5)
     reports, result = run(make_job(tmp_path, config))
     store = TokenStore(tmp_path / "train")
-    expected = count_steps(store.lengths, row_tokens=32, rows_per_step=8, packing_buffer=16, seed=0, epochs=1.5)
+    feed = StoreFeed(store, row_tokens=32, epochs=1.5)
+    expected = count_steps(feed, row_tokens=32, rows_per_step=8, packing_buffer=16)
     assert result.step == expected == reports[-1].total_steps
     examples = int(store.lengths.sum())
     assert 1.3 * examples < result.tokens_seen < 1.7 * examples

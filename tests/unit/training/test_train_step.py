@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from posttrain_lib.checkpoint.hf import load_hf_weights
-from posttrain_lib.data.loader import PackedLoader, pack_rows
+from posttrain_lib.data.loader import PackedLoader
+from posttrain_lib.data.store_feed import StoreFeed
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.losses import build_loss
@@ -18,7 +19,7 @@ from posttrain_lib.optim import build_optimizer
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.training.train_step import StepSettings, accumulate_gradients, train_step
-from tests.oracles.tiny_job import make_job, tiny_config
+from tests.oracles.tiny_job import make_job, pack_rows, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -60,7 +61,7 @@ def test_micro_batch_split_changes_nothing(folder: Path, micro_batch_rows: int) 
     store = TokenStore(folder / "train")
 
     def run(rows: int) -> tuple[float, dict]:
-        with PackedLoader(store, row_tokens=32, rows_per_step=8, micro_batch_rows=rows) as loader:
+        with PackedLoader(StoreFeed(store, row_tokens=32), row_tokens=32, rows_per_step=8, micro_batch_rows=rows) as loader:
             return gradients(load(folder), loader.next_step().micro_batches, store)
 
     loss, expected = run(1)
@@ -105,9 +106,9 @@ def test_loss_is_the_weighted_mean_and_sources_add_up(folder: Path) -> None:
     model = load(folder)
     loss, sums = accumulate_gradients(model, build_loss("sft"), [batch], settings(store), global_divisor=batch.weight)
     logits = model(
-        *(torch.from_numpy(x) for x in (batch.token_ids, batch.positions, batch.cu_seqlens)), batch.max_seqlen
+        *(torch.from_numpy(x).long() for x in (batch.token_ids, batch.positions, batch.cu_seqlens)), batch.max_seqlen
     )
-    nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.target_ids), reduction="none")
+    nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.target_ids).long(), reduction="none")
     weights = torch.from_numpy(batch.loss_weights).double()
     assert loss == pytest.approx(((nll.detach() * weights).sum() / weights.sum()).item(), rel=1e-10)
     assert float(sums[:, 0].sum()) / batch.weight == pytest.approx(loss, rel=1e-10)

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from posttrain_lib.data.formats import FORMATS, get_format
 from posttrain_lib.data.formats.messages import parse
 from posttrain_lib.data.refusal import RefusedRow
-from posttrain_lib.errors import ConfigError
 from posttrain_lib.schema.examples import Conversation
 
 USER = {"role": "user", "content": "a"}
@@ -19,7 +17,7 @@ RESULT = {"role": "tool", "content": "4", "tool_call_id": "1"}
 
 
 def parsed(*messages: Any, **row: Any) -> Conversation:
-    return parse({"messages": list(messages), **row}, "source", "row:1", "group")
+    return parse({"messages": list(messages), **row}, "source", "row:1", "group", {})
 
 
 def test_a_plain_row() -> None:
@@ -112,7 +110,7 @@ def test_weights(fields: dict[str, Any], weight: float) -> None:
 )
 def test_a_row_that_cannot_be_used_says_why(messages: Any, reason: str) -> None:
     with pytest.raises(RefusedRow) as caught:
-        parse({"messages": messages}, "s", "1", None)
+        parse({"messages": messages}, "s", "1", None, {})
     assert caught.value.reason == reason
     assert caught.value.detail
 
@@ -123,7 +121,22 @@ def test_tools_that_are_no_list_of_objects(tools: Any) -> None:
         parsed(USER, ANSWER, tools=tools)
 
 
-def test_formats_by_name() -> None:
-    assert {name: callable(get_format(name)) for name in FORMATS} == {"messages": True}
-    with pytest.raises(ConfigError, match="unknown row format"):
-        get_format("mesages")
+def test_a_field_beside_the_one_it_resembles_is_no_misspelling() -> None:
+    assert parsed(USER, ANSWER, messages_id=3).messages == parsed(USER, ANSWER).messages
+
+
+def test_rows_that_call_the_messages_otherwise() -> None:
+    row = {"turns": [USER, ANSWER], "functions": [{"type": "function"}], "messages": "not these"}
+    found = parse(row, "s", "1", None, {"messages": "turns", "tools": "functions"})
+    assert found.messages == parsed(USER, ANSWER).messages
+    assert found.tools == ({"type": "function"},)
+    with pytest.raises(RefusedRow, match=r"no_messages: 'talk' is missing"):
+        parse(row, "s", "1", None, {"messages": "talk"})
+
+
+def test_nesting_without_end_is_refused() -> None:
+    deep: Any = "a"
+    for _ in range(200):
+        deep = [deep]
+    with pytest.raises(RefusedRow, match="nested_too_deep"):
+        parsed(USER, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": {"a": deep}}}]}, RESULT, ANSWER)

@@ -1,0 +1,106 @@
+"""Rows that come as token ids, with a mask, labels or float weights; with none of them, every token is learned.
+
+All four lists have the length of the ids and are aligned with the token that is *predicted*: place i of ``mask``,
+``labels`` or ``loss_weights`` belongs to the loss of predicting token i from those before it. ``labels`` are therefore
+Hugging Face's unshifted ones: the id itself where it is learned, -100 where it is not. The first token is predicted
+from nothing, so its weight is 0 whatever the row says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from posttrain_lib.data.formats.common import LEAST_WEIGHT, MOST_WEIGHT, check_spelling, is_list, named_group
+from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.schema.examples import TokenRow
+
+FIELDS = ("token_ids", "loss_weights", "mask", "labels", "attention_mask")
+
+#: further names that the field's data sets use, looked for where the source's ``fields`` say nothing
+_ALSO = {"token_ids": ("input_ids",), "mask": ("loss_mask", "completion_mask", "assistant_masks")}
+_WEIGHTS = ("loss_weights", "mask", "labels")
+_NOT_LEARNED = -100
+
+
+def parse(
+    row: Mapping[str, Any], source: str, row_id: str, group_field: str | None, fields: Mapping[str, str]
+) -> TokenRow:
+    """Validate a row.
+
+    Raises:
+        RefusedRow: no ids, lists of other lengths or kinds, more than one kind of weights, padding, or labels that
+            are not the ids they stand beside (as labels shifted by one are not).
+    """
+    names = {name: _name(row, name, fields) for name in FIELDS}
+    check_spelling(row, tuple(names.values()), (), "the row")
+    ids = _list(row.get(names["token_ids"]), names["token_ids"], "bad_token_ids")
+    if not len(ids):
+        raise RefusedRow("no_tokens", f"{names['token_ids']!r} is empty")
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise RefusedRow("bad_token_ids", f"{names['token_ids']!r} holds what is no token id")
+    given = [name for name in _WEIGHTS if row.get(names[name]) is not None]
+    if len(given) > 1:
+        raise RefusedRow("ambiguous_weights", f"the row has {' and '.join(names[name] for name in given)}")
+    weights = np.ones(len(ids), np.float32)
+    for name in given:
+        weights = _weights(name, names[name], row[names[name]], ids)
+    if row.get(names["attention_mask"]) is not None:
+        seen = _like(row[names["attention_mask"]], names["attention_mask"], ids, "bad_token_ids")
+        if not seen.all():
+            raise RefusedRow("padded_tokens", f"{names['attention_mask']!r} is 0 somewhere: give the row unpadded")
+    weights[0] = 0.0
+    return TokenRow(source, row_id, ids.astype(np.int32), weights, named_group(row, group_field))
+
+
+def _name(row: Mapping[str, Any], name: str, fields: Mapping[str, str]) -> str:
+    """What the row calls it."""
+    if name in fields:
+        return fields[name]
+    return next((called for called in (name, *_ALSO.get(name, ())) if row.get(called) is not None), name)
+
+
+def _weights(kind: str, name: str, raw: Any, ids: np.ndarray) -> np.ndarray:
+    values = _like(raw, name, ids, "bad_weight")
+    if kind == "labels":
+        learned = values != _NOT_LEARNED
+        if (other := np.flatnonzero(learned & (values != ids))).size:
+            place = int(other[0])
+            raise RefusedRow(
+                "labels_differ", f"{name!r} has {values[place]} at place {place}, where the token is {ids[place]}"
+            )
+        return learned.astype(np.float32)
+    fits = (values == 0) | ((values >= LEAST_WEIGHT) & (values <= MOST_WEIGHT))
+    if kind == "mask":
+        fits = (values == 0) | (values == 1)
+    if not fits.all():
+        place = int(np.flatnonzero(~fits)[0])
+        expected = "0 or 1" if kind == "mask" else f"0 or {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+        raise RefusedRow("bad_weight", f"{name!r} has {values[place]} at place {place}, expected {expected}")
+    return values.astype(np.float32)
+
+
+def _like(raw: Any, name: str, ids: np.ndarray, reason: str) -> np.ndarray:
+    values = _list(raw, name, reason)
+    if len(values) != len(ids):
+        raise RefusedRow("lengths_differ", f"{name!r} has {len(values)} places for {len(ids)} token ids")
+    if values.dtype.kind not in "biuf":
+        raise RefusedRow(reason, f"{name!r} holds what is no number")
+    return values
+
+
+def _list(raw: Any, name: str, reason: str) -> np.ndarray:
+    """The values as an array [S]."""
+    if raw is None:
+        raise RefusedRow("no_tokens", f"{name!r} is missing")
+    if not is_list(raw) and not isinstance(raw, np.ndarray):
+        raise RefusedRow(reason, f"{name!r} is a {type(raw).__name__}, expected a list of numbers")
+    try:
+        values = np.asarray(raw)
+    except (ValueError, OverflowError) as error:  # lists within the list, numbers beyond 64 bits
+        raise RefusedRow(reason, f"{name!r} is no list of numbers: {error}") from error
+    if values.ndim != 1:
+        raise RefusedRow(reason, f"{name!r} is a list of lists, expected one of numbers")
+    return values

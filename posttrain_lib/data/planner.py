@@ -1,0 +1,86 @@
+"""Steps out of a stream of units: which units share a row, and which rows a step has. Works on lengths alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from posttrain_lib.data.mixture import Mixer
+from posttrain_lib.data.packing import Row, make_packer
+from posttrain_lib.schema.batches import PackedBatch
+
+
+@dataclass(frozen=True)
+class UnitFacts:
+    """What planning needs to know of units: weight float64 [n], packed tokens int64 [n], pairs float64 [n] (see
+    :class:`~posttrain_lib.data.units.Units`), source int32 [n]."""
+
+    weight: np.ndarray
+    tokens: np.ndarray
+    pairs: np.ndarray
+    source: np.ndarray
+
+
+class Feed(Protocol):
+    """Where units come from: a token store, or rows that are tokenised as they are read."""
+
+    sources: list[str]
+    mixer: Mixer
+
+    def identity(self) -> dict[str, Any]:
+        """What the stream is a function of, JSON-ready: data version, seed, mixture."""
+
+    def facts(self, units: np.ndarray) -> UnitFacts:
+        """Of units that were drawn and not released."""
+
+    def names(self, units: Sequence[int]) -> list[Any]:
+        """JSON-ready names by which :meth:`find` knows the units after a restart."""
+
+    def load(self, mixer: dict[str, Any], names: Sequence[Any]) -> list[int]:
+        """Go to a position; returns the named units, which were drawn before it."""
+
+    def pack(self, rows: Sequence[Row], row_tokens: int) -> PackedBatch:
+        """The tokens of rows of units, laid end to end."""
+
+    def release(self, units: Sequence[int]) -> None:
+        """The units were packed, or belong to other ranks: they are not needed any more."""
+
+    def name_example(self, example: int) -> str:
+        """'source: row id' of an entry of a batch's ``document_ids``."""
+
+    def close(self) -> None:
+        """Stop what works beside."""
+
+
+class Planner:
+    """The global stream of rows: the same on every rank, resumable from a small state."""
+
+    def __init__(self, feed: Feed, *, row_tokens: int, packing_buffer: int) -> None:
+        self._feed = feed
+        self._packer = make_packer(row_tokens, packing_buffer)
+
+    def rows(self, count: int, step: int) -> list[Row]:
+        """The next ``count`` rows, for optimiser step ``step``; fewer when the stream has ended, then none."""
+        made: list[Row] = []
+        while len(made) < count:
+            ids, lengths = self._feed.mixer.peek(step)
+            if len(ids) == 0:
+                made.extend(self._packer.flush(count - len(made)))
+                break
+            taken, rows = self._packer.feed(ids, lengths, count - len(made))
+            self._feed.mixer.advance(taken)
+            made.extend(rows)
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """How far the order is read and what waits in the packer."""
+        return {"mixer": self._feed.mixer.state(), "packer": self._feed.names(self._packer.state())}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to a position given by :meth:`state`."""
+        waiting = self._feed.load(state["mixer"], state["packer"])
+        lengths = self._feed.facts(np.asarray(waiting, np.int64)).tokens
+        self._packer.load_state(waiting, lengths.tolist())

