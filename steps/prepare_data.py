@@ -84,6 +84,12 @@ def check_unchanged(context: StepContext) -> None:
 STEP: Step = Step("prepare_data", 1, "steps.prepare_data", settings, inputs, body)
 
 if __name__ == "__main__":
+    import sys
+
+    from steps import inspect_data
     from steps.pipeline import main
 
-    main("prepare_data")
+    if sys.argv[1:2] == ["inspect"]:
+        inspect_data.main(sys.argv[2:])
+    else:
+        main("prepare_data")

@@ -14,10 +14,10 @@ _INDICES = ("token_ids", "target_ids", "positions")
 
 
 def to_torch(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBatch:
-    """The batch as tensors on ``device``, of the shapes and dtypes that :class:`PackedBatch` states.
+    """The batch as tensors on ``device``, of the shapes and dtypes that PackedBatch states.
 
-    On the CPU the tensors share memory with the arrays where the dtype stays. For a CUDA device they pass through pinned memory, so that
-    the copy runs beside the computation.
+    On the CPU the tensors share memory with the arrays where the dtype stays. For a CUDA device they pass through
+    pinned memory, so that the copy runs beside the computation.
     """
     target = torch.device(device)
 

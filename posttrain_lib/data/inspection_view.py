@@ -200,6 +200,32 @@ def locate(store: TokenStore, train: TrainConfig, wanted: set[int]) -> tuple[dic
     return packs, f"not in the first {step:,} steps of the run ({packed:,} packed units)" if missing else ""
 
 
+def described(document: ShownDocument) -> str:
+    """Counts of a document: tokens, trained ones, their weights, and what it shares with the one before it."""
+    trained, total = document.trained, len(document.ids)
+    values, counts = np.unique(document.weights[document.weights > 0], return_counts=True)
+    weights = ", ".join(f"{value:g} x {count:,}" for value, count in zip(values.tolist(), counts.tolist(), strict=True))
+    shared = f"; shares its first {document.shared:,} with the document before" if document.shared else ""
+    weighed = f", weights {weights}" if weights else ""
+    return f"{total:,} tokens, {trained:,} trained ({trained / total:.0%}){weighed}{shared}"
+
+
+def weight_of(document: ShownDocument, piece: Piece) -> float:
+    """The weight of a piece's tokens."""
+    return float(document.weights[piece.begin : piece.end].max())
+
+
+def pack_line(pack: Pack, document: ShownDocument, steps: int | None) -> str:
+    """In words where a document lies."""
+    own = next(item for item in pack.documents if item.example == document.example)
+    behind = f" behind {own.shared:,} shared ones" if own.shared else ""
+    return (
+        f"packed in step {pack.step:,}{f' of {steps:,}' if steps else ''}, row {pack.row} of {pack.rows}: "
+        f"slots {own.begin:,} to {own.begin + own.tokens - 1:,} of {pack.row_tokens:,}{behind}; "
+        f"the row has {len(pack.documents)} document(s) and is {pack.used / pack.row_tokens:.1%} full"
+    )
+
+
 def _pack(store: TokenStore, feed: StoreFeed, row: Sequence[int], row_tokens: int, at: tuple[int, int, int]) -> Pack:
     segments = segments_of(store, feed.units, [row])
     begins = np.cumsum(segments.lengths, dtype=np.int64) - segments.lengths

@@ -106,7 +106,11 @@ class LiveFeed:
         }
         make = partial(LiveStream, pool=self._pool, window=window, row_tokens=row_tokens, share_prefixes=share_prefixes)
         parts = []
-        groups = [("", sum(files, []))] if mixture is None else list(zip(self.sources, files, strict=True))
+        groups = (
+            [("", [file for found in files for file in found])]
+            if mixture is None
+            else list(zip(self.sources, files, strict=True))
+        )
         self._streams: list[LiveStream] = []
         for number, (name, members) in enumerate(groups):
             share = SourceShare(weight=1.0, epochs=epochs) if mixture is None else mixture.sources[name]

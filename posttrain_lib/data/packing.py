@@ -65,7 +65,9 @@ class CompiledPacker:
     def __init__(self, row_tokens: int, buffer: int) -> None:
         _check_sizes(row_tokens, buffer)
         self.row_tokens, self.buffer = row_tokens, buffer
-        self._loop = kernels.pack_loop()
+        from posttrain_lib.data.compiled import pack_loop
+
+        self._loop = pack_loop
         self._clear()
 
     def _clear(self) -> None:

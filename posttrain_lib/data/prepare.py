@@ -196,7 +196,8 @@ class _Preparation:
             files = [path.rsplit("/", 1)[-1] for path in self._files[name]]
             for store in self._stores.values():
                 store.state_files(name, list(zip(files, self._rows_read[name], strict=True)))
-        self.receipt.made_by = {**fingerprint(self.tokenizer), "engine": self.tokenizer.engine_report}
+        engine = {name: value for name, value in self.tokenizer.engine_report.items() if name != "fallbacks"}
+        self.receipt.made_by = {**fingerprint(self.tokenizer), "engine": engine}
         ordered = [prompt for _, prompt in sorted(self._prompts, key=lambda item: -item[0])]
         _write_lines(self.out / PROMPTS, [prompt for prompt in ordered if not self._is_leaked(prompt)])
         samples = [sample for found in self._samples.values() for sample in found]

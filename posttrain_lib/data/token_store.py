@@ -4,7 +4,7 @@
         shard-00000.arrow ...  one record batch each: tokens list<int32>, weights list<float32>,
                                source dictionary<string>, row_id string
         examples.arrow         one row per example: length, weight_sum, trained, source, kind, shared, file, row
-        index.json             counts, digest, fingerprint, files of the sources, and size and sha256 of every file above
+        index.json             counts, digest, fingerprint, the sources' files, size and sha256 of every file above
 
 ``examples.arrow`` holds what packing and the loss divisor need, so neither ever reads a token. A folder without
 ``index.json`` is not a store: its writer did not finish.

@@ -46,10 +46,6 @@ class Tokens:
         """Tokens of a weight above 0 per role."""
         return _count(self.role_of[self.weights > 0], self.roles)
 
-    def truncated(self, length: int) -> Tokens:
-        """The first ``length`` tokens."""
-        return self.cut(0, length)
-
     def cut(self, begin: int, end: int) -> Tokens:
         """Tokens ``begin`` to ``end``, as a document of their own: its first token is predicted from nothing."""
         end = min(end, len(self.ids))

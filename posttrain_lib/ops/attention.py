@@ -3,7 +3,8 @@
 Segments that continue another one (``schema.shared_prefix``) see the beginning of their document too. Their keys lie in
 several places of the row; one gather lays context and own tokens of every segment end to end, and from there on each
 path below works as before, with more keys than queries and the causal mask aligned to the last of both. The gathered
-keys and values take as much room as they would without sharing; everything else of a shared token exists once.
+keys and values take as much room in each layer as the documents would without sharing, which for many branches of a
+long prefix is many times the row; everything else of a shared token exists once.
 
 Which path runs is decided by device and dtype alone, never by a flag read inside a model's forward:
 
@@ -37,7 +38,7 @@ except ImportError:  # torch before 2.10
 
 
 #: queries of a segment that go through one masked call. Without this, a segment of 512 after a context of 128 took a
-#: fifth longer on a CPU (the kernel computes what a mask hides), and the mask of 4096 after 4096 is 128 MiB in float32.
+#: sixth longer on a CPU (the kernel computes what a mask hides), and the mask of 4096 after 4096 is 128 MiB in float32.
 _QUERIES = 256
 
 

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=24, help="size of each file, about")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds before each answer")
     parser.add_argument("--rate", type=float, default=8e6, help="bytes per second of all connections together")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
     results = measure(options.megabytes, options.latency, options.rate, options.rounds)

@@ -1,12 +1,13 @@
 """What it saves to compute a shared prompt once: forward and backward of a small decoder on completions of one prompt.
 
-    python -m tests.benchmarks.shared_prefix --output tests/benchmarks/results/shared_prefix.json
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.shared_prefix --output tests/benchmarks/results/shared_prefix.json
 
 The same documents, packed plainly (each with its own copy of the prompt) and with the prompt shared. Both run the
 loss's own output head on the completions' tokens alone, which sharing leaves as it is, so the body is what differs.
 Peers take turns within each round, so that a noisy neighbour hits both. Ratios of wall time and of the process's own
-CPU time stand beside two bounds: of tokens (what projections and norms save) and of counted operations (projections,
-head and attention pairs). On a busy machine one thread (``OMP_NUM_THREADS=1``) keeps waiting out of the CPU time.
+CPU time stand beside the bound of tokens (what projections and norms save, the most that there is to save) and the
+ratio of counted operations (projections, head and attention pairs, as ``training.flops`` counts them). On a busy
+machine one thread (``OMP_NUM_THREADS=1``) keeps waiting out of the CPU time.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _packed(segments: list[tuple[np.ndarray, np.ndarray]], untrained: int, paren
 
 
 def measure(spec: ModelSpec, group: int, prompt: int, completion: int, rounds: int) -> dict[str, object]:
-    """Times of both ways, and their ratios beside the bounds."""
+    """Times of both ways, and their ratios beside what can be saved."""
     model = build_model(spec)
     init_weights(model, spec, seed=0)
     loss = build_loss("sft")
@@ -127,7 +128,7 @@ def measure(spec: ModelSpec, group: int, prompt: int, completion: int, rounds: i
         "speedup_wall": round(_median_ratio(wall), 2),
         "speedup_cpu": round(_median_ratio(own), 2),
         "bound_by_tokens": round(group * (prompt + completion) / (prompt + group * completion), 2),
-        "bound_by_counted_flops": round(flops["plain"] / flops["shared"], 2),
+        "ratio_of_counted_flops": round(flops["plain"] / flops["shared"], 2),
     }
 
 
@@ -137,10 +138,10 @@ def _median_ratio(times: dict[str, list[float]]) -> float:
 
 
 def main() -> None:
-    """A prompt four times as long as each of eight completions, one of a quarter, and a pair: about two minutes."""
+    """A prompt of four completions' length, one of a quarter of it, and a pair; two minutes of CPU time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="result file to write")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7, help="turns that are timed, after one that is not")
     options = parser.parse_args()
     load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
     spec = spec_from_config(CONFIG)
@@ -151,7 +152,7 @@ def main() -> None:
     if options.output:
         facts = describe_environment()
         content = {
-            "command": "python -m tests.benchmarks.shared_prefix --output tests/benchmarks/results/shared_prefix.json",
+            "command": "python -m tests.benchmarks.shared_prefix " + " ".join(sys.argv[1:]),
             "date": datetime.date.today().isoformat(),
             "commit": describe_code().get("commit"),
             "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python", "torch")},

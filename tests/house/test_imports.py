@@ -17,7 +17,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS = {"ray", "verl", "vllm", "metaflow"}
 PROJECT = {"flows", "steps", "posttrain_lib", "posttrain_flow"}
-DATA = {"numpy", "tokenizers", "transformers", "pyarrow", "fsspec", "datasets", "huggingface_hub", "jinja2"}
+DATA = {
+    "numpy",
+    "numba",
+    "tokenizers",
+    "gigatoken",
+    "transformers",
+    "pyarrow",
+    "fsspec",
+    "datasets",
+    "huggingface_hub",
+    "jinja2",
+}
 CORE = {"numpy", "torch", "safetensors", "transformers", "pyarrow"}
 CORE_PACKAGES = ("ops", "models", "losses", "optim", "parallel", "checkpoint", "training", "evaluation")
 

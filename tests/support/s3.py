@@ -49,8 +49,14 @@ def s3_environment(url: str) -> Iterator[None]:
 
 
 def s3_client(url: str) -> Any:
-    """A file system of one's own that talks to the server at ``url``, whatever stands before it for the others."""
-    return fsspec.filesystem("s3", endpoint_url=url, key="test", secret="test", skip_instance_cache=True)
+    """A file system of one's own that talks to the server at ``url``, whatever stands before it for the others.
+
+    It waits long: the server puts a large upload together in memory, and asked again while at it, fails.
+    """
+    patience = {"read_timeout": 300}
+    return fsspec.filesystem(
+        "s3", endpoint_url=url, key="test", secret="test", config_kwargs=patience, skip_instance_cache=True
+    )
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from posttrain_lib.config.data import DataConfig
-from posttrain_lib.data.fingerprint import fingerprint
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+from posttrain_lib.data.fingerprint import fingerprint
 from posttrain_lib.data.live_feed import QUARANTINE, LiveFeed, LiveSpec
 from posttrain_lib.data.loader import LoadedStep, PackedLoader
 from posttrain_lib.data.prepare import prepare_dataset
@@ -231,7 +231,7 @@ def test_a_file_that_changed_under_a_checkpoint_is_named(data: Data) -> None:
     state = _loader(data.live()).state()
     with (data.folder / "two.jsonl").open("a") as handle:
         handle.write(json.dumps(_row("two", 999)) + "\n")
-    with pytest.raises(CheckpointError, match="two.jsonl"):
+    with pytest.raises(CheckpointError, match=r"two\.jsonl"):
         _loader(data.live()).load_state(state)
 
 

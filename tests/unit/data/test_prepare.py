@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from posttrain_lib.config.data import DataConfig, HeldOut
+from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+from posttrain_lib.data.fingerprint import check_fingerprint, fingerprint
 from posttrain_lib.data.prepare import prepare_dataset
 from posttrain_lib.data.receipt import Receipt
 from posttrain_lib.data.split import is_held_out
-from posttrain_lib.data.token_store import TokenStore
+from posttrain_lib.data.token_store import KINDS, TokenStore
 from posttrain_lib.errors import DataError
 
 
@@ -44,7 +46,7 @@ class Preparation:
         return prepare_dataset(
             DataConfig.model_validate(raw),
             tokenizer_folder=self.tokenizer,
-            inputs={"file": str(self.folder / "rows.jsonl")},
+            inputs={source["name"]: str(self.folder / source["path"]) for source in raw["sources"]},
             out_dir=self.out,
             rejects_dir=self.rejects,
             progress=self.said.append,
@@ -250,3 +252,113 @@ def test_double_begin_and_missing_end_are_seen(preparation: Preparation, tmp_pat
     assert receipt.notes["double_bos"] == receipt.notes["missing_end"] == 40
     failed = {check.name for check in receipt.checks() if not check.passed}
     assert failed == {"no double begin-of-sequence", "the template ends every answer with a marker"}
+
+
+def pair(number: int, chosen: str = "Fine.", rejected: str = "Bad.") -> dict[str, Any]:
+    return {"prompt": f"How is number {number}?", "chosen": chosen, "rejected": rejected}
+
+
+def _with(preparation: Preparation, format_name: str, **settings: Any) -> Receipt:
+    source = {"name": "file", "path": "rows.jsonl", "format": format_name}
+    return preparation.run(sources=[source], max_refused_fraction=0.1, **settings)
+
+
+def test_preference_pairs_stay_pairs_and_are_compared(preparation: Preparation) -> None:
+    rows = [pair(number) for number in range(58)]
+    preparation.write(*rows, pair(100, "Good.", "Bad."), pair(100, "Bad.", "Good."), pair(7, "Same.", "Same."))
+    receipt = _with(preparation, "preference")
+    stores = [TokenStore(preparation.out / name) for name in ("train", "held_out")]
+    for store in stores:
+        assert [KINDS[kind] for kind in store.kinds] == ["pair"] * len(store)
+        ids = [store.row_id(example) for example in range(len(store))]
+        assert all(one.endswith("#chosen") and other == one.replace("chosen", "rejected")
+                   for one, other in zip(ids[::2], ids[1::2], strict=True))  # fmt: skip
+        assert (store.shared[::2] == 0).all() and (store.shared[1::2] > 0).all()
+    assert sum(map(len, stores)) == 2 * 60
+    written = json.loads((preparation.out / "receipt.json").read_text())
+    assert written["kinds"] == {"pair": 120} and receipt.refused == {"answers_equal": 1}
+    assert written["pairs"]["findings"]["contradicting"]["rows"] == 2
+
+
+def test_prompts_are_kept_with_their_answers(preparation: Preparation) -> None:
+    preparation.write(*({"prompt": f"What is {number}?", "answer": str(number), "level": 3} for number in range(50)))
+    receipt = _with(preparation, "prompts")
+    store = TokenStore(preparation.out / "train")
+    lines = preparation.lines("train_prompts.jsonl")
+    assert [store.row_id(example) for example in range(len(store))] == [line["row_id"] for line in lines]
+    for example, line in enumerate(lines):
+        assert store.get(example)[0].tolist() == line["prompt_ids"] and line["extra"]["level"] == 3
+        assert line["messages"][-1]["content"] == f"What is {line['answer']}?"
+    assert len(lines) + len(preparation.lines("prompts.jsonl")) == 50
+    assert all(check.passed for check in receipt.checks())
+
+
+def test_rows_of_several_kinds_are_refused(preparation: Preparation) -> None:
+    preparation.write(*(pair(number) for number in range(30)))
+    (preparation.folder / "more.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(30)))
+    sources = [
+        {"name": "file", "path": "rows.jsonl", "format": "preference"},
+        {"name": "more", "path": "more.jsonl"},
+    ]
+    with pytest.raises(DataError, match="several kinds"):
+        preparation.run(sources=sources)
+
+
+def test_duplicates_are_counted_or_left_out(preparation: Preparation, tmp_path: Path) -> None:
+    preparation.write(*(row(number % 40) for number in range(60)))
+    receipt = preparation.run()
+    assert receipt.notes["duplicate_examples"] == 20 and receipt.total("examples") == 60
+    preparation.out = tmp_path / "again"
+    receipt = preparation.run(deduplicate=True)
+    assert receipt.notes["left_out_duplicate"] == 20 and receipt.total("examples") == 40
+    left_out = [line["row_id"] for line in preparation.lines("quarantine.jsonl")]
+    assert left_out == [f"rows.jsonl:{number}" for number in range(41, 61)]
+    assert receipt.refused_fraction == 0
+
+
+def test_near_duplicates_and_oddities_are_reported(preparation: Preparation) -> None:
+    text = " ".join(f"w{number * number % 97}" for number in range(120))
+    rows = [row(number) for number in range(40)]
+    rows += [row(100, text), row(101, text + " end"), row(102, "Zero\u200bwidth and \ufffd.")]
+    preparation.write(*rows)
+    preparation.run()
+    written = json.loads((preparation.out / "receipt.json").read_text())
+    near = written["near_duplicates"]
+    assert near["near_duplicates"] + near["held_out_near_training"] >= 1
+    oddities = written["oddities"]["file"]["oddities"]
+    assert {kind for kind, found in oddities.items() if found["first"][0]["row_id"] == "rows.jsonl:43"} >= {
+        "replacement_characters",
+        "zero_width",
+    }
+
+
+def test_processes_give_what_one_process_gives(preparation: Preparation, tmp_path: Path) -> None:
+    preparation.write(*(row(n, "so " * (n % 50) + "on") if n % 90 else "broken" for n in range(1400)))
+    found = []
+    for workers in (0, 2):
+        preparation.out = tmp_path / f"with-{workers}"
+        receipt = preparation.run(workers=workers, max_refused_fraction=0.1).to_dict()
+        digests = [TokenStore(preparation.out / name).digest for name in ("train", "held_out")]
+        small = [(preparation.out / name).read_text() for name in ("prompts.jsonl", "quarantine.jsonl", "samples.json")]
+        found.append((receipt, digests, small))
+    assert found[0] == found[1]
+
+
+def test_on_the_fly_only_a_sample_is_prepared(preparation: Preparation) -> None:
+    preparation.write(*(row(number) for number in range(500)))
+    receipt = preparation.run(on_the_fly=True, on_the_fly_sample=100)
+    assert receipt.total("rows") == 100
+    assert TokenStore(preparation.out / "train").source_files == {"file": [["rows.jsonl", 100]]}
+
+
+def test_a_store_knows_what_made_it(preparation: Preparation) -> None:
+    preparation.write(*(row(number) for number in range(50)))
+    preparation.run()
+    store = TokenStore(preparation.out / "train")
+    tokenizer = ChatTokenizer(preparation.tokenizer)
+    check_fingerprint(store, fingerprint(tokenizer))
+    other = ChatTokenizer(preparation.tokenizer, template_date="2027-01-01")
+    with pytest.raises(DataError, match="another template"):
+        check_fingerprint(store, fingerprint(other))
+    with pytest.raises(DataError, match="another tokenizer"):
+        check_fingerprint(store, {**fingerprint(tokenizer), "tokenizer": "0" * 64})

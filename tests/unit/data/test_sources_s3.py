@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from posttrain_lib.data import remote
 from posttrain_lib.data.sources import digest_rows, iter_rows, list_files
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import FileDigests
+from tests.support.s3 import s3_environment, s3_server
 
 ROWS = [{"n": number, "text": "grüß"} for number in range(7)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -23,20 +25,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """URL of a bucket that lives as long as the module."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
+    with s3_server() as url, s3_environment(url):
         filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
         filesystem.mkdir("rows")
         filesystem.pipe("rows/a/part-0.jsonl", LINES)
@@ -45,8 +34,6 @@ def bucket() -> Iterator[str]:
         parquet.write_table(pa.Table.from_pylist(ROWS), table, row_group_size=3)
         filesystem.pipe("rows/b/part.parquet", table.getvalue())
         yield "s3://rows"
-        fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
 
 
 @pytest.mark.parametrize(("path", "times"), [("a/*.jsonl*", 2), ("a/part-0.jsonl", 1), ("b/*.parquet", 1), ("b", 1)])
@@ -80,9 +67,7 @@ def test_a_missing_bucket(bucket: str) -> None:
 
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's own exception is no OSError; the path is named all the same."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    fsspec.filesystem("s3").clear_instance_cache()
-    with pytest.raises(DataError, match="cannot be read") as caught:
+    monkeypatch.setattr(remote, "PATIENCE", remote.Patience(attempts=2, first_wait_seconds=0.01))
+    with s3_environment("http://127.0.0.1:9"), pytest.raises(DataError, match="cannot be read") as caught:
         list(iter_rows("s3://away/rows.jsonl"))
     assert "s3://away/rows.jsonl" in str(caught.value)
-    fsspec.filesystem("s3").clear_instance_cache()

@@ -67,7 +67,7 @@ def test_a_token_across_the_start_of_an_answer_is_split(chatml: ChatTokenizer) -
 def test_truncation_keeps_what_belongs_together(chatml: ChatTokenizer) -> None:
     text = "It was on Monday."
     tokens = tokenize(chatml, Document(text, (Span(3, len(text), 1.0),), ((6, "user"), (len(text), "assistant")), 0))
-    cut = tokens.truncated(3)
+    cut = tokens.cut(0, 3)
     assert [len(part) for part in (cut.ids, cut.weights, cut.role_of)] == [3, 3, 3]
     assert sum(cut.by_role.values()) == 3
 

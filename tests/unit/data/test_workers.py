@@ -106,7 +106,8 @@ def test_work_that_always_kills_its_process_is_named(pools: list[OrderedPool]) -
 
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
-        "import time; from posttrain_lib.data.workers import OrderedPool; from tests.unit.data import test_workers as t\n"
+        "import time; from posttrain_lib.data.workers import OrderedPool\n"
+        "from tests.unit.data import test_workers as t\n"
         "if __name__ == '__main__':\n"
         "    pool = OrderedPool(1, t.make_state, (0,), t.pid_of, str)\n"
         "    print(next(pool.map([0])), flush=True); time.sleep(60)"

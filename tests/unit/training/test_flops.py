@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain_lib.data.collate import to_torch
-from tests.oracles.tiny_job import pack_rows
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import build_model
@@ -22,7 +21,7 @@ from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.training import flops
 from posttrain_lib.training.flops import batch_flops, causal_pairs, peak_flops
 from tests.oracles.prefix_tree import TREE, Segment, row_of, seen
-from tests.oracles.tiny_job import HF_CONFIG, write_model, write_store
+from tests.oracles.tiny_job import HF_CONFIG, pack_rows, write_model, write_store
 
 
 def test_agrees_with_torchs_counter(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_micro_batch_split_changes_nothing(folder: Path, micro_batch_rows: int) 
     store = TokenStore(folder / "train")
 
     def run(rows: int) -> tuple[float, dict]:
-        with PackedLoader(StoreFeed(store, row_tokens=32), row_tokens=32, rows_per_step=8, micro_batch_rows=rows) as loader:
+        with PackedLoader(
+            StoreFeed(store, row_tokens=32), row_tokens=32, rows_per_step=8, micro_batch_rows=rows
+        ) as loader:
             return gradients(load(folder), loader.next_step().micro_batches, store)
 
     loss, expected = run(1)

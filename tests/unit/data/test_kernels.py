@@ -1,0 +1,43 @@
+"""Laying tokens out: the compiled loop does what the plain one does, and touches nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posttrain_lib.data import kernels
+
+
+@given(
+    segments=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5), st.integers(0, 3)), max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_the_compiled_loop_is_the_plain_one(segments: list[tuple[int, int, int]], seed: int) -> None:
+    """Segments (length, first position, gap before it) in shuffled order, gaps stay as they were."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 1000, 300).astype(np.int32)
+    weights = rng.random(300).astype(np.float32)
+    tokens.flags.writeable = weights.flags.writeable = False  # as mapped files are
+    lengths, firsts, gaps = (np.array([s[i] for s in segments], np.int32) for i in range(3))
+    places = (np.cumsum(lengths + gaps) - lengths).astype(np.int64)
+    begins = rng.integers(0, 280, len(segments))
+    order = rng.permutation(len(segments))
+    results = []
+    for run in (kernels.lay_out_plain, kernels.lay_out()):
+        arrays = [np.full(400, 7, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)]
+        run(tokens, weights, begins[order], lengths[order], firsts[order], places[order], *arrays)
+        results.append(arrays)
+    for plain, compiled in zip(*results, strict=True):
+        assert np.array_equal(plain, compiled)
+    for begin, length, first, place in zip(begins, lengths, firsts, places, strict=True):
+        assert results[0][0][place : place + length].tolist() == tokens[begin : begin + length].tolist()
+        assert results[0][3][place : place + length].tolist() == list(range(first, first + length))
+
+
+def test_a_machine_without_numba_uses_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_numba", lambda: False)
+    kernels.lay_out.cache_clear()
+    assert kernels.lay_out() is kernels.lay_out_plain
+    kernels.lay_out.cache_clear()
