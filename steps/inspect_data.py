@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.data.inspection import REFUSED, Found, Inspection
-from posttrain_lib.data.inspection_view import ShownDocument, ShownRow, described, pack_line, visible, weight_of
+from posttrain_lib.data.inspection_view import (
+    ShownDocument,
+    ShownRow,
+    as_text,
+    described,
+    pack_line,
+    visible,
+    weight_of,
+)
 from posttrain_lib.data.prepare import HELD_OUT, QUARANTINE, TRAIN
 from posttrain_lib.errors import StoreError
 from posttrain_lib.lineage.store import Store, disk_errors
@@ -54,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{headline}; written to {options.html.resolve()}")
             return
         console = _console()
-        console.print(headline)
+        _print(console, (headline, ""))
         for row in rows:
             print_row(console, row, steps=config.train.steps, tokens=options.tokens)
 
@@ -155,7 +162,7 @@ def print_row(console: Console, row: ShownRow, *, steps: int | None, tokens: boo
         for name, text in said.notes:
             _print(console, (f"{visible(name):>10} ", "yellow"), (_indented(text), ""))
     if not row.said:
-        _print(console, (visible(json.dumps(row.raw, indent=1, ensure_ascii=False), lines=False), ""))
+        _print(console, (visible(as_text(row.raw), lines=False), ""))
     for number, document in enumerate(row.documents, 1):
         console.print()
         _print(console, (f"document {number} of {len(row.documents)}  {visible(document.row_id)}", "bold"))

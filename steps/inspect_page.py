@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable, Sequence
 
 from posttrain_lib.data.inspection import REFUSED
@@ -50,7 +49,8 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
   border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; margin: 8px 0 }
 .tokens span:hover { outline: 1px solid var(--ink) }
 .t { background: rgba(var(--trained), calc(.14 + .26 * var(--w, 1))); color: var(--ink) } .s { color: var(--special) }
-.t.s { font-weight: 600 } sup { font-size: 10px; color: var(--pale) }
+.t.s { font-weight: 600 }
+.p { border-bottom: 1px dotted var(--pale) } sup { font-size: 10px; color: var(--pale) }
 summary { cursor: pointer; overflow-wrap: anywhere }
 .bar { display: flex; height: 26px; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; margin: 8px 0 }
 .bar i { min-width: 1px; background: var(--odd); border-right: 1px solid var(--card) }
@@ -59,10 +59,11 @@ table { border-collapse: collapse; font: 12px/1.5 ui-monospace, monospace; margi
 td, th { text-align: left; padding: 1px 14px 1px 0; white-space: pre-wrap; overflow-wrap: anywhere }
 td.n, th.n { text-align: right } tr.own td { color: var(--own); font-weight: 600 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.5 ui-monospace, monospace }
-.legend { font-size: 13px; color: var(--pale); margin: 0 } .legend .t, .legend .s { padding: 0 4px; border-radius: 3px }
+.legend { font-size: 13px; color: var(--pale); margin: 0 } .legend span { padding: 0 4px; border-radius: 3px }
 """
 _LEGEND = (
     "<p class=legend><span class=t>trained</span> · not trained · <span class=s>control token</span> · "
+    "<span class=p>shared with the document before</span> · "
     "↵ end of line · hover a token for its id and weight</p>"
 )
 
@@ -98,7 +99,7 @@ def _row(row: ShownRow, steps: int | None, tokens: bool) -> str:
         *(_said(said) for said in row.said),
         *(_document(row, number, steps, tokens) for number in range(len(row.documents))),
         f"<h3>Source</h3><details{'' if row.said else ' open'}><summary>the row as it stands in its file</summary>"
-        f"<pre>{_safe(json.dumps(row.raw, indent=1, ensure_ascii=False))}</pre></details>",
+        f"<pre>{_safe(as_text(row.raw))}</pre></details>",
     ]
     return f"<article>{''.join(parts)}</article>"
 
@@ -130,7 +131,8 @@ def _pieces(document: ShownDocument) -> Iterable[str]:
         index = f"{piece.begin}" if len(ids) == 1 else f"{piece.begin} to {piece.end - 1}"
         role = f" · {document.roles[piece.begin]}" if document.roles else ""
         title = f"token {index} · id {', '.join(map(str, ids.tolist()))} · weight {weight:g}{role}"
-        names = [name for name, holds in (("t", weight), ("s", document.special[piece.begin])) if holds]
+        marks = {"t": weight, "s": document.special[piece.begin], "p": piece.begin < document.shared}
+        names = [name for name, holds in marks.items() if holds]
         shade = f' style="--w:{min(1.0, weight):g}"' if weight not in (0.0, 1.0) else ""
         classes = f' class="{" ".join(names)}"' if names else ""
         yield f'<span{classes}{shade} title="{_safe(title)}">{_safe(piece.text, lines=True)}</span>'

@@ -147,6 +147,20 @@ class ChatTokenizer:
         """Text of each token by itself, for display; a character cut in two shows as U+FFFD."""
         return [self.decode([token], skip_special_tokens=False) for token in ids]
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids that it knows, added tokens among them."""
+        return len(self._tokenizer)
+
+    @cached_property
+    def writes_bos(self) -> bool:
+        """Whether it puts its begin of sequence before a text of its own accord: found out by trying."""
+        return self.bos_id is not None and self._tokenizer("a")["input_ids"][:1] == [self.bos_id]
+
+    def to_json(self) -> str:
+        """The tokenizer as ``tokenizer.json`` would have it, as the class that serving loads has made it."""
+        return str(self._tokenizer.backend_tokenizer.to_str())
+
     def definition(self) -> dict[str, str]:
         """What decides ids and rendered text, as text: the tokenizer, and the template with its variables."""
         template = self._template or self._tokenizer.chat_template
@@ -154,7 +168,7 @@ class ChatTokenizer:
             name: value if not callable(value) else value("%Y-%m-%d") for name, value in self._variables.items()
         }
         return {
-            "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+            "tokenizer": self.to_json(),
             "template": json.dumps([template, variables], sort_keys=True, default=str),
         }
 

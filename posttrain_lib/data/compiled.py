@@ -73,13 +73,8 @@ def pack_loop(
     buffer: int,
     counters: Any,
     slot_id: Any,
-    slot_length: Any,
-    follower: Any,
-    older: Any,
-    newer: Any,
-    free: Any,
-    heads: Any,
-    tails: Any,
+    slots: Any,
+    lists: Any,
     occupied: Any,
     out: Any,
     out_ends: Any,
@@ -94,6 +89,8 @@ def pack_loop(
     Returns:
         (units taken in, rows made).
     """
+    slot_length, follower, older, newer, free = slots[0], slots[1], slots[2], slots[3], slots[4]
+    heads, tails = lists[0], lists[1]
     waiting, oldest, newest, unused = counters[0], counters[1], counters[2], counters[3]
     taken, rows, written = 0, 0, 0
     while rows < wanted:

@@ -134,6 +134,11 @@ def said_in(row: ParsedRow) -> tuple[Said, ...]:
     return (*tools, *(_said(message) for message in row.messages))
 
 
+def as_text(raw: Any) -> str:
+    """A row as it stands in its file: JSON, or the text of a row that could not be read."""
+    return raw if isinstance(raw, str) else json.dumps(raw, indent=1, ensure_ascii=False, default=str)
+
+
 def spell(tokenizer: ChatTokenizer, ids: Sequence[int]) -> tuple[Piece, ...]:
     """The text of every token as it stands in the document; of several at once where a character is cut among them.
 
@@ -222,7 +227,7 @@ def pack_line(pack: Pack, document: ShownDocument, steps: int | None) -> str:
     return (
         f"packed in step {pack.step:,}{f' of {steps:,}' if steps else ''}, row {pack.row} of {pack.rows}: "
         f"slots {own.begin:,} to {own.begin + own.tokens - 1:,} of {pack.row_tokens:,}{behind}; "
-        f"the row has {len(pack.documents)} document(s) and is {pack.used / pack.row_tokens:.1%} full"
+        f"its {len(pack.documents)} document(s) fill {pack.used:,} slots ({pack.used / pack.row_tokens:.2%})"
     )
 
 
@@ -256,13 +261,10 @@ def _text_behind(tokenizer: ChatTokenizer, before: list[int], ids: Sequence[int]
 
 
 def _visible(character: str) -> str:
-    code = ord(character)
     if character in " \n\u3000":
         return character
     if character == "\t":
         return "⇥"
-    if code < 0x20:
-        return chr(0x2400 + code)
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"):
-        return f"⟦U+{code:04X}⟧"
+        return f"⟦U+{ord(character):04X}⟧"
     return character

@@ -46,7 +46,7 @@ class Literal:
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         from tokenizers import Tokenizer
 
-        content = json.loads(tokenizer._tokenizer.backend_tokenizer.to_str())
+        content = json.loads(tokenizer.to_json())
         ids = {token["content"]: token["id"] for token in content["added_tokens"] if token["special"]}
         names = dict(zip(ids, map(chr, range(_CODES, _CODES + _MOST)), strict=False))
         self._encoder = Tokenizer.from_str(json.dumps(_respelled(content, names)))

@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -255,7 +254,7 @@ def _plain(tokenizer: ChatTokenizer, encoded: Encoded) -> Tokens:
     """The text between the tokenizer's begin (where it writes one) and end of sequence; all but the first learned."""
     if not len(encoded.ids):
         raise RefusedRow("empty_text", "the text has no token")
-    before = [tokenizer.bos_id] if _writes_bos(tokenizer) else []
+    before = [tokenizer.bos_id] if tokenizer.writes_bos else []
     behind = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = np.concatenate([np.asarray(part, dtype=np.int32) for part in (before, encoded.ids, behind)])
     weights = np.ones(len(ids), np.float32)
@@ -265,15 +264,9 @@ def _plain(tokenizer: ChatTokenizer, encoded: Encoded) -> Tokens:
 
 def _given(tokenizer: ChatTokenizer, row: TokenRow) -> Tokens:
     """The row's own ids and weights."""
-    size = len(tokenizer._tokenizer)
+    size = tokenizer.vocabulary_size
     if (largest := int(row.token_ids.max())) >= size:
         raise RefusedRow("token_out_of_range", f"token id {largest}, the tokenizer has {size}")
     learned = np.flatnonzero(np.diff(row.loss_weights > 0, prepend=False, append=False))
     answers = tuple((int(begin), int(end)) for begin, end in learned.reshape(-1, 2))
     return Tokens(row.token_ids, row.loss_weights, ("tokens",), np.zeros(len(row.token_ids), np.int64), answers, False)
-
-
-@cache
-def _writes_bos(tokenizer: ChatTokenizer) -> bool:
-    """Whether this tokenizer puts its begin of sequence before a text of its own accord: found out by trying."""
-    return tokenizer.bos_id is not None and tokenizer._tokenizer("a")["input_ids"][:1] == [tokenizer.bos_id]

@@ -75,9 +75,10 @@ class CompiledPacker:
         # units that wait, the oldest slot, the newest, free slots
         self._counters = np.array([0, -1, -1, buffer], np.int64)
         self._slot_id = np.zeros(buffer, np.int64)
-        self._slot_length, self._follower, self._older, self._newer = (np.full(buffer, -1, np.int32) for _ in range(4))
-        self._free = np.arange(buffer, dtype=np.int32)
-        self._heads, self._tails = (np.full(lengths, -1, np.int32) for _ in range(2))
+        # per slot: length, next of its length, next older, next newer; and the free slots
+        self._slots = np.full((5, buffer), -1, np.int32)
+        self._slots[4] = np.arange(buffer)
+        self._lists = np.full((2, lengths), -1, np.int32)  # per length: oldest and newest slot
         self._occupied = np.zeros((lengths >> 6) + 1, np.uint64)
 
     def __len__(self) -> int:
@@ -97,9 +98,8 @@ class CompiledPacker:
         wanted = min(wanted, len(out))
         ends = np.empty(wanted, np.int64)
         taken, rows = self._loop(
-            ids, lengths, wanted, flush, self.row_tokens, self.buffer, self._counters, self._slot_id,
-            self._slot_length, self._follower, self._older, self._newer, self._free, self._heads, self._tails,
-            self._occupied, out, ends,
+            ids, lengths, wanted, flush, self.row_tokens, self.buffer, self._counters, self._slot_id, self._slots,
+            self._lists, self._occupied, out, ends,
         )  # fmt: skip
         bounds = [0, *ends[:rows].tolist()]
         members = out[: bounds[-1]].tolist()
@@ -110,7 +110,7 @@ class CompiledPacker:
         found, slot = [], int(self._counters[1])
         while slot >= 0:
             found.append(int(self._slot_id[slot]))
-            slot = int(self._newer[slot])
+            slot = int(self._slots[3, slot])
         return found
 
     def load_state(self, waiting: Sequence[int], lengths: Sequence[int]) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.adapters import vllm_check
+from posttrain_lib.embedded.conversations import generate_rows
+from posttrain_lib.embedded.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOW = ROOT / "flows" / "sft_flow.py"
@@ -144,9 +146,10 @@ def test_bad_data_stops_before_training_and_resume_goes_on(home: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not vllm_check.is_available(), reason="vLLM is not installed")
-def test_tokens_that_serving_would_not_send_stop_the_flow(home: Path, tmp_path: Path, first_run: str) -> None:
+def test_tokens_that_serving_would_not_send_stop_the_flow(home: Path, tmp_path: Path) -> None:
     """The template prints a field of the messages that no server passes on to it."""
-    tokenizer = sorted((home / "store").glob("steps/inputs/*/tokenizer"))[0]
+    tokenizer = tmp_path / "tokenizer"
+    build_tokenizer((turn["content"] for row in generate_rows(50, 0) for turn in row["messages"]), 320, tokenizer)
     rows, template, config = tmp_path / "rows.jsonl", tmp_path / "own.jinja", tmp_path / "skewed.yaml"
     with open(rows, "w") as handle:
         for number in range(60):
