@@ -11,6 +11,7 @@ from posttrain_lib.data.inspection_view import (
     Said,
     ShownDocument,
     ShownRow,
+    as_text,
     described,
     pack_line,
     visible,

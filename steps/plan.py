@@ -10,9 +10,14 @@ from typing import Any
 import yaml
 
 from posttrain_lib.config import RunConfig, load_run_config
+from posttrain_lib.data.formats import check_fields
+from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError, ModelError
+from posttrain_lib.losses import build_loss
 from posttrain_lib.models.families import get_family, spec_from_config
 from posttrain_lib.models.spec import ModelSpec, matmul_parameters, parameter_count
+from posttrain_lib.optim import OPTIMIZERS
+from posttrain_lib.registry import resolve
 from steps.pipeline import add_config_arguments, plain_errors
 
 _FLOAT32_BYTES = 4
@@ -22,12 +27,16 @@ def describe(config: RunConfig) -> str:
     """The resolved plan of a run, from the config and the model's config.json alone."""
     train, compute = config.train, config.compute
     slots = train.rows_per_step * train.row_tokens
-    length = f"{train.steps} steps" if train.steps is not None else f"{train.epochs:g} epochs"
+    _check_names(config)
+    length = f"{train.steps} steps" if train.steps is not None else "until the mixture ends,"
+    if train.epochs is not None:
+        length = f"{train.epochs:g} epochs"
     accumulation = train.rows_per_step // (train.micro_batch_rows * compute.workers)
     lines = [
         f"plan of {config.name} ({config.recipe})",
         f"  data       {', '.join(source.name for source in config.data.sources)}; "
         f"examples up to {config.data.max_example_tokens} tokens ({config.data.over_length} longer ones)",
+        *_mixture_lines(config),
         f"  training   {length} x {slots:,} token slots ({train.rows_per_step} rows of {train.row_tokens}), "
         f"{compute.workers} worker(s), {accumulation} micro-batch(es) each",
         f"  optimiser  {train.optimizer.name}, lr {train.optimizer.lr:g}, {train.schedule.name} after "
@@ -41,6 +50,40 @@ def describe(config: RunConfig) -> str:
     if train.steps is not None:
         lines.insert(3, f"  tokens     at most {train.steps * slots:,} in all")
     return "\n".join(lines)
+
+
+def _mixture_lines(config: RunConfig) -> list[str]:
+    mixture, data = config.train.mixture, config.data
+    lines = []
+    if mixture is not None:
+        shares = []
+        for source in data.sources:
+            weight = mixture.sources[source.name].weight if source.name in mixture.sources else None
+            shown = "its size" if weight is None else " -> ".join(f"{w:g} at step {s}" for s, w in _points(weight))
+            shares.append(f"{source.name} {shown}")
+        lines.append(f"  mixture    by {mixture.by}: {'; '.join(shares)}; exhausted sources: {mixture.exhausted}")
+    if data.on_the_fly:
+        sample = f"{data.on_the_fly_sample:,} of each source are checked beforehand"
+        lines.append(f"  on the fly rows are tokenised while training; {sample}")
+    return lines
+
+
+def _points(weight: Any) -> list[tuple[int, float]]:
+    return [(1, weight)] if isinstance(weight, int | float) else list(weight)
+
+
+def _check_names(config: RunConfig) -> None:
+    """What the run would otherwise find out later: formats and their fields, local files, the loss, the optimiser.
+
+    Raises:
+        ConfigError, DataError: naming the field or the file.
+    """
+    for source in config.data.sources:
+        check_fields(source.format, source.fields)
+        if source.path is not None and "://" not in source.path:
+            files_of(source.path)
+    build_loss(config.train.loss, config.train.loss_options)
+    resolve(config.train.optimizer.name, OPTIMIZERS, what="optimiser", where="train.optimizer.name")
 
 
 def memory_estimate(spec: ModelSpec, config: RunConfig) -> dict[str, float]:

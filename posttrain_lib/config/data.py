@@ -92,6 +92,12 @@ class DataConfig(Section):
     max_refused_fraction: float = Field(0.01, ge=0.0, lt=1.0, description="refused rows allowed before the flow stops")
     held_out: HeldOut = HeldOut()
 
+    @field_validator("serving_check", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads an unquoted off as false."""
+        return "off" if value is False else value
+
     @field_validator("template_date", mode="before")
     @classmethod
     def _is_a_date(cls, value: object) -> str:

@@ -27,7 +27,10 @@ class LossOutput:
 
 class Loss(Protocol):
     """An objective. It must use every trained parameter even for a micro-batch without targets (a zero that belongs
-    to the graph), because sharded training communicates in the backward."""
+    to the graph), because sharded training communicates in the backward.
+
+    A loss may say in ``kind`` which examples it learns from (see ``data.token_store.KINDS``); without it, documents.
+    """
 
     def divisor(self, batch: PackedBatch) -> float:
         """This batch's share of the global count that the step divides by; known before the forward."""

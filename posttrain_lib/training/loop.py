@@ -17,12 +17,14 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.data.live_feed import LiveFeed
 from posttrain_lib.data.loader import LoadedStep, PackedLoader, count_steps
 from posttrain_lib.data.store_feed import StoreFeed
-from posttrain_lib.data.token_store import TokenStore
+from posttrain_lib.data.token_store import KINDS, TokenStore
 from posttrain_lib.errors import ConfigError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
 from posttrain_lib.losses import build_loss
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from posttrain_lib.config.train import TrainConfig
     from posttrain_lib.data.live_feed import LiveSpec
     from posttrain_lib.data.planner import Feed
+    from posttrain_lib.losses.base import Loss
     from posttrain_lib.models.spec import ModelSpec
     from posttrain_lib.training.job import TrainJob
 
@@ -155,6 +158,24 @@ def check_vocabulary(spec: ModelSpec, *stores: TokenStore) -> None:
             )
 
 
+def check_kind(store: TokenStore, loss: Loss) -> None:
+    """Refuse examples that the loss is not made for: SFT on pairs would learn the rejected answers, too.
+
+    Raises:
+        DataError: naming the kinds.
+    """
+    wanted = getattr(loss, "kind", "document")
+    found = {KINDS[kind] for kind in np.unique(store.kinds).tolist()}
+    if found - {wanted}:
+        raise DataError(
+            "the data is not of the kind that the loss learns from",
+            where=store.folder,
+            got=", ".join(sorted(found)),
+            expected=wanted,
+            fix="choose the recipe for such rows, or another data.sources.format",
+        )
+
+
 def check_warmup(config: TrainConfig, total_steps: int) -> None:
     """The config checks this where it states steps; with epochs the number is known only here."""
     if config.schedule.warmup_steps > total_steps:
@@ -177,6 +198,7 @@ class Trainer:
         self.held_out = TokenStore(Path(job.held_out_store))
         check_vocabulary(self.spec, self.store, self.held_out)
         self.loss = build_loss(config.loss, config.loss_options)
+        check_kind(self.store, self.loss)
         model = load_sharded_model(self.spec, job, device)
         self.feed: Feed = store_feed(self.store, config) if job.live is None else live_feed(job.live, job)
         loader = build_loader(

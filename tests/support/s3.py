@@ -6,6 +6,7 @@ import argparse
 import logging
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,17 @@ from tests.support.faulty_proxy import faulty_proxy
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The URL of a server in this process; what it stores goes with it."""
+    """The URL of an empty server in this process."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
     try:
-        yield f"http://{host}:{port}"
+        # What an earlier server of this process stored is still there.
+        urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
+        yield url
     finally:
         server.stop()
 

@@ -189,7 +189,21 @@ def tools_of(raw: Any) -> tuple[dict[str, Any], ...]:
         return ()
     if not is_list(raw) or not all(isinstance(tool, Mapping) for tool in raw):
         raise RefusedRow("bad_tools", "'tools' is no list of objects")
-    return tuple(dict(tool) for tool in raw)
+    return tuple(_as_requested(tool) for tool in raw)
+
+
+def _as_requested(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as an OpenAI request brings it to a template: fields of others are lost on the way, absent ones are null.
+
+    vLLM's FunctionDefinition does so; a template prints what it gets, so training has to print the same.
+    """
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RefusedRow("bad_tools", "a tool is no function with a name")
+    kept = {name: function.get(name) for name in ("name", "description", "parameters")}
+    if function.get("strict") is not None:
+        kept["strict"] = function["strict"]
+    return {"type": "function", "function": kept}
 
 
 def check_order(messages: Sequence[Message], *, answered: bool = True) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Asked:
         chats = [json.dumps(chat) for chat in chats_of(self.sample, self.variants)]
         known = dict(zip(chats, zip(self.served.prompts, self.served.refusals, strict=True), strict=True))
         turns: list[TrainedTurn] = []
-        found = []
+        found: list[tuple[Sequence[int], str]] = []
         for turn in sample.turns:
             wanted = [json.dumps(chat) for chat in chats_of(Sample([turn]), self.variants)]
             if all(chat in known for chat in wanted):
@@ -117,12 +117,6 @@ def asked(
     return get
 
 
-def has_own_tool_fields(turn: TrainedTurn) -> bool:
-    """Whether the row's functions have fields that no request carries (this data has a few): no server prints them."""
-    known = {"name", "description", "parameters", "strict"}
-    return any(set(tool["function"]) - known for tool in turn.tools)
-
-
 def test_no_tokenizer_with_a_template_is_left_out(real_data: Path) -> None:
     settings = {path.parent.name: json.loads(path.read_text()) for path in real_data.glob("tokenizers/*/*_config.json")}
     assert {name for name, content in settings.items() if content.get("chat_template")} == set(CONFIG_OF)
@@ -132,10 +126,8 @@ def test_no_tokenizer_with_a_template_is_left_out(real_data: Path) -> None:
 def test_training_has_the_ids_that_vllm_sends(name: str, asked: Callable[[str], Asked]) -> None:
     found = asked(name)
     assert found.served.by_template
-    odd = {turn.row_id.partition("#")[0] for turn in found.sample.turns if has_own_tool_fields(turn)}
-    assert found.differing_rows() <= odd
-    sound = Sample([turn for turn in found.sample.turns if not has_own_tool_fields(turn)], found.sample.counts)
-    report = compare(*_args(found, sound))
+    assert found.differing_rows() == set()
+    report = compare(*_args(found, found.sample))
     assert sum(report.turns.values()) >= ROWS  # phi-3-mini's template has no tools, so it trains few of those rows
     assert report.turns["chat"] >= ROWS / 2
     print(f"{name}: {report.summary()}")
@@ -237,7 +229,7 @@ def test_a_request_is_what_a_client_sends_and_a_bad_one_spoils_no_other(small: P
     said = [{"role": "user", "content": "Who?"}]
     function = {"name": "find", "parameters": {"type": "object"}, "response": {"type": "null"}}
     call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"what": "cups"}'}}
-    chats = [
+    chats: list[dict[str, Any]] = [
         {"messages": said, "tools": [], "variables": {}},
         {"messages": [{"content": "no role"}], "tools": [], "variables": {}},
         {"messages": said, "tools": [{"type": "function", "function": function}], "variables": {}},

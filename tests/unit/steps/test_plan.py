@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.config import load_run_config
-from posttrain_lib.errors import ModelError
+from posttrain_lib.errors import ConfigError, DataError, ModelError
 from steps import plan
 from steps.pipeline import DEFAULT_CONFIG
 
@@ -26,6 +26,32 @@ def test_memory_counts_weights_gradients_and_both_moments() -> None:
     memory = plan.memory_estimate(spec, config)
     assert memory["gradients"] == memory["weights"]
     assert memory["optimiser"] == 2 * memory["weights"]
+
+
+def test_names_and_files_are_checked_before_the_run(tmp_path: Path) -> None:
+    wrong = [
+        ("train.loss=sfd", "did you mean 'sft'"),
+        ("train.optimizer.name=adamm", "did you mean 'adamw'"),
+    ]
+    for override, said in wrong:
+        with pytest.raises(ConfigError, match=said):
+            plan.describe(load_run_config(DEFAULT_CONFIG, [override]))
+    text = DEFAULT_CONFIG.read_text(encoding="utf-8")
+    start = text.index("generate:")
+    path = tmp_path / "run.yaml"
+    path.write_text(text[:start] + "path: nothing-here/*.jsonl}" + text[text.index("\n", start) :], encoding="utf-8")
+    with pytest.raises(DataError, match="nothing-here"):
+        plan.describe(load_run_config(path))
+    path.write_text(text.replace("name: generated,", "name: generated, format: message,"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="is 'messages' meant"):
+        plan.describe(load_run_config(path))
+
+
+def test_a_mixture_is_spelt_out() -> None:
+    shares = "train.mixture={by: tokens, sources: {generated: {weight: [[1, 0.5], [9, 2]]}}}"
+    name = load_run_config(DEFAULT_CONFIG).data.sources[0].name
+    text = plan.describe(load_run_config(DEFAULT_CONFIG, [shares.replace("generated", name)]))
+    assert f"by tokens: {name} 0.5 at step 1 -> 2 at step 9; exhausted sources: repeat" in text
 
 
 def test_more_workers_hold_less_each() -> None:

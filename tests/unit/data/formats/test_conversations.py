@@ -23,6 +23,11 @@ def said(conversation: Conversation) -> list[tuple[str, str | None, float]]:
     return [(message.role, message.content, message.loss_weight) for message in conversation.messages]
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+#: as a request brings it to a template
+TOLD = {"type": "function", "function": {"name": "f", "description": None, "parameters": None}}
+
+
 CALL = {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 2}})}
 SHAREGPT = [
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
@@ -138,7 +143,7 @@ EARLIER = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b
 COMPLETION = [
     {"prompt": "Two and two?", "completion": "Four."},
     {"prompt": EARLIER, "completion": [{"role": "assistant", "content": "d"}], "system": None},
-    {"prompt": "Two and two?", "completion": "Four.", "system": "Be brief.", "tools": [{"type": "function"}]},
+    {"prompt": "Two and two?", "completion": "Four.", "system": "Be brief.", "tools": [TOOL]},
 ]
 
 
@@ -152,7 +157,7 @@ class TestPromptCompletion:
             ("user", "c", 0.0),
             ("assistant", "d", 1.0),
         ]
-        assert (found[2].messages[0].role, found[2].tools) == ("system", ({"type": "function"},))
+        assert (found[2].messages[0].role, found[2].tools) == ("system", (TOLD,))
 
     def test_an_earlier_answer_that_is_flagged_is_trained(self) -> None:
         flagged = [EARLIER[0], {**EARLIER[1], "train": True}, EARLIER[2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import pytest
 from posttrain_lib.data.formats.messages import parse
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import Conversation
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+#: as a request brings it to a template
+TOLD = {"type": "function", "function": {"name": "f", "description": None, "parameters": None}}
 
 USER = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}
@@ -35,10 +40,10 @@ def test_the_group_is_the_named_field_or_the_first_question() -> None:
 
 
 def test_tool_calls_become_objects_and_extra_fields_stay() -> None:
-    found = parsed(USER, CALLING, RESULT, ANSWER, tools='[{"type": "function"}]')
+    found = parsed(USER, CALLING, RESULT, ANSWER, tools=json.dumps([TOOL]))
     assert found.messages[1].tool_calls[0]["function"] == {"name": "f", "arguments": {"x": 1}}
     assert found.messages[2].extra == {"tool_call_id": "1"}
-    assert found.tools == ({"type": "function"},)
+    assert found.tools == (TOLD,)
 
 
 def test_columns_that_a_table_fills_with_nothing_are_no_fields() -> None:
@@ -126,10 +131,10 @@ def test_a_field_beside_the_one_it_resembles_is_no_misspelling() -> None:
 
 
 def test_rows_that_call_the_messages_otherwise() -> None:
-    row = {"turns": [USER, ANSWER], "functions": [{"type": "function"}], "messages": "not these"}
+    row = {"turns": [USER, ANSWER], "functions": [TOOL], "messages": "not these"}
     found = parse(row, "s", "1", None, {"messages": "turns", "tools": "functions"})
     assert found.messages == parsed(USER, ANSWER).messages
-    assert found.tools == ({"type": "function"},)
+    assert found.tools == (TOLD,)
     with pytest.raises(RefusedRow, match=r"no_messages: 'talk' is missing"):
         parse(row, "s", "1", None, {"messages": "talk"})
 
@@ -140,3 +145,13 @@ def test_nesting_without_end_is_refused() -> None:
         deep = [deep]
     with pytest.raises(RefusedRow, match="nested_too_deep"):
         parsed(USER, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": {"a": deep}}}]}, RESULT, ANSWER)
+
+
+def test_tools_are_those_that_a_request_can_carry() -> None:
+    """Servers lose a function's other fields, and templates print what is there: training must not print more."""
+    own = {"name": "f", "parameters": {"type": "object"}, "required": ["a"], "strict": True}
+    found = parsed(USER, ANSWER, tools=[{"type": "function", "function": own, "id": 3}, own])
+    kept = {"name": "f", "description": None, "parameters": {"type": "object"}, "strict": True}
+    assert found.tools == ({"type": "function", "function": kept},) * 2
+    with pytest.raises(RefusedRow, match="bad_tools"):
+        parsed(USER, ANSWER, tools=[{"type": "function", "function": {"description": "no name"}}])

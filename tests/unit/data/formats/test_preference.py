@@ -12,13 +12,16 @@ from posttrain_lib.data.formats import get_format
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import PreferencePair, Prompt
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+#: as a request brings it to a template
+TOLD = {"type": "function", "function": {"name": "f", "description": None, "parameters": None}}
 ASKED, GOOD, BAD = (
     {"role": role, "content": said} for role, said in (("user", "a"), ("assistant", "b"), ("assistant", "c"))
 )
 FORMS = [
     {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD], "margin": 2},
     {"prompt": "a", "chosen": "b", "rejected": "c"},
-    {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "tools": [{"type": "function"}]},
+    {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "tools": [TOOL]},
     {"prompt": "a", "prompt_id": "7", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "group": 1},
     {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
 ]
@@ -42,7 +45,7 @@ def test_every_form_gives_the_same_pair(row: dict[str, Any]) -> None:
 def test_what_comes_with_a_pair() -> None:
     found = [pair(row) for row in FORMS]
     assert [made.margin for made in found[:2]] == [2.0, None]
-    assert found[2].tools == ({"type": "function"},)
+    assert found[2].tools == (TOLD,)
     assert [made.group for made in found[2:4]] == ["user:a", "group:1"]
 
 
@@ -99,7 +102,7 @@ def test_real_pairs(real_data: Path) -> None:
 PROMPTS = [
     {"prompt": "Two and two?", "answer": "4", "level": 1, "empty": None},
     {"prompt": [ASKED, GOOD, ASKED], "answer": 6, "group": "g"},
-    {"prompt": "Two and two?", "system": "Be brief.", "tools": [{"type": "function"}]},
+    {"prompt": "Two and two?", "system": "Be brief.", "tools": [TOOL]},
 ]
 
 
@@ -115,7 +118,7 @@ def test_prompts() -> None:
     assert found[0].extra == {"level": 1}
     assert found[1].extra == {"group": "g"}
     assert [len(made.messages) for made in found] == [1, 3, 2]
-    assert found[2].tools == ({"type": "function"},)
+    assert found[2].tools == (TOLD,)
     assert [made.group for made in found[:2]] == ["user:Two and two?", "group:g"]
 
 
