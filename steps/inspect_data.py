@@ -285,7 +285,9 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--refused", nargs="?", const="", metavar="REASON", help="refused rows, of one reason or of all")
     parser.add_argument("--held-out", action="store_true", help="of the held-out rows instead of the training rows")
     parser.add_argument("--seed", type=int, default=0, help="of --random (default: %(default)s)")
-    parser.add_argument("--most", type=_count, default=10, help="refused rows to show (default: %(default)s)")
+    parser.add_argument(
+        "--most", type=_count, default=10, metavar="K", help="refused rows to show (default: %(default)s)"
+    )
     parser.add_argument("--tokens", action="store_true", help="a line for every token: index, id, weight, role, piece")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
     return parser

@@ -68,6 +68,7 @@ class ChatTokenizer:
         date = datetime.date.fromisoformat(template_date)
         # Hugging Face's templates call strftime_now; a variable of that name takes precedence over the function.
         self._variables = {"strftime_now": date.strftime, **(template_kwargs or {})}
+        self._mentioned: dict[str, bool] = {}
         if self._template is None and self._tokenizer.chat_template is None:
             raise DataError(
                 "the tokenizer has no chat template",
@@ -197,9 +198,12 @@ class ChatTokenizer:
 
     def mentions(self, variable: str) -> bool:
         """Whether the template uses a variable of this name, not fixed by the run's own template variables."""
-        source = self._template or self._tokenizer.chat_template
-        text = source if isinstance(source, str) else "\n".join(source.values())
-        return variable not in self._variables and re.search(rf"\b{re.escape(variable)}\b", text) is not None
+        if variable not in self._mentioned:  # asked for every turn
+            source = self._template or self._tokenizer.chat_template
+            text = source if isinstance(source, str) else "\n".join(source.values())
+            found = re.search(rf"\b{re.escape(variable)}\b", text) is not None
+            self._mentioned[variable] = found and variable not in self._variables
+        return self._mentioned[variable]
 
     def _engine_for(self, characters: int) -> Engine:
         if self._engine is not None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 OWN_ID = re.compile(r"(.*:(\d+))(?:#.*)?", re.DOTALL)
 #: tokens that may share one character: UTF-8 has at most four bytes
 _TOKENS_OF_A_CHARACTER = 4
-#: packed units after which the search ends where a mixture may never draw what is looked for
-_MOST_PACKED = 2_000_000
+#: packed units after which the search ends in a mixture, which may never draw what is looked for: about 20 seconds
+_MOST_MIXED = 500_000
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def visible(text: str, *, lines: bool = True) -> str:
 def locate(store: TokenStore, train: TrainConfig, wanted: set[int]) -> tuple[dict[int, Pack], str]:
     """Where training first meets examples: example -> packed row. And why those are missing that are.
 
-    Walks the plan of the run on lengths alone, from its first step on, until all are found.
+    Walks the plan of the run on lengths alone, from its first step on, until all are found: within the first pass
+    over the data, save in a mixture.
 
     Raises:
         DataError, ConfigError: as a StoreFeed raises them: the run could not start either.
@@ -190,7 +191,8 @@ def locate(store: TokenStore, train: TrainConfig, wanted: set[int]) -> tuple[dic
     planner = Planner(feed, row_tokens=train.row_tokens, packing_buffer=train.packing_buffer)
     unit_of = {example: int(np.searchsorted(feed.units.first, example, side="right")) - 1 for example in wanted}
     missing, found, step, packed = set(unit_of.values()), dict[int, Pack](), 0, 0
-    while missing and (train.steps is None or step < train.steps) and packed < _MOST_PACKED:
+    most = None if train.mixture is None else _MOST_MIXED
+    while missing and (train.steps is None or step < train.steps) and (most is None or packed < most):
         rows = planner.rows(train.rows_per_step, step + 1)
         if not rows:
             break

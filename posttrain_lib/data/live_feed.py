@@ -126,6 +126,7 @@ class LiveFeed:
             self._streams.append(stream)
             parts.append(Part(_Held(stream, partial(self._oldest, number)), schedule(share.weight), policy))
         self.mixer = Mixer(parts, by="samples" if mixture is None else mixture.by)
+        self.warm()
 
     def identity(self) -> dict[str, Any]:
         """See :class:`~posttrain_lib.data.planner.Feed`."""
@@ -198,6 +199,10 @@ class LiveFeed:
         """Per stream ("" = all sources together): rows moved past, refused and held-out ones among them, units."""
         names = self.sources if len(self._streams) > 1 else [""]
         return {name: stream.counts for name, stream in zip(names, self._streams, strict=False)}
+
+    def warm(self, *, wait: bool = False) -> None:
+        """Load the tokenizer where it will be used: that takes seconds, and the first step should not wait for it."""
+        self._pool.warm(wait=wait)
 
     def close(self) -> None:
         """Stop the worker processes; they are started again when needed."""

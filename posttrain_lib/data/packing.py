@@ -31,11 +31,14 @@ class Packer(Protocol):
     def __len__(self) -> int:
         """Units that wait."""
 
-    def feed(self, ids: np.ndarray, lengths: np.ndarray, wanted: int) -> tuple[int, list[Row]]:
+    def feed(
+        self, ids: np.ndarray, lengths: np.ndarray, wanted: int, look_ahead: int | None = None
+    ) -> tuple[int, list[Row]]:
         """Take units in until ``wanted`` rows are made: (how many were taken in, those rows).
 
         Args:
             ids: int64 [n]. lengths: int32 [n], packed tokens of each.
+            look_ahead: make a row as soon as so many units wait; default and at most: ``buffer``.
 
         Raises:
             DataError: a unit does not fit into any row.
@@ -84,21 +87,25 @@ class CompiledPacker:
     def __len__(self) -> int:
         return int(self._counters[0])
 
-    def feed(self, ids: np.ndarray, lengths: np.ndarray, wanted: int) -> tuple[int, list[Row]]:
+    def feed(
+        self, ids: np.ndarray, lengths: np.ndarray, wanted: int, look_ahead: int | None = None
+    ) -> tuple[int, list[Row]]:
         """See :class:`Packer`."""
         _check_lengths(ids, lengths, self.row_tokens)
-        return self._run(ids, lengths, wanted, flush=False)
+        return self._run(ids, lengths, wanted, min(look_ahead or self.buffer, self.buffer), flush=False)
 
     def flush(self, wanted: int) -> list[Row]:
         """See :class:`Packer`."""
-        return self._run(np.empty(0, np.int64), np.empty(0, np.int32), wanted, flush=True)[1]
+        return self._run(np.empty(0, np.int64), np.empty(0, np.int32), wanted, self.buffer, flush=True)[1]
 
-    def _run(self, ids: np.ndarray, lengths: np.ndarray, wanted: int, *, flush: bool) -> tuple[int, list[Row]]:
+    def _run(
+        self, ids: np.ndarray, lengths: np.ndarray, wanted: int, look_ahead: int, *, flush: bool
+    ) -> tuple[int, list[Row]]:
         out = np.empty(len(self) + len(ids), np.int64)
         wanted = min(wanted, len(out))
         ends = np.empty(wanted, np.int64)
         taken, rows = self._loop(
-            ids, lengths, wanted, flush, self.row_tokens, self.buffer, self._counters, self._slot_id, self._slots,
+            ids, lengths, wanted, flush, self.row_tokens, look_ahead, self._counters, self._slot_id, self._slots,
             self._lists, self._occupied, out, ends,
         )  # fmt: skip
         bounds = [0, *ends[:rows].tolist()]
@@ -135,9 +142,12 @@ class StreamingPacker:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def feed(self, ids: np.ndarray, lengths: np.ndarray, wanted: int) -> tuple[int, list[Row]]:
+    def feed(
+        self, ids: np.ndarray, lengths: np.ndarray, wanted: int, look_ahead: int | None = None
+    ) -> tuple[int, list[Row]]:
         """See :class:`Packer`."""
         _check_lengths(ids, lengths, self.row_tokens)
+        look_ahead = min(look_ahead or self.buffer, self.buffer)
         rows: list[Row] = []
         for taken, (unit, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
             if len(rows) == wanted:
@@ -145,7 +155,7 @@ class StreamingPacker:
             self._waiting[self._arrivals] = (unit, length)
             insort(self._by_length, (length, -self._arrivals))
             self._arrivals += 1
-            if len(self._waiting) >= self.buffer:
+            if len(self._waiting) >= look_ahead:
                 rows.append(self._pop_row())
         return len(ids), rows
 

@@ -13,6 +13,11 @@ from posttrain_lib.data.packing import Row, make_packer
 from posttrain_lib.schema.batches import PackedBatch
 
 
+#: units that the first step's rows are chosen from; twice as many at each further step, up to the packing buffer: a
+#: run that tokenises as it goes need not wait until a large buffer is full
+FIRST_LOOK_AHEAD = 64
+
+
 @dataclass(frozen=True)
 class UnitFacts:
     """What planning needs to know of units: weight float64 [n], packed tokens int64 [n], pairs float64 [n] (see
@@ -61,16 +66,18 @@ class Planner:
     def __init__(self, feed: Feed, *, row_tokens: int, packing_buffer: int) -> None:
         self._feed = feed
         self._packer = make_packer(row_tokens, packing_buffer)
+        self._buffer = packing_buffer
 
     def rows(self, count: int, step: int) -> list[Row]:
         """The next ``count`` rows, for optimiser step ``step``; fewer when the stream has ended, then none."""
         made: list[Row] = []
+        look_ahead = min(self._buffer, FIRST_LOOK_AHEAD << min(step - 1, 30))
         while len(made) < count:
             ids, lengths = self._feed.mixer.peek(step)
             if len(ids) == 0:
                 made.extend(self._packer.flush(count - len(made)))
                 break
-            taken, rows = self._packer.feed(ids, lengths, count - len(made))
+            taken, rows = self._packer.feed(ids, lengths, count - len(made), look_ahead)
             self._feed.mixer.advance(taken)
             made.extend(rows)
         return made

@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 #: how often the same piece of work may lose its process before it is given up
 MOST_DEATHS = 3
 _ORPHAN_SECONDS = 1.0
+_WARM_SECONDS = 0.01
 
 _state: Any = None
 
@@ -92,6 +93,16 @@ class OrderedPool(Generic[Item, Result]):
             self._submit(line)
         while line.waiting:
             yield self._result(line)
+
+    def warm(self, *, wait: bool = False) -> None:
+        """Start the processes, or make the caller's own state, before there is work; ``wait`` until all are ready."""
+        if self.workers == 0:
+            self._state()
+            return
+        # As many as there are processes, each long enough to keep one busy while the others start.
+        started = [self._pool().submit(_nothing, _WARM_SECONDS) for _ in range(self.workers)]
+        for each in started if wait else ():
+            each.result()
 
     def close(self) -> None:
         """Stop the processes; what is under way is dropped."""
@@ -175,6 +186,10 @@ def _leave_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_ORPHAN_SECONDS)
     os._exit(1)
+
+
+def _nothing(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _do(work: Callable[[Any, Any], Any], item: Any) -> Any:

@@ -35,14 +35,21 @@ def _pack(make: Make, lengths: list[int], buffer: int) -> list[Row]:
     return rows + packer.flush(ALL)
 
 
-@given(lengths=LENGTHS, buffer=BUFFERS, wanted=st.lists(st.integers(0, 4), min_size=1, max_size=8))
-def test_the_compiled_packer_is_the_plain_one(lengths: list[int], buffer: int, wanted: list[int]) -> None:
+@given(
+    lengths=LENGTHS,
+    buffer=BUFFERS,
+    wanted=st.lists(st.integers(0, 4), min_size=1, max_size=8),
+    look_ahead=st.one_of(st.none(), st.integers(1, 50)),
+)
+def test_the_compiled_packer_is_the_plain_one(
+    lengths: list[int], buffer: int, wanted: list[int], look_ahead: int | None
+) -> None:
     """Rows, what was taken in, and the state, after every call, however many rows a call asks for."""
     packers = [CompiledPacker(ROW_TOKENS, buffer), StreamingPacker(ROW_TOKENS, buffer)]
     ids, sizes, at, turn = np.arange(len(lengths)) + 7, np.array(lengths, np.int32), 0, 0
     while True:
         count = wanted[turn % len(wanted)] if turn < 50 else ALL
-        (taken, rows), other = (packer.feed(ids[at:], sizes[at:], count) for packer in packers)
+        (taken, rows), other = (packer.feed(ids[at:], sizes[at:], count, look_ahead) for packer in packers)
         assert (taken, rows) == other and packers[0].state() == packers[1].state()
         at, turn = at + taken, turn + 1
         if count == ALL:

@@ -51,6 +51,15 @@ def pools() -> Iterator[list[OrderedPool]]:
         pool.close()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_warm_processes_have_their_state(pools: list[OrderedPool], workers: int) -> None:
+    pools.append(OrderedPool(workers, make_state, (0,), pid_of, str))
+    pools[0].warm(wait=True)
+    pids = set(pools[0].map(range(8)))
+    started = {os.getpid()} if workers == 0 else set(pools[0]._executor._processes)
+    assert pids <= started and len(started) == max(1, workers)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_results_come_in_order(pools: list[OrderedPool], workers: int) -> None:
     pools.append(OrderedPool(workers, make_state, (100,), add, str))
