@@ -99,6 +99,7 @@ def main(step: str, arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=f"python -m steps.{step}",
         description=f"Run the step '{step}' alone; steps before it come from the store, or run if they are not there.",
+        epilog="Look at single rows: python -m steps.prepare_data inspect --help" if step == "prepare_data" else None,
     )
     add_config_arguments(parser)
     parser.add_argument("--no-reuse", action="store_true", help="do this step again even if its result is in the store")

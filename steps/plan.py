@@ -13,10 +13,8 @@ from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.data.formats import check_fields
 from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError, ModelError
-from posttrain_lib.losses import build_loss
 from posttrain_lib.models.families import get_family, spec_from_config
 from posttrain_lib.models.spec import ModelSpec, matmul_parameters, parameter_count
-from posttrain_lib.optim import OPTIMIZERS
 from posttrain_lib.registry import resolve
 from steps.pipeline import add_config_arguments, plain_errors
 
@@ -78,6 +76,10 @@ def _check_names(config: RunConfig) -> None:
     Raises:
         ConfigError, DataError: naming the field or the file.
     """
+    # These import torch; a plan of a misspelt file should not wait for it.
+    from posttrain_lib.losses import build_loss
+    from posttrain_lib.optim import OPTIMIZERS
+
     for source in config.data.sources:
         check_fields(source.format, source.fields)
         if source.path is not None and "://" not in source.path:

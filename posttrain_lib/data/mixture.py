@@ -19,6 +19,8 @@ from posttrain_lib.data.streams import Stream
 from posttrain_lib.errors import ConfigError
 
 _NOTHING = (np.empty(0, np.int64), np.empty(0, np.int32))
+#: draws chosen in one go
+_CHOICES = 256
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,10 @@ class Mixer:
         self._parts = tuple(parts)
         self._by_tokens = by == "tokens"
         self._credits = [0.0] * len(parts)
-        self._shares: list[float] = []
-        self._shares_of: tuple[int, tuple[bool, ...]] | None = None
-        self._drawn_from = 0
-        self._ahead: tuple[np.ndarray, np.ndarray] | None = None
         # What each stream gave to look at, and how much of it is used up: asking for every draw would be slow.
         self._seen: list[tuple[np.ndarray, np.ndarray]] = [_NOTHING] * len(parts)
         self._used = [0] * len(parts)
+        self._plan = _Plan.nothing()
         for step in sorted({step for part in parts for step, _ in part.weight}):
             if not any(part.weight_at(step) > 0 for part in parts):
                 raise ConfigError(
@@ -68,9 +67,9 @@ class Mixer:
         """(ids, packed lengths) of what comes next for optimiser step ``step``; none when the mixture has ended."""
         if len(self._parts) == 1:
             return self._parts[0].stream.peek()
-        if self._ahead is None:
-            self._ahead = self._choose(step)
-        return self._ahead
+        if self._plan.step != step or self._plan.at == len(self._plan.ids):
+            self._plan = self._look_ahead(step)
+        return self._plan.ids[self._plan.at :], self._plan.lengths[self._plan.at :]
 
     def advance(self, count: int) -> None:
         """Move past ``count`` of the units that :meth:`peek` gave."""
@@ -79,17 +78,17 @@ class Mixer:
             return
         if count == 0:
             return
-        assert self._ahead is not None and count == 1
-        size = float(self._ahead[1][0]) if self._by_tokens else 1.0
-        for number, share in enumerate(self._shares):
-            self._credits[number] += share * size
-        self._credits[self._drawn_from] -= size
-        self._parts[self._drawn_from].stream.advance(1)
-        self._used[self._drawn_from] += 1
-        self._ahead = None
+        plan = self._plan
+        drawn = plan.sources[plan.at : plan.at + count]
+        plan.at += count
+        self._credits = plan.credits[plan.at - 1]
+        for number in set(drawn):
+            taken = drawn.count(number)
+            self._parts[number].stream.advance(taken)
+            self._used[number] += taken
 
     def state(self) -> dict[str, Any]:
-        """The position; a choice that was looked at and not taken does not show."""
+        """The position; choices that were looked at and not taken do not show."""
         return {"credits": list(self._credits), "streams": [part.stream.state() for part in self._parts]}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -97,29 +96,63 @@ class Mixer:
         self._credits = [float(credit) for credit in state["credits"]]
         for part, saved in zip(self._parts, state["streams"], strict=True):
             part.stream.load_state(saved)
-        self._ahead, self._shares_of = None, None
         self._seen, self._used = [_NOTHING] * len(self._parts), [0] * len(self._parts)
+        self._plan = _Plan.nothing()
 
-    def _choose(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _shares(self, step: int) -> list[float] | None:
+        """Each source's share at a step, 0 for those that are through; None when the mixture has ended."""
         for number, part in enumerate(self._parts):
             if self._used[number] == len(self._seen[number][0]):
                 self._seen[number], self._used[number] = part.stream.peek(), 0
-        live = tuple(len(ids) > 0 for ids, _ in self._seen)
+        live = [len(ids) > 0 for ids, _ in self._seen]
         if any(not alive and part.exhausted == "stop" for alive, part in zip(live, self._parts, strict=True)):
-            return _NOTHING
-        if self._shares_of != (step, live):
-            weights = [part.weight_at(step) if alive else 0.0 for part, alive in zip(self._parts, live, strict=True)]
-            total = sum(weights)
-            if total == 0:  # exhausted, or what is left has no weight any more
-                return _NOTHING
-            self._shares, self._shares_of = [weight / total for weight in weights], (step, live)
-        standing = [
-            credit + share if share > 0 else -np.inf for credit, share in zip(self._credits, self._shares, strict=True)
-        ]
-        self._drawn_from = int(np.argmax(standing))
-        ids, lengths = self._seen[self._drawn_from]
-        at = self._used[self._drawn_from]
-        return ids[at : at + 1], lengths[at : at + 1]
+            return None
+        weights = [part.weight_at(step) if alive else 0.0 for part, alive in zip(self._parts, live, strict=True)]
+        total = sum(weights)
+        # Exhausted, or what is left has no weight any more.
+        return None if total == 0 else [weight / total for weight in weights]
+
+    def _look_ahead(self, step: int) -> _Plan:
+        """The next choices, until one of the sources has given all that it showed."""
+        shares = self._shares(step)
+        plan = _Plan(step, [], [], *_NOTHING)
+        if shares is None:
+            return plan
+        sources = [number for number, share in enumerate(shares) if share > 0]
+        standing, used = self._credits, list(self._used)
+        ids, lengths = [], []
+        while len(ids) < _CHOICES:
+            chosen = max(sources, key=lambda number: standing[number] + shares[number])
+            at, (seen_ids, seen_lengths) = used[chosen], self._seen[chosen]
+            ids.append(seen_ids[at])
+            lengths.append(seen_lengths[at])
+            used[chosen] = at + 1
+            size = float(seen_lengths[at]) if self._by_tokens else 1.0
+            standing = [credit + share * size for credit, share in zip(standing, shares, strict=True)]
+            standing[chosen] -= size
+            plan.sources.append(chosen)
+            plan.credits.append(standing)
+            if at + 1 == len(seen_ids):  # whether there is more decides the shares of what follows
+                break
+        plan.ids, plan.lengths = np.array(ids, np.int64), np.array(lengths, np.int32)
+        return plan
+
+
+@dataclass
+class _Plan:
+    """Choices for a step: which source, which unit, and the credits behind each; those before ``at`` are taken."""
+
+    step: int
+    sources: list[int]
+    credits: list[list[float]]
+    ids: np.ndarray
+    lengths: np.ndarray
+    at: int = 0
+
+    @classmethod
+    def nothing(cls) -> _Plan:
+        """Of no step."""
+        return cls(-1, [], [], *_NOTHING)
 
 
 def natural_weight(size: int, temperature: float) -> tuple[tuple[int, float], ...]:

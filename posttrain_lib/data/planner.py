@@ -12,7 +12,6 @@ from posttrain_lib.data.mixture import Mixer
 from posttrain_lib.data.packing import Row, make_packer
 from posttrain_lib.schema.batches import PackedBatch
 
-
 #: units that the first step's rows are chosen from; twice as many at each further step, up to the packing buffer: a
 #: run that tokenises as it goes need not wait until a large buffer is full
 FIRST_LOOK_AHEAD = 64

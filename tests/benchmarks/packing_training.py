@@ -25,7 +25,6 @@ from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.loader import PackedLoader
 from posttrain_lib.data.order import epoch_permutation
 from posttrain_lib.data.store_feed import StoreFeed
-from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.losses.sft import SFTLoss
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_config

@@ -190,16 +190,45 @@ def test_resumed_equals_uninterrupted(
     assert _digest(whole) == _digest(taken + _take(resumed, after))
 
 
-def test_a_position_moves_to_another_number_of_ranks(store: TokenStore) -> None:
-    whole = [_rows(step) for step in _take(_loader(store), 10)]
-    first = _loader(store, rank=1, world=4)
-    _take(first, 5)
-    ranks = []
-    for rank in range(2):
-        loader = _loader(store, rank=rank, world=2)
-        loader.load_state(first.state())
-        ranks.append([_rows(step) for step in _take(loader, 5)])
-    assert [sorted(ranks[0][step] + ranks[1][step]) for step in range(5)] == [sorted(rows) for rows in whole[5:]]
+def test_a_position_moves_to_other_numbers_of_ranks(store: TokenStore) -> None:
+    """One rank all along, against 4, then 2, then 8: the same rows in every step."""
+    whole = [sorted(_rows(step)) for step in _take(_loader(store, rows_per_step=8), 9)]
+    found: list[list[bytes]] = []
+    state = None
+    for world in (4, 2, 8):
+        loaders = [_loader(store, rows_per_step=8, micro_batch_rows=1, rank=r, world=world) for r in range(world)]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state(state)
+        ranks = [_take(loader, 3) for loader in loaders]
+        found += [sorted(row for steps in ranks for row in _rows(steps[number])) for number in range(3)]
+        states = [json.dumps(loader.state()) for loader in loaders]
+        assert len(set(states)) == 1  # whichever rank writes the checkpoint
+        state = json.loads(states[0])
+    assert found == whole
+
+
+def test_the_rows_of_ranks_cost_about_the_same(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with TokenStoreWriter(tmp_path) as writer:
+        for number in range(2000):
+            length = int(min(512, max(4, rng.lognormal(3.5, 1.2))))
+            writer.add(TokenizedExample(np.ones(length, np.int32), np.ones(length, np.float32), "s", str(number)))
+    feed = {"row_tokens": 512, "rows_per_step": 64, "packing_buffer": 256}
+    steps = [_take(_loader(TokenStore(tmp_path), **feed, pair_cost=1.0, rank=r, world=8), 3) for r in range(8)]
+    for number in range(3):
+        costs = [
+            sum(512 * len(batch.token_ids) / 512 + (np.diff(batch.cu_seqlens) ** 2 / 2)[batch.document_ids >= 0].sum()
+                for batch in ranks[number].micro_batches)
+            for ranks in steps
+        ]  # fmt: skip
+        assert max(costs) / np.mean(costs) <= 1.02
+
+
+def test_data_made_in_the_loop_or_beside_it_is_the_same(store: TokenStore) -> None:
+    beside, within = _loader(store), _loader(store, background=False)
+    assert _digest(_take(beside, 8)) == _digest(_take(within, 8))
+    assert beside.state() == within.state()
 
 
 def test_the_position_is_the_consumed_one(store: TokenStore) -> None:

@@ -235,3 +235,14 @@ def test_ids_that_the_model_does_not_know_are_refused_before_the_first_step(tmp_
     with pytest.raises(DataError, match="does not know") as caught:
         run(dataclasses.replace(job, train_store=str(tmp_path / "foreign")))
     assert f"largest id {VOCABULARY}" in str(caught.value)
+
+
+def test_pairs_are_no_data_for_sft(tmp_path: Path) -> None:
+    job = make_job(tmp_path, tiny_config())
+    shutil.rmtree(tmp_path / "train")
+    ones = np.ones(6, np.float32)
+    with TokenStoreWriter(tmp_path / "train") as writer:
+        for name in ("r#chosen", "r#rejected"):
+            writer.add(TokenizedExample(np.arange(6, dtype=np.int32), ones, "chat", name), kind="pair", row=(0, 0))
+    with pytest.raises(DataError, match="not of the kind"):
+        run(job)

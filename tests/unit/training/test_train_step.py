@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.data.loader import PackedLoader
 from posttrain_lib.data.store_feed import StoreFeed
-from posttrain_lib.data.token_store import TokenStore
+from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import Decoder, build_model
@@ -18,6 +19,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.schema.batches import PackedBatch
+from posttrain_lib.schema.examples import TokenizedExample
 from posttrain_lib.training.train_step import StepSettings, accumulate_gradients, train_step
 from tests.oracles.tiny_job import make_job, pack_rows, tiny_config
 
@@ -199,3 +201,34 @@ def test_bf16_keeps_fp32_weights_and_is_near(folder: Path) -> None:
     # bf16 keeps 8 bits: 4e-3 per product; the mean over tokens is nearer
     assert rounded == pytest.approx(exact, rel=2e-2)
     assert rounded != exact, "autocast was not on"
+
+
+def test_a_shared_prefix_changes_no_gradient(folder: Path, tmp_path: Path) -> None:
+    """Conversations of several documents with one beginning, packed with it once and packed whole."""
+    with TokenStoreWriter(tmp_path / "shared") as writer:
+        for row in range(6):
+            rng = np.random.default_rng(row)
+            prefix = rng.integers(0, 60, 20 + row)
+            for document in range(3):
+                ids = np.concatenate([prefix, rng.integers(0, 60, 4 + document)]).astype(np.int32)
+                weights = (np.arange(len(ids)) >= len(prefix)).astype(np.float32)
+                example = TokenizedExample(ids, weights, "s", f"{row}#{document}")
+                writer.add(example, shared=len(prefix) - 1 if document else 0, row=(0, row))
+    store = TokenStore(tmp_path / "shared")
+    found = []
+    for share in (True, False):
+        feed = StoreFeed(store, row_tokens=128, share_prefixes=share, epochs=1)
+        with PackedLoader(feed, row_tokens=128, rows_per_step=12, micro_batch_rows=2) as loader:
+            step = loader.next_step()
+        assert step is not None and step.global_weight == store.total_weight
+        model = load(folder)
+        loss, _ = accumulate_gradients(
+            model, build_loss("sft"), step.micro_batches, settings(store), global_divisor=step.global_weight
+        )
+        found.append((step.real_tokens, loss, {name: p.grad for name, p in model.named_parameters()}))
+    (few, loss, gradients), (many, other, others) = found
+    assert few < 0.6 * many == 0.6 * store.total_tokens
+    # float64, sums in another order
+    assert abs(loss - other) < 1e-12
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-9, atol=1e-14)
