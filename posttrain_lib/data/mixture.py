@@ -68,7 +68,11 @@ class Mixer:
         if len(self._parts) == 1:
             return self._parts[0].stream.peek()
         if self._plan.step != step or self._plan.at == len(self._plan.ids):
-            self._plan = self._look_ahead(step)
+            shares = self._shares(step)
+            if shares == self._plan.shares and self._plan.at < len(self._plan.ids):
+                self._plan.step = step  # the weights stay as they are
+            else:
+                self._plan = self._look_ahead(step, shares)
         return self._plan.ids[self._plan.at :], self._plan.lengths[self._plan.at :]
 
     def advance(self, count: int) -> None:
@@ -112,15 +116,15 @@ class Mixer:
         # Exhausted, or what is left has no weight any more.
         return None if total == 0 else [weight / total for weight in weights]
 
-    def _look_ahead(self, step: int) -> _Plan:
+    def _look_ahead(self, step: int, shares: list[float] | None) -> _Plan:
         """The next choices, until one of the sources has given all that it showed."""
-        shares = self._shares(step)
-        plan = _Plan(step, [], [], *_NOTHING)
+        plan = _Plan(step, shares, [], [], *_NOTHING)
         if shares is None:
             return plan
         sources = [number for number, share in enumerate(shares) if share > 0]
         standing, used = self._credits, list(self._used)
-        ids, lengths = [], []
+        ids: list[int] = []
+        lengths: list[int] = []
         while len(ids) < _CHOICES:
             chosen = max(sources, key=lambda number: standing[number] + shares[number])
             at, (seen_ids, seen_lengths) = used[chosen], self._seen[chosen]
@@ -140,9 +144,11 @@ class Mixer:
 
 @dataclass
 class _Plan:
-    """Choices for a step: which source, which unit, and the credits behind each; those before ``at`` are taken."""
+    """Choices for a step and its shares: which source, which unit, and the credits behind each. Those before ``at`` are
+    taken."""
 
     step: int
+    shares: list[float] | None
     sources: list[int]
     credits: list[list[float]]
     ids: np.ndarray
@@ -152,7 +158,7 @@ class _Plan:
     @classmethod
     def nothing(cls) -> _Plan:
         """Of no step."""
-        return cls(-1, [], [], *_NOTHING)
+        return cls(-1, None, [], [], *_NOTHING)
 
 
 def natural_weight(size: int, temperature: float) -> tuple[tuple[int, float], ...]:
