@@ -72,12 +72,12 @@ def body(context: StepContext) -> StepResult:
 
 
 def _compare(context: StepContext) -> Report:
-    from posttrain_lib.adapters import vllm_check, vllm_render
+    from posttrain_lib.adapters import vllm_process, vllm_render
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
     from posttrain_lib.data.serving_check import Served, chats_of, compare, take_sample, variants_of
 
     config, found = context.config.data, context.inputs
-    if not vllm_check.is_available():
+    if not vllm_process.is_available():
         raise ConfigError(
             "vLLM is not installed, so nobody can say which token ids it sends",
             where="data.serving_check",

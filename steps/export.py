@@ -108,10 +108,10 @@ def _same_tokenizer(context: StepContext, folder: Path, names: list[str]) -> Che
 
 
 def _same_in_vllm(context: StepContext, model: Decoder, folder: Path) -> list[Check]:
-    from posttrain_lib.adapters import vllm_check
+    from posttrain_lib.adapters import vllm_check, vllm_process
     from posttrain_lib.evaluation.generation import token_logprobs
 
-    if not vllm_check.is_available():
+    if not vllm_process.is_available():
         raise ExportError(
             "vLLM is not installed, so the export cannot be proven",
             where="export.verify_vllm",

@@ -1,31 +1,17 @@
 """What vLLM makes of an exported folder: greedy tokens and the log-probs it gives them.
 
-vLLM runs in a process of its own: it sets threads and allocators for the whole process, and its memory must be gone
-when the comparison is done. ``generate`` starts that process; ``python -m posttrain_lib.adapters.vllm_check`` is it.
+``generate`` starts a process for it (see ``vllm_process``); ``python -m posttrain_lib.adapters.vllm_check`` is it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from posttrain_lib.adapters import vllm_process
 from posttrain_lib.errors import ExportError
-
-#: One process, no affinity, a small cache: what vLLM's CPU build needs on a machine shared with a trainer. And no
-#: torch.compile: some of vLLM's functions carry it even in eager mode, and it would need a C++ compiler.
-CPU_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-}
-QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
 @dataclass(frozen=True)
@@ -50,50 +36,22 @@ class Answer:
     version: str
 
 
-def is_available() -> bool:
-    """Whether vLLM is installed."""
-    return importlib.util.find_spec("vllm") is not None
-
-
 def generate(request: Request, *, timeout_seconds: float = 600.0) -> Answer:
     """Load the folder in vLLM and decode greedily.
 
     Raises:
         ExportError: vLLM does not load the folder, crashes, or takes longer than ``timeout_seconds``.
     """
-    with tempfile.TemporaryDirectory(prefix="posttrain-vllm-") as folder:
-        question, reply, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
-        question.write_text(json.dumps(asdict(request)), encoding="utf-8")
-        command = [sys.executable, "-m", "posttrain_lib.adapters.vllm_check", str(question), str(reply)]
-        environment = {**os.environ, **CPU_ENVIRONMENT, **QUIET_ENVIRONMENT}
-        environment.pop("OMP_NUM_THREADS", None)  # Ray pins it to 1 for its workers; vLLM may use every core
-        with open(log, "w", encoding="utf-8") as output:
-            try:
-                code = subprocess.run(
-                    command,
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=timeout_seconds,
-                    check=False,
-                ).returncode
-            except subprocess.TimeoutExpired as error:
-                raise ExportError(
-                    "vLLM did not answer in time", where=request.folder, got=f"{timeout_seconds:.0f} s", fix=_tail(log)
-                ) from error
-        if code != 0 or not reply.is_file():
-            raise ExportError(
-                "vLLM does not load the exported folder",
-                where=request.folder,
-                got=f"exit code {code}\n{_tail(log)}",
-                expected="a folder that vLLM serves",
-                fix="see vLLM's last lines above; export.verify_vllm: false skips this proof",
-            )
-        return Answer(**json.loads(reply.read_text(encoding="utf-8")))
-
-
-def _tail(log: Path, lines: int = 25) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    try:
+        return Answer(**vllm_process.ask("posttrain_lib.adapters.vllm_check", asdict(request), timeout_seconds))
+    except vllm_process.Failed as error:
+        raise ExportError(
+            "vLLM does not load the exported folder",
+            where=request.folder,
+            got=error,
+            expected="a folder that vLLM serves",
+            fix="see vLLM's last lines above; export.verify_vllm: false skips this proof",
+        ) from error
 
 
 def _serve(request: Request) -> Answer:

@@ -3,7 +3,7 @@
 The ids come from the code that serves: the request's pydantic model, the parsing of its messages, the choice of the
 renderer (the chat template, Harmony, or another of vLLM's own) and the tokenizer that vLLM loads, put together as
 ``vllm launch render`` does, which is the server without an engine. No weights are read. vLLM runs in a process of its
-own, for the reasons that ``vllm_check`` gives; ``python -m posttrain_lib.adapters.vllm_render`` is that process.
+own, for the reasons that ``vllm_process`` gives; ``python -m posttrain_lib.adapters.vllm_render`` is that process.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain_lib.adapters.vllm_check import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
+from posttrain_lib.adapters import vllm_process
 from posttrain_lib.errors import DataError
 
 #: the date that vLLM's Harmony code prints; what it is called there
@@ -62,35 +59,17 @@ def render(request: Request, *, timeout_seconds: float = 600.0) -> Answer:
     Raises:
         DataError: vLLM does not take the folder, crashes, or takes longer than ``timeout_seconds``.
     """
-    with tempfile.TemporaryDirectory(prefix="posttrain-vllm-") as folder:
-        question, reply, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
-        question.write_text(json.dumps(asdict(request)), encoding="utf-8")
-        command = [sys.executable, "-m", "posttrain_lib.adapters.vllm_render", str(question), str(reply)]
-        environment = {**os.environ, **CPU_ENVIRONMENT, **QUIET_ENVIRONMENT, _HARMONY_DATE: request.date}
-        with open(log, "w", encoding="utf-8") as output:
-            try:
-                code = subprocess.run(
-                    command,
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=timeout_seconds,
-                    check=False,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = None
-        if code != 0 or not reply.is_file():
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            raise DataError(
-                "vLLM renders no chat with this tokenizer and model configuration",
-                where=request.folder,
-                got="\n".join(
-                    [f"no answer in {timeout_seconds:.0f} s" if code is None else f"exit code {code}", *lines[-25:]]
-                ),
-                expected="a folder that vLLM serves",
-                fix="see vLLM's last lines above; data.serving_check: off trains without this proof",
-            )
-        return Answer(**json.loads(reply.read_text(encoding="utf-8")))
+    module, environment = "posttrain_lib.adapters.vllm_render", {_HARMONY_DATE: request.date}
+    try:
+        return Answer(**vllm_process.ask(module, asdict(request), timeout_seconds, environment))
+    except vllm_process.Failed as error:
+        raise DataError(
+            "vLLM renders no chat with this tokenizer and model configuration",
+            where=request.folder,
+            got=error,
+            expected="a folder that vLLM serves",
+            fix="see vLLM's last lines above; data.serving_check: off trains without this proof",
+        ) from error
 
 
 async def _render_all(request: Request) -> Answer:

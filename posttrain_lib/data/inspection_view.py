@@ -13,7 +13,7 @@ import numpy as np
 
 from posttrain_lib.data.assemble import segments_of
 from posttrain_lib.data.planner import Planner
-from posttrain_lib.data.store_feed import StoreFeed
+from posttrain_lib.data.store_feed import StoreFeed, feed_for
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.schema.examples import Message, ParsedRow, PlainText, PreferencePair, TokenRow
 
@@ -179,15 +179,7 @@ def locate(store: TokenStore, train: TrainConfig, wanted: set[int]) -> tuple[dic
     Raises:
         DataError, ConfigError: as a StoreFeed raises them: the run could not start either.
     """
-    feed = StoreFeed(
-        store,
-        row_tokens=train.row_tokens,
-        seed=train.seed,
-        epochs=train.epochs,
-        window=train.shuffle_window,
-        share_prefixes=train.share_prefixes,
-        mixture=train.mixture,
-    )
+    feed = feed_for(store, train)
     planner = Planner(feed, row_tokens=train.row_tokens, packing_buffer=train.packing_buffer)
     unit_of = {example: int(np.searchsorted(feed.units.first, example, side="right")) - 1 for example in wanted}
     missing, found, step, packed = set(unit_of.values()), dict[int, Pack](), 0, 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.data.units import Units, units_of
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.schema.batches import PackedBatch
+
+if TYPE_CHECKING:
+    from posttrain_lib.config.train import TrainConfig
 
 #: a schedule [(step, weight), ...], a constant, or None for the source's size
 Weight = Any
@@ -179,6 +182,19 @@ class StoreFeed:
                 counts.append(stated[file][1] if stated else int(store.row_index[first][at].max(initial=-1)) + 1)
         offsets = np.array([base.get(number, 0) for number in range(len(store.sources))])
         return store.file_index[first] + offsets[sources], store.row_index[first], np.array(counts, np.int64)
+
+
+def feed_for(store: TokenStore, train: TrainConfig) -> StoreFeed:
+    """The units of a store as a train section orders, mixes and joins them."""
+    return StoreFeed(
+        store,
+        row_tokens=train.row_tokens,
+        seed=train.seed,
+        epochs=train.epochs,
+        window=train.shuffle_window,
+        share_prefixes=train.share_prefixes,
+        mixture=train.mixture,
+    )
 
 
 def check_trainable(store: TokenStore) -> None:

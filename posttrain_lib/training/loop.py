@@ -23,7 +23,7 @@ from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.data.live_feed import LiveFeed
 from posttrain_lib.data.loader import LoadedStep, PackedLoader, count_steps
-from posttrain_lib.data.store_feed import StoreFeed
+from posttrain_lib.data.store_feed import feed_for
 from posttrain_lib.data.token_store import KINDS, TokenStore
 from posttrain_lib.errors import ConfigError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
@@ -82,19 +82,6 @@ def load_sharded_model(spec: ModelSpec, job: TrainJob, device: torch.device) -> 
     return model
 
 
-def store_feed(store: TokenStore, config: TrainConfig) -> StoreFeed:
-    """The units of a store as the train section orders, mixes and joins them."""
-    return StoreFeed(
-        store,
-        row_tokens=config.row_tokens,
-        seed=config.seed,
-        epochs=config.epochs,
-        window=config.shuffle_window,
-        share_prefixes=config.share_prefixes,
-        mixture=config.mixture,
-    )
-
-
 def live_feed(spec: LiveSpec, job: TrainJob) -> LiveFeed:
     """The units of rows that are tokenised as training goes; the first rank keeps the refused ones."""
     config = job.train
@@ -134,7 +121,7 @@ def planned_steps(store: TokenStore, config: TrainConfig) -> int:
     if config.steps is not None:
         return int(config.steps)
     return count_steps(
-        store_feed(store, config),
+        feed_for(store, config),
         row_tokens=config.row_tokens,
         rows_per_step=config.rows_per_step,
         packing_buffer=config.packing_buffer,
@@ -200,7 +187,7 @@ class Trainer:
         self.loss = build_loss(config.loss, config.loss_options)
         check_kind(self.store, self.loss)
         model = load_sharded_model(self.spec, job, device)
-        self.feed: Feed = store_feed(self.store, config) if job.live is None else live_feed(job.live, job)
+        self.feed: Feed = feed_for(self.store, config) if job.live is None else live_feed(job.live, job)
         loader = build_loader(
             self.feed,
             config,

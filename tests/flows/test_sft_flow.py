@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain_lib.adapters import vllm_check
+from posttrain_lib.adapters import vllm_process
 from posttrain_lib.embedded.conversations import generate_rows
 from posttrain_lib.embedded.tokenizer import build_tokenizer
 
@@ -145,7 +145,7 @@ def test_bad_data_stops_before_training_and_resume_goes_on(home: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not vllm_check.is_available(), reason="vLLM is not installed")
+@pytest.mark.skipif(not vllm_process.is_available(), reason="vLLM is not installed")
 def test_tokens_that_serving_would_not_send_stop_the_flow(home: Path, tmp_path: Path) -> None:
     """The template prints a field of the messages that no server passes on to it."""
     tokenizer = tmp_path / "tokenizer"

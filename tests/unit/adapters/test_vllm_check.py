@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain_lib.adapters import vllm_check
+from posttrain_lib.adapters import vllm_check, vllm_process
 from posttrain_lib.embedded.conversations import generate_rows
 from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import ExportError
@@ -19,7 +19,7 @@ from posttrain_lib.models.scratch import write_scratch_model
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not vllm_check.is_available(), reason="vLLM is not installed"),
+    pytest.mark.skipif(not vllm_process.is_available(), reason="vLLM is not installed"),
 ]
 PROMPTS = [[5, 40, 7, 90, 12], [30, 31, 32]]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from posttrain_lib.adapters import vllm_check, vllm_render
+from posttrain_lib.adapters import vllm_process, vllm_render
 from posttrain_lib.adapters.vllm_render import Answer, Request, render
 from posttrain_lib.config.data import DataConfig
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
@@ -34,7 +34,7 @@ from posttrain_lib.models.scratch import write_scratch_model
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),  # vLLM alone takes half a minute to start, more beside other work
-    pytest.mark.skipif(not vllm_check.is_available(), reason="vLLM is not installed"),
+    pytest.mark.skipif(not vllm_process.is_available(), reason="vLLM is not installed"),
 ]
 
 #: every tokenizer with a template, and the configuration of a model that has it

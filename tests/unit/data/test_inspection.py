@@ -17,7 +17,7 @@ from posttrain_lib.data.inspection import Inspection
 from posttrain_lib.data.inspection_view import described, locate, own_id, pack_line, spell, visible
 from posttrain_lib.data.loader import PackedLoader
 from posttrain_lib.data.prepare import prepare_dataset
-from posttrain_lib.data.store_feed import StoreFeed
+from posttrain_lib.data.store_feed import feed_for
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.errors import DataError
 from posttrain_lib.schema.examples import TokenizedExample
@@ -267,15 +267,7 @@ def test_the_pack_is_the_one_that_the_loader_builds(tmp_path: Path, changes: dic
     packs, note = locate(store, train, set(range(len(store))))
     assert (len(packs), note) == (len(store), "")
     seen: dict[int, tuple[int, list[tuple[int, int, int]]]] = {}
-    feed = StoreFeed(
-        store,
-        row_tokens=train.row_tokens,
-        seed=train.seed,
-        epochs=train.epochs,
-        window=train.shuffle_window,
-        share_prefixes=train.share_prefixes,
-        mixture=train.mixture,
-    )
+    feed = feed_for(store, train)
     with PackedLoader(feed, row_tokens=train.row_tokens, rows_per_step=2, packing_buffer=8, background=False) as loader:
         while len(seen) < len(store) and (step := loader.next_step()):
             for batch in step.micro_batches:

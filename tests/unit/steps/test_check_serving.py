@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from posttrain_lib.adapters import vllm_check
+from posttrain_lib.adapters import vllm_process
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.embedded.conversations import generate_rows
@@ -25,7 +25,7 @@ from steps.pipeline import SFT
 needs_vllm = [
     pytest.mark.slow,
     pytest.mark.timeout(600),  # vLLM alone takes half a minute to start, more beside other work
-    pytest.mark.skipif(not vllm_check.is_available(), reason="vLLM is not installed"),
+    pytest.mark.skipif(not vllm_process.is_available(), reason="vLLM is not installed"),
 ]
 #: prints a field of the row that no server passes on to a template
 SECRET = (
@@ -87,7 +87,7 @@ def test_off_is_said_and_proves_nothing(model: Path, rows: Path, isolated_store:
 def test_without_vllm_the_run_file_is_refused_by_field(
     model: Path, rows: Path, isolated_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_check, "is_available", lambda: False)
+    monkeypatch.setattr(vllm_process, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="vLLM is not installed") as caught:
         run(config_of(model, rows), isolated_store)
     assert caught.value.where == "data.serving_check"

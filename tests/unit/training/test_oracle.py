@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from posttrain_lib.data.store_feed import feed_for
 from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.training.loop import build_loader, store_feed, train
+from posttrain_lib.training.loop import build_loader, train
 from tests.oracles import sft_twin
 from tests.oracles.tiny_job import make_job, tiny_config
 
@@ -16,7 +17,7 @@ def test_five_steps_have_the_losses_of_the_readable_twin(tmp_path: Path) -> None
     ours = [report.loss for report in train(job) if report.step > 0]
 
     store = TokenStore(tmp_path / "train")
-    with build_loader(store_feed(store, config), config) as loader:
+    with build_loader(feed_for(store, config), config) as loader:
         steps = [loader.next_step() for _ in range(5)]
     batches = [
         [
