@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from posttrain_lib.data.mixture import Mixer, Part
+from posttrain_lib.data.order import epoch_permutation
 from posttrain_lib.data.store_feed import StoreFeed
+from posttrain_lib.data.streams import StoreStream
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.schema.examples import TokenizedExample
 
@@ -101,12 +105,20 @@ def chat_documents(data: Path) -> tuple[list[np.ndarray], list[str]]:
     return documents, sources
 
 
+class LengthsFeed:
+    """What the planner needs of a feed, from lengths alone: one epoch in StoreFeed's order of the same seed."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        stream = StoreStream(partial(epoch_permutation, len(lengths), SEED), lengths, limit=len(lengths))
+        self.mixer = Mixer([Part(stream, ((1, 1.0),), "stop")], by="samples")
+
+
 def systematic_sample(lengths: np.ndarray, every: int) -> np.ndarray:
     """Numbers of one document in ``every``, by length: the middle of each stratum, so that the law stays the same."""
     return np.sort(np.argsort(lengths, kind="stable")[every // 2 :: every])
 
 
-def order_of(feed: StoreFeed) -> np.ndarray:
+def order_of(feed: StoreFeed | LengthsFeed) -> np.ndarray:
     """int64: the units in the order in which the packer gets them; uses the feed up."""
     parts = []
     while len(ids := feed.mixer.peek(1)[0]):
@@ -115,18 +127,17 @@ def order_of(feed: StoreFeed) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def delays(order: np.ndarray, rows: Sequence[Sequence[int]], buffer: int) -> np.ndarray:
-    """int64 [units]: rows between a unit's being taken in and its own, counted from ``order`` and ``rows`` alone.
+def delays(order: np.ndarray, rows: Sequence[Sequence[int]], taken: np.ndarray) -> np.ndarray:
+    """int64 [units]: rows that were made between a unit's being taken in and its own; 0: it left with the first.
 
-    Before each row the packer fills up to ``buffer`` units, so the i-th unit of the order is in as soon as
-    ``buffer`` and those that have left before the row make more than i. 0: it left with the first row it could.
+    Args:
+        order: the units as they come. rows: units of each row. taken: int64 [rows], units taken in before each.
     """
-    sizes = np.array([len(row) for row in rows], np.int64)
-    in_before_row = buffer + np.cumsum(sizes) - sizes
     row_out = np.empty(len(order), np.int64)
-    row_out[np.concatenate([np.asarray(row, np.int64) for row in rows])] = np.repeat(np.arange(len(rows)), sizes)
-    row_in = np.searchsorted(in_before_row, np.arange(len(order)), side="right")
-    return row_out[order] - row_in
+    row_out[np.concatenate([np.asarray(row, np.int64) for row in rows])] = np.repeat(
+        np.arange(len(rows)), [len(row) for row in rows]
+    )
+    return row_out[order] - np.searchsorted(taken, np.arange(len(order)), side="right")
 
 
 def checksums(store: TokenStore) -> np.ndarray:

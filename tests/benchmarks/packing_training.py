@@ -28,7 +28,7 @@ from posttrain_lib.data.loader import PackedLoader
 from posttrain_lib.data.order import epoch_permutation
 from posttrain_lib.data.store_feed import StoreFeed
 from posttrain_lib.losses.sft import SFTLoss
-from posttrain_lib.models.decoder import build_model
+from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_config
 from posttrain_lib.models.scratch import initial_weights
 from posttrain_lib.schema.batches import PackedBatch
@@ -129,7 +129,12 @@ def transformers_model() -> torch.nn.Module:
 
 def own_loss(batch: PackedBatch) -> Callable[[torch.nn.Module], torch.Tensor]:
     """Forward of a batch (numpy) through this project's model; the copy to tensors is part of it."""
-    return lambda model: SFTLoss()(model, to_torch(batch)).local_sum
+
+    def forward(model: torch.nn.Module) -> torch.Tensor:
+        assert isinstance(model, Decoder)
+        return SFTLoss()(model, to_torch(batch)).local_sum
+
+    return forward
 
 
 def padded_batch(documents: list[np.ndarray], width: int) -> PackedBatch:
