@@ -23,7 +23,10 @@ class Source(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name shown in receipts and per-source losses"
     )
-    path: str | None = Field(None, description="file, glob, datasets folder, fsspec URL, or hub id (hf://owner/name)")
+    path: str | None = Field(
+        None,
+        description="file, glob, (datasets) folder, fsspec URL, or hf://owner/name[@revision][?config=main&split=train]",
+    )
     generate: GeneratedConversations | None = None
     format: str = Field("messages", description="row format; a name in posttrain_lib.data.formats")
     fields: dict[str, str] = Field(

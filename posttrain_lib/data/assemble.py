@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from posttrain_lib.data.kernels import lay_out
+from posttrain_lib.data.kernels import lay_out, nonzero
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.data.units import Units
 from posttrain_lib.schema.batches import PackedBatch
@@ -39,8 +39,10 @@ class PackedArrays:
 
     @classmethod
     def empty(cls, total: int) -> PackedArrays:
-        """Zeros [total]."""
-        return cls(*(np.zeros(total, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)))
+        """Zeros [total], in one piece of memory: numpy asks for huge pages from 4 MiB on, and page faults cost more
+        here than copying."""
+        block = np.zeros((4, total), np.int32)
+        return cls(block[0], block[1], block[2].view(np.float32), block[3])
 
     def lay_out(
         self,
@@ -85,14 +87,14 @@ def store_filler(store: TokenStore, segments: Segments) -> Fill:
     return fill
 
 
-def assemble(segments: Segments, fill: Fill, row_tokens: int) -> PackedBatch:
-    """Lay the rows end to end: T = rows * ``row_tokens``.
+def assemble(segments: Segments, fill: Fill, row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
+    """Lay the rows end to end and part them into batches of ``rows_per_batch``: T = rows * ``row_tokens`` in each.
 
     What a row leaves free becomes a last document of the row, with positions from 0, weight 0 and source -1, so that
     it sees no real token and none sees it. Weights move from the predicted token to the position that predicts it;
-    that of a document's first token, which nothing predicts, falls away.
+    that of a document's first token, which nothing predicts, falls away. The batches are views of common arrays.
     """
-    rows, n = len(segments.per_row), len(segments.examples)
+    rows = len(segments.per_row)
     total = rows * row_tokens
     row_of = np.repeat(np.arange(rows), segments.per_row)
     before = np.cumsum(segments.lengths, dtype=np.int64) - segments.lengths
@@ -106,24 +108,58 @@ def assemble(segments: Segments, fill: Fill, row_tokens: int) -> PackedBatch:
         arrays.positions[begin:end] = np.arange(end - begin, dtype=np.int32)
     starts = np.concatenate([places, padding])
     order = np.argsort(starts)
-    cu_seqlens = np.append(starts[order], total).astype(np.int32)
     padded = np.full(len(padding), -1)
-    return PackedBatch(
-        token_ids=arrays.token_ids,
-        target_ids=arrays.target_ids,
-        loss_weights=arrays.loss_weights,
-        positions=arrays.positions,
-        cu_seqlens=cu_seqlens,
-        supervised_index=np.flatnonzero(arrays.loss_weights).astype(np.int64, copy=False),
-        document_sources=np.concatenate([segments.sources, padded])[order].astype(np.int32),
-        document_ids=np.concatenate([segments.examples, padded])[order].astype(np.int64),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
-        real_tokens=int(segments.lengths.sum(dtype=np.int64)),
-        parents=_parents(segments.firsts, order, n) if segments.firsts.any() else None,
+    whole = _Whole(
+        arrays=arrays,
+        bounds=np.append(starts[order], total),
+        supervised=nonzero()(arrays.loss_weights),
+        sources=np.concatenate([segments.sources, padded])[order].astype(np.int32),
+        ids=np.concatenate([segments.examples, padded])[order].astype(np.int64),
+        parents=_parents(segments.firsts, order) if segments.firsts.any() else None,
+        used=used,
     )
+    return [
+        whole.part(first, min(rows, first + rows_per_batch), row_tokens) for first in range(0, rows, rows_per_batch)
+    ]
 
 
-def _parents(firsts: np.ndarray, order: np.ndarray, n: int) -> np.ndarray:
-    """int32: a segment with shared tokens goes on from the one before it; padding stands alone."""
-    shares = np.append(firsts > 0, np.zeros(len(order) - n, bool))[order]
-    return np.where(shares, np.arange(len(order)) - 1, -1).astype(np.int32)
+@dataclass(frozen=True)
+class _Whole:
+    """All rows of a step: ``bounds`` int64 [n+1] of the segments, padding among them; ``used`` int64 [rows]."""
+
+    arrays: PackedArrays
+    bounds: np.ndarray
+    supervised: np.ndarray
+    sources: np.ndarray
+    ids: np.ndarray
+    parents: np.ndarray | None
+    used: np.ndarray
+
+    def part(self, first: int, end: int, row_tokens: int) -> PackedBatch:
+        """Rows ``first`` to ``end`` as a batch. Every row begins with a segment of its own and ends with one."""
+        begin, stop = first * row_tokens, end * row_tokens
+        left, right = np.searchsorted(self.bounds, (begin, stop))
+        low, high = np.searchsorted(self.supervised, (begin, stop))
+        cu_seqlens = (self.bounds[left : right + 1] - begin).astype(np.int32)
+        parents = None if self.parents is None else self.parents[left:right]
+        if parents is not None:
+            parents = None if (parents < 0).all() else np.where(parents < 0, -1, parents - left).astype(np.int32)
+        return PackedBatch(
+            token_ids=self.arrays.token_ids[begin:stop],
+            target_ids=self.arrays.target_ids[begin:stop],
+            loss_weights=self.arrays.loss_weights[begin:stop],
+            positions=self.arrays.positions[begin:stop],
+            cu_seqlens=cu_seqlens,
+            supervised_index=self.supervised[low:high] - begin,
+            document_sources=self.sources[left:right],
+            document_ids=self.ids[left:right],
+            max_seqlen=int(np.diff(cu_seqlens).max()),
+            real_tokens=int(self.used[first:end].sum()),
+            parents=parents,
+        )
+
+
+def _parents(firsts: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """int64: a segment with shared tokens goes on from the one before it; padding stands alone."""
+    shares = np.append(firsts > 0, np.zeros(len(order) - len(firsts), bool))[order]
+    return np.where(shares, np.arange(len(order)) - 1, -1)

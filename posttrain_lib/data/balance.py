@@ -18,6 +18,8 @@ def deal_out(costs: np.ndarray, ranks: int) -> list[list[int]]:
     each, rest = divmod(len(costs), ranks)
     if rest:
         raise ValueError(f"{len(costs)} rows cannot be dealt out evenly to {ranks} ranks")
+    if ranks == 1:
+        return [np.argsort(-costs, kind="stable").tolist()]
     loads = np.zeros(ranks)
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for row in np.argsort(-costs, kind="stable").tolist():

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,14 @@ _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError,
 WORTH_AN_ENGINE = 1_000_000
 
 Variables = Mapping[str, Any]
+
+#: an added token that is no special one is still a marker where it is a word in brackets: <tool_call>, <|fim_pad|>, </s>
+_BRACKETED = re.compile(r"[<\[{|｜].*\w.*[>\]}|｜]", re.DOTALL)
+#: but for the tags of text that some vocabularies (Gemma's) add to spell HTML in fewer tokens; <s> is a marker elsewhere
+_HTML = re.compile(
+    "</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|p|br|hr|div|span|blockquote|ul|ol|li|dl|dt|dd|strong|em|b|i|u"
+    "|sub|sup|code|pre|a|img)>"
+)
 
 
 class ChatTokenizer:
@@ -188,8 +196,22 @@ class ChatTokenizer:
     def special_token(self) -> re.Pattern[str] | None:
         """Matches a special token; None where the tokenizer has none."""
         added = self._tokenizer.added_tokens_decoder.values()
-        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names))) if names else None
+        return any_of(token.content for token in added if token.special)
+
+    @cached_property
+    def markers(self) -> Mapping[str, bool]:
+        """Added tokens that mean something to a model -> whether they are special tokens.
+
+        All special tokens, and every other whose text is a word in brackets and no HTML tag. Runs of spaces and plain
+        words, which some vocabularies add to spell them in fewer tokens, are text.
+        """
+        added = self._tokenizer.added_tokens_decoder.values()
+        return {token.content: token.special for token in added if token.special or _is_marker(token.content)}
+
+    @cached_property
+    def marker(self) -> re.Pattern[str] | None:
+        """Matches a marker; None where the tokenizer has none."""
+        return any_of(self.markers)
 
     @property
     def eos_id(self) -> int | None:
@@ -260,6 +282,17 @@ class ChatTokenizer:
         function = dict(call["function"])
         function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
         return {**call, "function": function}
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Matches one of the names, the longest where several stand in a place; None without names."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _is_marker(content: str) -> bool:
+    content = content.strip()
+    return _BRACKETED.fullmatch(content) is not None and _HTML.fullmatch(content) is None
 
 
 def _load(folder: Path | str) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from posttrain_lib.data.packing import ROWS_AHEAD
+
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled when first called, and kept on disk where the package's folder or numba's own can be written."""
@@ -33,15 +35,31 @@ def lay_out_loop(
     loss_weights: Any,
     positions: Any,
 ) -> None:
+    # Slices and one loop an array: so the compiler sees that nothing overlaps, and copies many at a time.
     for i in range(len(begins)):
-        begin, place, last, first = begins[i], places[i], lengths[i] - 1, firsts[i]
-        for t in range(last):
-            token_ids[place + t] = tokens[begin + t]
-            target_ids[place + t] = tokens[begin + t + 1]
-            loss_weights[place + t] = weights[begin + t + 1]
-            positions[place + t] = first + t
-        token_ids[place + last] = tokens[begin + last]
-        positions[place + last] = first + last
+        begin, place, length, first = begins[i], places[i], np.int64(lengths[i]), firsts[i]
+        read, weighed = tokens[begin : begin + length], weights[begin : begin + length]
+        written, targets = token_ids[place : place + length], target_ids[place : place + length]
+        weighing, counted = loss_weights[place : place + length], positions[place : place + length]
+        for t in range(length):
+            written[t] = read[t]
+        for t in range(length - 1):
+            targets[t] = read[t + 1]
+        for t in range(length - 1):
+            weighing[t] = weighed[t + 1]
+        for t in range(length):
+            counted[t] = first + t
+
+
+@_compiled
+def nonzero_loop(values: Any) -> Any:
+    """int64: the places of values that are not 0, in order."""
+    places = np.empty(len(values), np.int64)
+    count = 0
+    for place in range(len(values)):
+        places[count] = place
+        count += values[place] != 0
+    return places[:count]
 
 
 @_compiled
@@ -71,6 +89,7 @@ def pack_loop(
     flush: bool,
     row_tokens: int,
     buffer: int,
+    look_ahead: int,
     counters: Any,
     slot_id: Any,
     slots: Any,
@@ -83,21 +102,25 @@ def pack_loop(
 
     The waiting units lie in slots. Units of one length form a list in order of arrival (``heads``, ``follower``,
     ``tails``); ``occupied`` has a bit for every length that waits, so that "the longest that fits" is the highest bit
-    at or below the free space. ``older`` and ``newer`` link all slots by arrival. ``counters``: units that wait, the
-    oldest slot, the newest, free slots. ``out`` receives the ids of the rows, ``out_ends`` where each row ends.
+    at or below the free space. ``older`` and ``newer`` link all slots by arrival. ``slot_id`` has ids and numbers of
+    arrival. ``counters``: units that wait, the oldest slot, the newest, free slots, waiting tokens, units that ever
+    came. ``out`` receives the ids of the rows, ``out_ends`` where each row ends.
 
     Returns:
         (units taken in, rows made).
     """
     slot_length, follower, older, newer, free = slots[0], slots[1], slots[2], slots[3], slots[4]
     heads, tails = lists[0], lists[1]
-    waiting, oldest, newest, unused = counters[0], counters[1], counters[2], counters[3]
+    waiting, oldest, newest = counters[0], counters[1], counters[2]
+    unused, tokens, arrivals = counters[3], counters[4], counters[5]
     taken, rows, written = 0, 0, 0
     while rows < wanted:
-        while waiting < buffer and taken < len(ids):
+        while waiting < buffer and taken < len(ids) and (waiting < look_ahead or tokens < ROWS_AHEAD * row_tokens):
             unused -= 1
             slot, length = free[unused], lengths[taken]
-            slot_id[slot], slot_length[slot] = ids[taken], length
+            slot_id[0, slot], slot_id[1, slot], slot_length[slot] = ids[taken], arrivals, length
+            arrivals += 1
+            tokens += length
             follower[slot], older[slot], newer[slot] = -1, newest, -1
             if newest >= 0:
                 newer[newest] = slot
@@ -112,7 +135,8 @@ def pack_loop(
             tails[length] = slot
             waiting += 1
             taken += 1
-        if waiting == 0 or (waiting < buffer and not flush):
+        ready = waiting >= buffer or (waiting >= look_ahead and tokens >= ROWS_AHEAD * row_tokens)
+        if waiting == 0 or not (ready or flush):
             break
         # The oldest of all is the oldest of its length: every unit of the row is the head of a list.
         length, space = slot_length[oldest], row_tokens
@@ -131,7 +155,9 @@ def pack_loop(
                 older[after] = before
             else:
                 newest = before
-            out[written] = slot_id[slot]
+            out[written] = slot_id[0, slot]
+            slot_id[1, slot] = -1
+            tokens -= length
             written += 1
             free[unused] = slot
             unused += 1
@@ -140,5 +166,6 @@ def pack_loop(
             length = _highest(occupied, space)
         out_ends[rows] = written
         rows += 1
-    counters[0], counters[1], counters[2], counters[3] = waiting, oldest, newest, unused
+    counters[0], counters[1], counters[2] = waiting, oldest, newest
+    counters[3], counters[4], counters[5] = unused, tokens, arrivals
     return taken, rows

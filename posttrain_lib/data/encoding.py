@@ -215,7 +215,8 @@ def texts_of(row: ParsedRow) -> list[tuple[str, str]]:
         messages: tuple[Message, ...] = (*row.prompt, *row.chosen, *row.rejected)
     else:
         messages = row.messages if isinstance(row, Conversation | Prompt) else ()
-    said = [(message.role, message.content) for message in messages if message.content is not None]
+    # A call needs no words beside it: its empty content is nothing that anybody left out.
+    said = [(m.role, m.content) for m in messages if m.content is not None and (m.content or not m.tool_calls)]
     thought = [(message.role, message.reasoning_content) for message in messages if message.reasoning_content]
     return said + thought
 

@@ -31,6 +31,16 @@ def lay_out() -> LayOut:
     return compiled.lay_out_loop
 
 
+@functools.cache
+def nonzero() -> Callable[[np.ndarray], np.ndarray]:
+    """``numpy.flatnonzero``, or the compiled version of it, which takes a third of the time."""
+    if not has_numba():
+        return np.flatnonzero
+    from posttrain_lib.data import compiled
+
+    return compiled.nonzero_loop
+
+
 def lay_out_plain(
     tokens: np.ndarray,
     weights: np.ndarray,

@@ -1,7 +1,7 @@
 """Words that spell a control token, encoded as ordinary text.
 
-A second tokenizer is made of the first: the same, except that its special tokens are spelled with private-use
-characters. A text in which the template's control tokens are spelled that way, and those of the row's words as they
+A second tokenizer is made of the first: the same, except that its markers (special tokens and others that mean
+something to a model, ``ChatTokenizer.markers``) are spelled with private-use characters. A text in which the template's control tokens are spelled that way, and those of the row's words as they
 are, becomes what the tokenizer would make of it if nobody had given those words a meaning: the pre-tokeniser and the
 merges see the words in their place, and no control id can come out of them.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
     from posttrain_lib.data.rendering import Document
 
-#: A special token's number behind these: its name in the second tokenizer, and what stands for it in a row's words
+#: A marker's number behind these: its name in the second tokenizer, and what stands for it in a row's words
 #: while a template renders them. Planes 15 and 16 are private use, and turns.py's characters are in neither.
 _CODES, _STAND_INS = 0x100000, 0xF0000
 _MOST = 0xFFF0
@@ -47,7 +47,8 @@ class Literal:
         from tokenizers import Tokenizer
 
         content = json.loads(tokenizer.to_json())
-        ids = {token["content"]: token["id"] for token in content["added_tokens"] if token["special"]}
+        markers = tokenizer.markers
+        ids = {token["content"]: token["id"] for token in content["added_tokens"] if token["content"] in markers}
         names = dict(zip(ids, map(chr, range(_CODES, _CODES + _MOST)), strict=False))
         self._encoder = Tokenizer.from_str(json.dumps(_respelled(content, names)))
         wrong = [name for name, index in ids.items() if self._encoder.token_to_id(names.get(name, "")) != index]
@@ -56,7 +57,7 @@ class Literal:
                 "words that spell control tokens cannot be encoded as text with this tokenizer",
                 where="data.control_tokens",
                 got=f"other ids for {', '.join(wrong[:5])}",
-                expected="a tokenizer that keeps its ids when its special tokens are spelled otherwise",
+                expected="a tokenizer that keeps its ids when its control tokens are spelled otherwise",
                 fix="set data.control_tokens to refuse, which quarantines such rows",
             )
         stand_ins = {name: chr(_STAND_INS + number) for number, name in enumerate(ids)}
@@ -64,17 +65,16 @@ class Literal:
         self._spelt = {**names, **{stand_in: name for name, stand_in in stand_ins.items()}}
         longest_first = sorted(self._spelt, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first)))
-        self._token = tokenizer.special_token
 
-    def hide(self, words: str) -> str:
-        """The words with a stand-in for each control token that they spell.
+    def hide(self, words: str, control: re.Pattern[str] | None) -> str:
+        """The words with a stand-in for each control token that they spell: for what ``control`` finds, markers all.
 
         Raises:
             RefusedRow: they hold characters that stand for something here.
         """
         if _PRIVATE.search(words):
             raise RefusedRow("private_characters", "the text holds characters of the private planes 15 and 16")
-        return self._token.sub(lambda found: self._stand_ins[found.group()], words) if self._token else words
+        return control.sub(lambda found: self._stand_ins[found.group()], words) if control else words
 
     def encode(self, text: str) -> Encoded:
         """Ids of a text in the second tokenizer's spelling, with the characters of that text they stand for."""
@@ -133,10 +133,9 @@ def literal(tokenizer: ChatTokenizer) -> Literal:
 
 
 def _respelled(content: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A ``tokenizer.json`` with the special tokens under other names."""
+    """A ``tokenizer.json`` with the markers under other names."""
     for token in content["added_tokens"]:
-        if token["special"]:
-            token["content"] = names.get(token["content"], token["content"])
+        token["content"] = names.get(token["content"], token["content"])
     model = content["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}

@@ -159,7 +159,7 @@ class LiveFeed:
         held = {(stream, unit.at, unit.part): number for number, (stream, unit) in self._units.items()}
         return [held[stream, At(*place), part] for stream, *place, part in names]
 
-    def pack(self, rows: Sequence[Row], row_tokens: int) -> PackedBatch:
+    def pack(self, rows: Sequence[Row], row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
         """See :class:`~posttrain_lib.data.planner.Feed`."""
         found = [[self._units[unit][1] for unit in row] for row in rows]
         pieces = [
@@ -184,7 +184,7 @@ class LiveFeed:
             begins = np.cumsum(segments.lengths, dtype=np.int64) - segments.lengths
             into.lay_out(tokens, weights, begins, segments.lengths, segments.firsts, places)
 
-        return assemble(segments, fill, row_tokens)
+        return assemble(segments, fill, row_tokens, rows_per_batch)
 
     def release(self, units: Sequence[int]) -> None:
         """See :class:`~posttrain_lib.data.planner.Feed`."""

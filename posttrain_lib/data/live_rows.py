@@ -25,12 +25,16 @@ class At(NamedTuple):
 
 @dataclass(frozen=True)
 class LiveFile:
-    """A file of a source: number of the source, of the file in the source, where it is, digest of its content."""
+    """A file of a source: number of the source, of the file in the source, where it is, digest of its content.
+
+    ``name`` is what row ids call it (:func:`posttrain_lib.data.sources.names_of`); default: its base name.
+    """
 
     source: int
     number: int
     path: str
     digest: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def _epoch(files: Sequence[LiveFile], start: WindowStart, window: int, seed: int
 
 def _rows_of(file: LiveFile, place: Place) -> Iterator[tuple[Place, RawRow]]:
     found = place.row > 0
-    for at, row_id, content in read_from(file.path, place):
+    for at, row_id, content in read_from(file.path, place, file.name or None):
         found = True
         yield at, RawRow(file.source, file.number, at.row, row_id, content)
     if not found:

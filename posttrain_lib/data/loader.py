@@ -232,10 +232,7 @@ class PackedLoader:
         row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         costs = self._row_tokens + self._pair_cost * np.bincount(row_of, weights=facts.pairs, minlength=len(rows))
         own = [rows[row] for row in deal_out(costs, self._world)[self._rank]]
-        micro_batches = [
-            self._feed.pack(own[first : first + self._micro_batch_rows], self._row_tokens)
-            for first in range(0, len(own), self._micro_batch_rows)
-        ]
+        micro_batches = self._feed.pack(own, self._row_tokens, self._micro_batch_rows)
         self._feed.release(units.tolist())
         sources = len(self._feed.sources)
         return LoadedStep(
@@ -310,7 +307,7 @@ def held_out_batches(
     own.extend([()] * (per_rank - len(own)))
     for first in range(0, per_rank, batch_rows):
         segments = segments_of(store, units, own[first : first + batch_rows])
-        yield assemble(segments, store_filler(store, segments), row_tokens)
+        yield from assemble(segments, store_filler(store, segments), row_tokens, batch_rows)
 
 
 def _put(into: queue.Queue[_Prepared | _Ended], item: _Prepared | _Ended, stop: threading.Event) -> None:

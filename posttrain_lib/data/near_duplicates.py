@@ -5,12 +5,13 @@ containment of documents*, 1997). A signature of fixed size estimates it: one pe
 2012) splits the hashes of an example's shingles into bins and keeps the least of each, empty bins borrow from others
 at random (optimal densification, Shrivastava 2017), and 8 bits of each are kept (b-bit minwise hashing, Li and König
 2010). Examples of equal bands of lanes (locality-sensitive hashing) are candidates; the estimate over all lanes then
-decides. Nothing but signatures and keys is kept: :data:`SIGNATURE_BYTES` and the key per example.
+decides. Nothing but signatures and keys is kept: :data:`SIGNATURE_BYTES`, 8 bytes for the row, and the key per example.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +48,6 @@ _CHANCE = 1 / 256
 _MATCHES_NEEDED = int(np.ceil(LANES * (THRESHOLD * (1 - _CHANCE) + _CHANCE)))
 
 
-def signature(ids: np.ndarray) -> bytes:
-    """The signature of one example, as :func:`signatures` makes it; several at once cost a tenth each."""
-    return signatures([ids])[0].tobytes()
-
-
 def signatures(examples: Sequence[np.ndarray]) -> np.ndarray:
     """uint8 [n, SIGNATURE_BYTES] of n examples (integer ids [S] each): a digest of the ids, then the lanes.
 
@@ -83,23 +79,16 @@ class NearDuplicates:
         self._keys = KeyLog()
         self._signatures = bytearray()
         self._held_out = bytearray()
-        self._waiting: list[np.ndarray] = []
-        self._waiting_tokens = 0
+        self._rows = array("Q")
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, key: str, ids: np.ndarray, *, held_out: bool) -> None:
-        """Take in an example: ``ids`` int32 [S]; ``key`` names it in the report. The ids are copied or hashed soon."""
-        self._keys.append(key)
-        self._held_out.append(held_out)
-        self._waiting.append(np.array(ids, dtype="<i4"))
-        self._waiting_tokens += len(ids)
-        if self._waiting_tokens >= _BLOCK_TOKENS or len(self._waiting) >= _BLOCK_TOKENS // 64:
-            self._sign_waiting()
+    def add_signature(self, key: str, made: bytes, *, held_out: bool, row: str | int | None = None) -> None:
+        """Take in an example by its signature, one row of :func:`signatures`; ``key`` names it in the report.
 
-    def add_signature(self, key: str, made: bytes, *, held_out: bool) -> None:
-        """Take in an example by its :func:`signature`, made elsewhere.
+        Examples of the same ``row`` are never each other's relatives: the turns of a conversation and the answers of a
+        pair begin alike by their making. None: a row of its own.
 
         Raises:
             DataError: not the size of a signature.
@@ -110,33 +99,25 @@ class NearDuplicates:
                 where=key,
                 got=f"{len(made)} bytes",
                 expected=f"{SIGNATURE_BYTES} bytes",
-                fix="pass what near_duplicates.signature returns",
+                fix="pass a row of what near_duplicates.signatures returns",
             )
-        self._sign_waiting()
+        # Without a row the example's own number: among so many small numbers a hash of 64 bits falls only by chance.
+        self._rows.append(len(self) if row is None else _row_hash(row))
         self._keys.append(key)
         self._held_out.append(held_out)
         self._signatures += made
 
-    def merge(self, other: NearDuplicates) -> None:
-        """Add the other's examples behind these."""
-        self._sign_waiting()
-        other._sign_waiting()
-        self._keys.extend(other._keys)
-        self._held_out += other._held_out
-        self._signatures += other._signatures
-
     def report(self) -> dict[str, Any]:
         """JSON-ready.
 
-        ``near_duplicates`` counts examples with an earlier near-duplicate in the same split, ``exact`` those of them
+        ``near_duplicates`` counts examples with an earlier near-duplicate of another row in the same split, ``exact`` those of them
         with an identical one; ``held_out_near_training`` the held-out examples with a near-duplicate in training,
         ``held_out_exactly_in_training`` those with an identical one. ``crowded`` counts examples whose bucket was too
         large for all its pairs to be compared: if it is not 0, the other counts may be too low.
         """
-        self._sign_waiting()
         made = np.frombuffer(self._signatures, np.uint8).reshape(-1, SIGNATURE_BYTES)
         held_out = np.frombuffer(self._held_out, np.uint8).astype(bool)
-        found = compare(made, held_out)
+        found = compare(made, held_out, np.frombuffer(self._rows, np.uint64))
         near, leaked = found.same_split[0] >= _MATCHES_NEEDED, found.training[0] >= _MATCHES_NEEDED
         return {
             "examples": len(self),
@@ -164,11 +145,6 @@ class NearDuplicates:
             for index in np.flatnonzero(chosen)[:_FIRST].tolist()
         ]
 
-    def _sign_waiting(self) -> None:
-        if self._waiting:
-            self._signatures += signatures(self._waiting).tobytes()
-            self._waiting, self._waiting_tokens = [], 0
-
 
 @dataclass(frozen=True)
 class Found:
@@ -184,17 +160,29 @@ class Found:
     crowded: np.ndarray
 
 
-def compare(made: np.ndarray, held_out: np.ndarray) -> Found:
-    """Identical examples first, so that a thousand copies are one; then the bands over one example of each content."""
+def compare(made: np.ndarray, held_out: np.ndarray, rows: np.ndarray | None = None) -> Found:
+    """Identical examples first, so that a thousand copies are one; then the bands over one example of each content.
+
+    Args:
+        made: uint8 [n, SIGNATURE_BYTES].
+        held_out: bool [n].
+        rows: integers [n], equal for examples of one row, which are not held against each other; None: all differ.
+    """
     number = len(made)
-    first, training_twin = _identical(np.ascontiguousarray(made[:, :_DIGEST_BYTES]).view("<u8"), held_out)
-    exact = first != np.arange(number)
-    kept = np.flatnonzero(~exact)
-    lanes, held = np.ascontiguousarray(made[kept, _DIGEST_BYTES:]), held_out[kept]
+    rows = np.arange(number) if rows is None else np.unique(rows, return_inverse=True)[1]
+    first, twin, training_twin = _identical(
+        np.ascontiguousarray(made[:, :_DIGEST_BYTES]).view("<u8"), held_out, rows
+    )
+    exact = twin >= 0
+    kept = np.flatnonzero(first == np.arange(number))
+    lanes, held, row = np.ascontiguousarray(made[kept, _DIGEST_BYTES:]), held_out[kept], rows[kept]
+    by_place = np.argsort(_place_in_row(row), kind="stable")
     same, training = _Best(len(kept)), _Best(len(kept))
     crowded = np.zeros(len(kept), bool)
     for band in range(_BANDS if len(kept) else 0):
-        for one, other in _candidates(lanes, held, band, crowded):
+        for one, other in _candidates(lanes, held, row, by_place, band, crowded):
+            of_others = row[one] != row[other]
+            one, other = one[of_others], other[of_others]
             matches = np.count_nonzero(lanes[one] == lanes[other], axis=1)
             alike = held[one] == held[other]
             same.offer(np.maximum(one, other)[alike], np.minimum(one, other)[alike], matches[alike])
@@ -202,31 +190,57 @@ def compare(made: np.ndarray, held_out: np.ndarray) -> Found:
             training.offer(held_one[~alike], trained_one[~alike], matches[~alike])
     place = np.searchsorted(kept, first)  # of each example's content among the kept ones
     same_matches, same_partner = same.of(place, kept)
-    same_matches[exact], same_partner[exact] = LANES, first[exact]
+    same_matches[exact], same_partner[exact] = LANES, twin[exact]
     matches, partner = training.of(place, kept)
     exactly = training_twin >= 0
     matches[exactly], partner[exactly] = LANES, training_twin[exactly]
     return Found((same_matches, same_partner), (matches, partner), exact, exactly, crowded[place])
 
 
-def _identical(digests: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per example int64 [n]: the first of the same content in its split (maybe itself); and of a held-out one the
-    first of that content in training, else -1. ``digests`` uint64 [n, 2]."""
+def _identical(
+    digests: np.ndarray, held_out: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the same content as each example: the first in its split, the first before it of another row in its split,
+    and for a held-out one the first in training. int64 [n] each, -1 for none; the first of all may be itself.
+
+    ``digests`` uint64 [n, 2].
+    """
     order = np.lexsort((np.arange(len(digests)), held_out, digests[:, 1], digests[:, 0]))
-    digests, held = digests[order], held_out[order]
+    digests, held, row = digests[order], held_out[order], rows[order]
     new_content = np.ones(len(order), bool)
     new_content[1:] = (digests[1:] != digests[:-1]).any(axis=1)
     new_run = new_content.copy()
     new_run[1:] |= held[1:] != held[:-1]
-    first, twin = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
-    first[order] = order[new_run][np.cumsum(new_run) - 1]
+    run = np.cumsum(new_run) - 1
+    head = np.flatnonzero(new_run)[run]  # places in ``order``
+    # Whoever is of the first one's own row is held against the first of another row instead.
+    other_row = np.flatnonzero(row != row[head])
+    second = np.full(len(order), len(order))
+    np.minimum.at(second, run[other_row], other_row)
+    second = second[run]
+    place = np.arange(len(order))
+    before = np.where(row != row[head], head, np.where(second < place, second, -1))
     leader = np.flatnonzero(new_content)[np.cumsum(new_content) - 1]  # training sorts before held-out
-    twin[order] = np.where(held & ~held[leader], order[leader], -1)
-    return first, twin
+    first, twin, trained = (np.empty(len(order), np.int64) for _ in range(3))
+    first[order] = order[head]
+    twin[order] = np.where(before >= 0, order[before], -1)
+    trained[order] = np.where(held & ~held[leader], order[leader], -1)
+    return first, twin, trained
+
+
+def _place_in_row(row: np.ndarray) -> np.ndarray:
+    """int64 [n]: how many examples of the same row come before each."""
+    order = np.argsort(row, kind="stable")
+    new = np.ones(len(order), bool)
+    new[1:] = row[order[1:]] != row[order[:-1]]
+    number = np.arange(len(order))
+    place = np.empty(len(order), np.int64)
+    place[order] = number - np.maximum.accumulate(np.where(new, number, 0))
+    return place
 
 
 def _candidates(
-    lanes: np.ndarray, held_out: np.ndarray, band: int, crowded: np.ndarray
+    lanes: np.ndarray, held_out: np.ndarray, row: np.ndarray, by_place: np.ndarray, band: int, crowded: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Index pairs whose band is equal, in blocks: neighbours within the window, and the first of each split.
 
@@ -246,12 +260,18 @@ def _candidates(
     for step in range(1, _WINDOW + 1):
         together = np.flatnonzero(bucket[step:] == bucket[:-step])
         yield from _in_blocks(order[together + step], order[together])
-    beyond = np.bincount(bucket)[bucket] > _WINDOW + 1
+    of_several_rows = np.maximum.reduceat(row[order], starts) != np.minimum.reduceat(row[order], starts)
+    beyond = ((np.bincount(bucket) > _WINDOW + 1) & of_several_rows)[bucket]
     crowded[order[beyond]] = True
     for split in (False, True):
         head = np.minimum.reduceat(np.where(held_out[order] == split, order, len(lanes)), starts)[bucket]
         wanted = beyond & (head < len(lanes)) & (head != order)
         yield from _in_blocks(order[wanted], head[wanted])
+
+
+def _row_hash(row: str | int) -> int:
+    content = repr(row).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _in_blocks(one: np.ndarray, other: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -21,6 +21,10 @@ from posttrain_lib.errors import DataError
 
 Row = tuple[int, ...]
 
+#: rows' worth of tokens that wait before a row is made with a look-ahead shorter than the buffer: with less, a row of
+#: many short units would take nearly all there is
+ROWS_AHEAD = 4
+
 
 class Packer(Protocol):
     """Packs a stream of (unit id, length) into rows of at most ``row_tokens``; two versions, one behaviour."""
@@ -38,7 +42,8 @@ class Packer(Protocol):
 
         Args:
             ids: int64 [n]. lengths: int32 [n], packed tokens of each.
-            look_ahead: make a row as soon as so many units wait; default and at most: ``buffer``.
+            look_ahead: make a row as soon as so many units wait, and :data:`ROWS_AHEAD` rows' worth of tokens; by
+                default and at most when ``buffer`` units do.
 
         Raises:
             DataError: a unit does not fit into any row.
@@ -75,9 +80,9 @@ class CompiledPacker:
 
     def _clear(self) -> None:
         buffer, lengths = self.buffer, self.row_tokens + 1
-        # units that wait, the oldest slot, the newest, free slots
-        self._counters = np.array([0, -1, -1, buffer], np.int64)
-        self._slot_id = np.zeros(buffer, np.int64)
+        # units that wait, the oldest slot, the newest, free slots, waiting tokens, units that ever came
+        self._counters = np.array([0, -1, -1, buffer, 0, 0], np.int64)
+        self._slot_id = np.full((2, buffer), -1, np.int64)  # ids, and numbers of arrival (-1: the slot is free)
         # per slot: length, next of its length, next older, next newer; and the free slots
         self._slots = np.full((5, buffer), -1, np.int32)
         self._slots[4] = np.arange(buffer)
@@ -105,8 +110,8 @@ class CompiledPacker:
         wanted = min(wanted, len(out))
         ends = np.empty(wanted, np.int64)
         taken, rows = self._loop(
-            ids, lengths, wanted, flush, self.row_tokens, look_ahead, self._counters, self._slot_id, self._slots,
-            self._lists, self._occupied, out, ends,
+            ids, lengths, wanted, flush, self.row_tokens, self.buffer, look_ahead, self._counters, self._slot_id,
+            self._slots, self._lists, self._occupied, out, ends,
         )  # fmt: skip
         bounds = [0, *ends[:rows].tolist()]
         members = out[: bounds[-1]].tolist()
@@ -114,11 +119,9 @@ class CompiledPacker:
 
     def state(self) -> list[int]:
         """See :class:`Packer`."""
-        found, slot = [], int(self._counters[1])
-        while slot >= 0:
-            found.append(int(self._slot_id[slot]))
-            slot = int(self._slots[3, slot])
-        return found
+        ids, arrivals = self._slot_id
+        waiting = np.flatnonzero(arrivals >= 0)
+        return ids[waiting[np.argsort(arrivals[waiting])]].tolist()
 
     def load_state(self, waiting: Sequence[int], lengths: Sequence[int]) -> None:
         """See :class:`Packer`."""
@@ -137,7 +140,7 @@ class StreamingPacker:
         # equally long ones the oldest comes last, where "the longest that fits" looks first.
         self._waiting: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self._by_length: list[tuple[int, int]] = []
-        self._arrivals = 0
+        self._arrivals, self._tokens = 0, 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -154,8 +157,11 @@ class StreamingPacker:
                 return taken, rows
             self._waiting[self._arrivals] = (unit, length)
             insort(self._by_length, (length, -self._arrivals))
+            self._tokens += length
             self._arrivals += 1
-            if len(self._waiting) >= look_ahead:
+            if len(self._waiting) >= self.buffer or (
+                len(self._waiting) >= look_ahead and self._tokens >= ROWS_AHEAD * self.row_tokens
+            ):
                 rows.append(self._pop_row())
         return len(ids), rows
 
@@ -177,6 +183,7 @@ class StreamingPacker:
             length, negated = by_length.pop(bisect_right(by_length, (space, 1)) - 1)
             row.append(self._waiting.pop(-negated)[0])
             space -= length
+        self._tokens -= self.row_tokens - space
         return tuple(row)
 
     def state(self) -> list[int]:
@@ -190,7 +197,7 @@ class StreamingPacker:
             for arrival, (unit, length) in enumerate(zip(waiting, lengths, strict=True))
         )
         self._by_length = sorted((length, -arrival) for arrival, (_, length) in self._waiting.items())
-        self._arrivals = len(self._waiting)
+        self._arrivals, self._tokens = len(self._waiting), sum(int(length) for length in lengths)
 
 
 def _check_sizes(row_tokens: int, buffer: int) -> None:

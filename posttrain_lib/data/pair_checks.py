@@ -49,10 +49,6 @@ class _Lengths:
         self.chosen_longer += chosen > rejected
         self.rejected_longer += rejected > chosen
 
-    def merge(self, other: _Lengths) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
     def report(self) -> dict[str, Any]:
         pairs = max(1, self.pairs)
         return {
@@ -76,16 +72,11 @@ class _Alone:
         if len(self.first) < _FIRST:
             self.first.append(row_id)
 
-    def merge(self, other: _Alone) -> None:
-        self.rows += other.rows
-        self.first = [*self.first, *other.first][:_FIRST]
-
 
 class PairChecks:
     """Collects preference pairs; :meth:`report` says what is wrong with them together.
 
-    Counts do not depend on the order of the pairs; the first row ids do. Picklable; processes may fill one each for
-    :meth:`merge`.
+    Counts do not depend on the order of the pairs; the first row ids do.
     """
 
     def __init__(self) -> None:
@@ -119,16 +110,6 @@ class PairChecks:
         shown = _alike(chosen_ids, rejected_ids)
         if shown:
             self._alone[shown].see(row_id)
-
-    def merge(self, other: PairChecks) -> None:
-        """Add the other's pairs behind these."""
-        self._row_ids.extend(other._row_ids)
-        self._hashes.extend(other._hashes)
-        self._held_out += other._held_out
-        for name, alone in other._alone.items():
-            self._alone[name].merge(alone)
-        for name, lengths in other._lengths.items():
-            self._lengths[name].merge(lengths)
 
     def report(self) -> dict[str, Any]:
         """JSON-ready.

@@ -12,9 +12,10 @@ from posttrain_lib.data.mixture import Mixer
 from posttrain_lib.data.packing import Row, make_packer
 from posttrain_lib.schema.batches import PackedBatch
 
-#: units that the first step's rows are chosen from; twice as many at each further step, up to the packing buffer: a
-#: run that tokenises as it goes need not wait until a large buffer is full
+#: units that the first rows of a run are chosen from; twice as many every few rows, up to the packing buffer: a run
+#: that tokenises as it goes need not wait until a large buffer is full
 FIRST_LOOK_AHEAD = 64
+_ROWS_PER_DOUBLING = 8
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Feed(Protocol):
     def load(self, mixer: dict[str, Any], names: Sequence[Any]) -> list[int]:
         """Go to a position; returns the named units, which were drawn before it."""
 
-    def pack(self, rows: Sequence[Row], row_tokens: int) -> PackedBatch:
-        """The tokens of rows of units, laid end to end."""
+    def pack(self, rows: Sequence[Row], row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
+        """The tokens of rows of units, laid end to end, in batches of so many rows."""
 
     def release(self, units: Sequence[int]) -> None:
         """The units were packed, or belong to other ranks: they are not needed any more."""
@@ -70,13 +71,17 @@ class Planner:
     def rows(self, count: int, step: int) -> list[Row]:
         """The next ``count`` rows, for optimiser step ``step``; fewer when the stream has ended, then none."""
         made: list[Row] = []
-        look_ahead = min(self._buffer, FIRST_LOOK_AHEAD << min(step - 1, 30))
         while len(made) < count:
             ids, lengths = self._feed.mixer.peek(step)
             if len(ids) == 0:
                 made.extend(self._packer.flush(count - len(made)))
                 break
-            taken, rows = self._packer.feed(ids, lengths, count - len(made), look_ahead)
+            before = (step - 1) * count + len(made)
+            look_ahead = FIRST_LOOK_AHEAD << min(before // _ROWS_PER_DOUBLING, 30)
+            wanted = count - len(made)
+            if look_ahead < self._buffer:
+                wanted = min(wanted, _ROWS_PER_DOUBLING - before % _ROWS_PER_DOUBLING)
+            taken, rows = self._packer.feed(ids, lengths, wanted, look_ahead)
             self._feed.mixer.advance(taken)
             made.extend(rows)
         return made

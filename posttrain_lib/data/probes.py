@@ -20,6 +20,7 @@ _TOOL = {"type": "function", "function": {"name": _MARK, "description": "a tool"
 # Nine characters, because Mistral's templates demand that of a call's id.
 _CALLED = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"a": _MARK}}}
 _CALL = Message("assistant", "", tool_calls=(_CALLED,))
+_REASONED = Conversation("probe", "reasoned", (_ASKED, Message("assistant", _MARK, _MARK)))
 _PLAIN = Conversation("probe", "plain", (_ASKED, Message("assistant", _MARK)))
 _CALLING = Conversation("probe", "calling", (_ASKED, _CALL))
 _ANSWER = Message("tool", _MARK, extra={"tool_call_id": "abcdefghi", "name": "f"})
@@ -67,6 +68,23 @@ def stop_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
         markers = [token for token in ending if token in tokenizer.special_ids]
         found.update(markers[-1:])
     return frozenset(found)
+
+
+@cache
+def written_in_answers(tokenizer: ChatTokenizer) -> frozenset[str]:
+    """Markers that are no special tokens and that a model writes in its answers, so that an assistant's text may too.
+
+    Those of reasoning, which rows of every origin hold in the content, and what this template prints in an answer with
+    reasoning or calls.
+    """
+    written = {"<think>", "</think>"}
+    for answered in (_PLAIN, _REASONED, _CALLING):
+        try:
+            turn = locate(Renderings(tokenizer, answered), 1)
+        except RefusedRow:
+            continue  # a template without tools
+        written.update(tokenizer.marker.findall(turn.text, turn.start) if tokenizer.marker else ())
+    return frozenset(name for name, special in tokenizer.markers.items() if not special and name in written)
 
 
 def left_out(tokenizer: ChatTokenizer, conversation: Conversation) -> str | None:

@@ -9,6 +9,7 @@ import codecs
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -28,6 +29,10 @@ _BATCH_ROWS = 1024
 #: a row group up to this size is fetched whole, and the next ones ahead; of a larger one, each column by itself
 _WHOLE_GROUP_BYTES = 16 << 20
 _ARROW_FILE_MAGIC = b"ARROW1"
+#: characters between the place that the decoder blames and the end of a text, where more text may mend it: it blames
+#: the start of a token, of which "\\ud83d\\ude00" is the longest, and of a string, which is told from its message
+_LONGEST_TOKEN = 12
+_UNFINISHED = "Unterminated string"
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
@@ -59,15 +64,72 @@ class BadRow:
 Read = tuple[Place, str, "dict[str, Any] | BadRow"]
 
 
+class LocalFile(io.FileIO):
+    """A local file, for reading, that must stay what it was when it was opened.
+
+    Compared are size, time of the last write and inode, after every read: what a read gave was there before a change.
+    A change that leaves all three as they were goes unseen.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "rb")
+        self._path, self._opened = path, _state(os.fstat(self.fileno()))
+
+    def readinto(self, buffer: Any) -> int:
+        """As of :class:`io.FileIO`.
+
+        Raises:
+            DataError: the file is another than it was.
+        """
+        count = super().readinto(buffer)
+        self.check()
+        return count
+
+    def check(self) -> None:
+        """Raise DataError where the file is another than it was, or gone."""
+        try:
+            now = _state(os.stat(self._path))
+        except FileNotFoundError:
+            now = None
+        if now != self._opened:
+            raise DataError(
+                "the file was changed while it was read",
+                where=self._path,
+                got="it is gone" if now is None else _told(now),
+                expected=_told(self._opened),
+                fix="run again; write new data under a new name, so that no run reads half of each",
+            )
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _told(state: tuple[int, int, int]) -> str:
+    return f"{state[0]:,} bytes, written at {state[1] / 1e9:.6f} s of Unix time, inode {state[2]}"
+
+
 def open_file(file: str, stack: ExitStack) -> Any:
-    """The file as a seekable binary file, closed with ``stack``: a local one as it is, a remote one read ahead."""
+    """The file as a seekable binary file, closed with ``stack``: a local one watched, a remote one read ahead."""
     filesystem, inner = file_system(file)
     if "file" in protocols(filesystem):
-        return stack.enter_context(open(inner, "rb"))
+        return io.BufferedReader(_watched(inner, stack), _BLOCK)
     source = RemoteObject(file)
     if source.size is None:  # a web server that tells no length serves no ranges either
         return stack.enter_context(fsspec.open(file, "rb"))
     return stack.enter_context(RemoteFile(source))
+
+
+def _watched(path: str, stack: ExitStack) -> LocalFile:
+    """The local file, looked at once more when ``stack`` is left without an error."""
+    local = stack.enter_context(LocalFile(path))
+
+    def at_end(kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            local.check()
+
+    stack.push(at_end)
+    return local
 
 
 def numbered(name: str, rows: Iterable[dict[str, Any] | BadRow], first: int) -> Iterator[Read]:
@@ -165,7 +227,8 @@ class _Window:
             try:
                 value, end = self._decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                if self._ended:
+                near_end = error.pos > len(self._text) - _LONGEST_TOKEN or error.msg.startswith(_UNFINISHED)
+                if self._ended or not near_end:
                     raise self.broken(str(error)) from error
             else:
                 if self._ended or _end_of_blank(self._text, end) < len(self._text):
@@ -240,20 +303,25 @@ def arrow(files: list[str], first: int) -> Iterator[dict[str, Any] | BadRow]:
     """
     for file in files:
         with ExitStack() as stack:
-            schema, batches = _record_batches(file, stack)
+            schema, batches, check = _record_batches(file, stack)
             decode = _decoder(schema)
             for batch in batches:
                 size = max(1, min(_BATCH_ROWS, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
                 for start in range(first, batch.num_rows, size):
-                    yield from map(decode, batch.slice(start, size).to_pylist())
+                    rows = batch.slice(start, size).to_pylist()
+                    check()
+                    yield from map(decode, rows)
                 first = max(0, first - batch.num_rows)
 
 
-def _record_batches(file: str, stack: ExitStack) -> tuple[Any, Iterator[Any]]:
+def _record_batches(file: str, stack: ExitStack) -> tuple[Any, Iterator[Any], Callable[[], None]]:
+    """Schema, record batches, and what to call before rows made of them are given: a map shows what is written to it."""
     import pyarrow.ipc
 
     filesystem, inner = file_system(file)
+    check: Callable[[], None] = _nothing
     if "file" in protocols(filesystem):
+        check = _watched(inner, stack).check
         source = stack.enter_context(pyarrow.memory_map(inner))
     else:
         source = stack.enter_context(pyarrow.PythonFile(open_file(file, stack), mode="r"))
@@ -261,9 +329,13 @@ def _record_batches(file: str, stack: ExitStack) -> tuple[Any, Iterator[Any]]:
     source.seek(0)
     if magic == _ARROW_FILE_MAGIC:
         table = pyarrow.ipc.open_file(source)
-        return table.schema, map(table.get_batch, range(table.num_record_batches))
+        return table.schema, map(table.get_batch, range(table.num_record_batches)), check
     table = pyarrow.ipc.open_stream(source)
-    return table.schema, iter(table)
+    return table.schema, iter(table), check
+
+
+def _nothing() -> None:
+    """The check of a remote file: whoever fetches its bytes makes it."""
 
 
 def _decoder(schema: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -71,7 +71,7 @@ class Receipt:
         return seen
 
     def example(self, source: str, example: Example, *, kind: str, held_out: bool, bos_id: int | None) -> None:
-        """An example was written."""
+        """An example was written. Those of a row come between its :meth:`row` and the next."""
         counts = self._of(source)
         counts["examples"] += 1
         counts["held_out"] += held_out
@@ -90,7 +90,9 @@ class Receipt:
         self.notes["missing_end"] += not example.closed
         self.notes["resplit_examples"] += example.resplit
         if example.signature:
-            self._near.add_signature(f"{source}: {example.row_id}", example.signature, held_out=held_out)
+            # The number of the row: its id cannot be told from the suffixes of its examples with certainty.
+            row, key = f"{source}: {counts['rows']}", f"{source}: {example.row_id}"
+            self._near.add_signature(key, example.signature, held_out=held_out, row=row)
 
     def pair(self, row: EncodedRow, markers: frozenset[int]) -> None:
         """A preference pair was written. ``markers`` close an answer and are no part of what it says."""

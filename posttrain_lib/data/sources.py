@@ -1,4 +1,10 @@
-"""Rows out of files: JSON lines, Parquet, Arrow, datasets folders, hub data sets, on disk or behind an fsspec URL."""
+"""Rows out of files: JSON lines, Parquet, Arrow, datasets folders, hub data sets, on disk or behind an fsspec URL.
+
+A data path is a file, a glob, a folder, a folder that ``datasets`` saved, each of them on local disk or as an fsspec
+URL, or a hub id: ``hf://owner/name[@revision][?config=main&split=train_sft]``. The revision is a branch, a tag or a
+commit (default: the newest commit), the config one that the data set names (default: its only one, or the one it calls
+default), the split is ``train`` unless named. A ``&``, ``=``, ``%`` or ``/`` in a value is percent-encoded.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,11 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from fsspec.utils import glob_translate
 
@@ -21,11 +29,19 @@ from posttrain_lib.lineage.digests import FileDigests, digest_value
 _HUB = "hf://"
 #: what fsspec itself resolves on the hub: single files
 _HUB_FILES = "hf://datasets/"
+_HUB_FORM = "hf://owner/name[@revision][?config=main&split=train_sft]"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
+_COLUMNS = (".parquet", ".arrow")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_KNOWN_KINDS = ".jsonl, .ndjson or .json (also .gz, .zst), .parquet, .arrow"
 _MAGIC = re.compile(r"[*?\[]")
 #: what ``datasets`` leaves in the folder of a data set, and of several
 _SAVED, _SAVED_INFO, _SAVED_SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+#: what stands beside data and is none, whatever its ending
+_ABOUT_DATA = {_SAVED_INFO, _SAVED_SPLITS, "dataset_infos.json"}
+_ABOUT_FOLDER = re.compile(r"(readme|licen[cs]e)([._-].*)?|.*\.crc", re.IGNORECASE)
+_NAMED_AT_MOST = 5
 _START = Place(0)
 
 Row = tuple[str, "dict[str, Any] | BadRow"]
@@ -34,14 +50,15 @@ Row = tuple[str, "dict[str, Any] | BadRow"]
 def iter_rows(path: str) -> Iterator[Row]:
     """Yield (row id, row) over everything ``path`` names, in a fixed order.
 
-    Row ids are ``file:line`` for JSON lines and ``file:number`` elsewhere, file names without their folder.
+    Row ids are ``file:line`` for JSON lines and ``file:number`` elsewhere, files being named by :func:`names_of`.
 
     Raises:
         DataError: as :func:`files_of` and :func:`read_from` raise it, or a file has no rows.
     """
-    for file in files_of(path):
+    files = files_of(path)
+    for file, name in zip(files, names_of(files), strict=True):
         found = False
-        for _, row_id, row in read_from(file):
+        for _, row_id, row in read_from(file, name=name):
             found = True
             yield row_id, row
         if not found:
@@ -51,8 +68,13 @@ def iter_rows(path: str) -> Iterator[Row]:
 def files_of(path: str) -> list[str]:
     """What :func:`iter_rows` reads, in its order. A datasets folder and a hub id are one "file": themselves.
 
+    Of a folder, the files of a known kind below it. Files and folders in it whose name starts with ``.`` or ``_``,
+    READMEs, licences, checksums and what ``datasets`` tells of the data are no data; anything else is refused. A glob
+    and the name of a file are taken at their word.
+
     Raises:
-        DataError: nothing matches, a folder holds several splits, or the store cannot be listed whole.
+        DataError: nothing matches, a folder holds several splits or a file of no known kind, or the store cannot be
+            listed whole.
     """
     if _is_hub_id(path):
         return [path]
@@ -60,30 +82,51 @@ def files_of(path: str) -> list[str]:
         return [file for file, _ in _expand(path)]
 
 
-def read_from(file: str, place: Place = _START) -> Iterator[tuple[Place, str, dict[str, Any] | BadRow]]:
+def names_of(files: Sequence[str]) -> list[str]:
+    """What row ids call each file of a source: its base name; where two share one, the path from their common folder.
+
+    A hub id is called ``owner/name``.
+    """
+    paths = [[_Hub.parse(file).name] if _is_hub_id(file) else file.rstrip("/").split("/") for file in files]
+    names = [parts[-1] for parts in paths]
+    if len(set(names)) == len(names):
+        return names
+    common = 0
+    while len({tuple(parts[: common + 1]) for parts in paths}) == 1:
+        common += 1
+    return ["/".join(parts[common:]) for parts in paths]
+
+
+def read_from(
+    file: str, place: Place = _START, name: str | None = None
+) -> Iterator[tuple[Place, str, dict[str, Any] | BadRow]]:
     """Yield (its place, row id, row) for every row of one file of :func:`files_of` from ``place`` on.
+
+    ``name`` is what row ids call the file, as :func:`names_of` tells it of all files of a source; default: its base
+    name.
 
     Plain JSON lines are sought to the place, Parquet to its row group, local Arrow and datasets folders to the row;
     a compressed file is decompressed from its start, a JSON array read again, a hub stream skipped through.
 
     Raises:
         DataError: the file is of an unknown kind, cannot be opened, is damaged (a compressed file that was cut gives
-            the rows before the cut first: who counts a file as read waits for its end), was replaced while it was
-            read, or its store kept failing. Each names the file.
+            the rows before the cut first: who counts a file as read waits for its end), was replaced or changed
+            while it was read, or its store kept failing. Each names the file.
     """
     with _client_errors(file):
-        yield from _read(file, place)
+        yield from _read(file, place, name or names_of([file])[0])
 
 
 def pinned(path: str) -> str:
     """The path as it means the same everywhere and tomorrow: absolute on local disk, a hub id with its commit.
 
+    The hub is asked unless the id names a whole commit.
+
     Raises:
-        DataError: the hub does not answer.
+        DataError: the hub does not answer, or has no such data set or revision, or the id is malformed.
     """
     if _is_hub_id(path):
-        name, _, revision = path.removeprefix(_HUB).partition("@")
-        return f"{_HUB}{name}@{revision or _hub_commit(name)}"
+        return str(_Hub.parse(path).at_commit())
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
@@ -93,7 +136,9 @@ def digest_rows(path: str, known: FileDigests) -> str:
     Raises:
         DataError: nothing matches, or a remote store does not tell one version of a file from another.
     """
-    return digest_value([[file.rsplit("/", 1)[-1], digest] for file, digest in list_files(path, known)])
+    found = list_files(path, known)
+    names = names_of([file for file, _ in found])
+    return digest_value([[name, digest] for name, (_, digest) in zip(names, found, strict=True)])
 
 
 def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
@@ -102,7 +147,8 @@ def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
     The files of a datasets folder are listed one by one.
     """
     if _is_hub_id(path):
-        return [(path, path.partition("@")[2])]
+        hub = _Hub.parse(path).at_commit()
+        return [(str(hub), hub.version)]
     with _client_errors(path):
         found = _expand(path)
         if found[0][1]["type"] == "directory":  # a datasets folder
@@ -134,11 +180,11 @@ def _client_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error).strip() or repr(error)
+        fix = "check the path, the access rights and the file; fetch it again if it is damaged"
+        if _is_hub_id(where):
+            fix = f"check the id ({_HUB_FORM}), the access rights and the network"
         raise DataError(
-            "the data cannot be read",
-            where=where,
-            got=f"{type(error).__name__}: {text}",
-            fix="check the path, the access rights and the file; fetch it again if it is damaged",
+            "the data cannot be read", where=where, got=f"{type(error).__name__}: {text}", fix=fix
         ) from error
 
 
@@ -155,7 +201,7 @@ def _expand(path: str) -> list[tuple[str, dict[str, Any]]]:
     elif told is not None:
         if _is_saved(path, filesystem, inner):
             return [(path, told)]
-        found = _find(path, filesystem, inner)
+        found = _data_in(path, inner, _find(path, filesystem, inner))
     elif match := _MAGIC.search(inner):
         # Not filesystem.glob: where a listing fails, it leaves out what it could not list and says nothing.
         matches = re.compile(glob_translate(inner)).match
@@ -200,8 +246,35 @@ def _find(path: str, filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
     return {
         name: told
         for name, told in found.items()
-        if told["type"] == "file" or (told["type"] != "directory" and filesystem.isfile(name))  # a link
+        if not (name.endswith("/") and not told.get("size"))  # an empty key by which tools mark a folder
+        and (told["type"] == "file" or (told["type"] != "directory" and filesystem.isfile(name)))  # a link
     }
+
+
+def _data_in(path: str, folder: str, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of the files found below a folder that are data."""
+    data, unknown = {}, []
+    for name, told in found.items():
+        parts = name.removeprefix(folder.rstrip("/") + "/").split("/")
+        # Beside data, a leading _ marks what a writer keeps for itself, except in the key=value folders of partitions.
+        if any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts):
+            continue
+        if parts[-1] in _ABOUT_DATA:
+            continue
+        if _stem(parts[-1])[0].endswith((*_JSON_LINES, *_COLUMNS)):
+            data[name] = told
+        elif not _ABOUT_FOLDER.fullmatch(parts[-1]):
+            unknown.append("/".join(parts))
+    if unknown:
+        more = f" and {len(unknown) - _NAMED_AT_MOST:,} more" if len(unknown) > _NAMED_AT_MOST else ""
+        raise DataError(
+            "the folder holds files of an unknown kind",
+            where=path,
+            got=", ".join(sorted(unknown)[:_NAMED_AT_MOST]) + more,
+            expected=_KNOWN_KINDS,
+            fix="name the data by a glob, or move the others out of the folder",
+        )
+    return data
 
 
 def _is_saved(path: str, filesystem: Any, inner: str) -> bool:
@@ -218,14 +291,18 @@ def _is_saved(path: str, filesystem: Any, inner: str) -> bool:
     return all(_info(path, filesystem, f"{inner}/{name}") is not None for name in (_SAVED, _SAVED_INFO))
 
 
-def _read(file: str, place: Place) -> Iterator[readers.Read]:
-    name = file.rstrip("/").rsplit("/", 1)[-1]
-    stem, compression = name, None
-    for ending, kind in _COMPRESSED.items():
+def _stem(name: str) -> tuple[str, str | None]:
+    """A file's name without the ending of its compression, and the compression."""
+    for ending, compression in _COMPRESSED.items():
         if name.endswith(ending):
-            stem, compression = name.removesuffix(ending), kind
+            return name.removesuffix(ending), compression
+    return name, None
+
+
+def _read(file: str, place: Place, name: str) -> Iterator[readers.Read]:
+    stem, compression = _stem(file.rstrip("/"))
     if _is_hub_id(file):
-        yield from readers.numbered(file.removeprefix(_HUB).partition("@")[0], _hub(file, place.row), place.row)
+        yield from readers.numbered(name, _Hub.parse(file).rows(place.row), place.row)
     elif stem.endswith(".json") and readers.is_json_array(file, compression):
         rows = itertools.islice(readers.json_array(file, compression), place.row, None)
         yield from readers.numbered(name, rows, place.row)
@@ -239,9 +316,7 @@ def _read(file: str, place: Place) -> Iterator[readers.Read]:
         yield from readers.numbered(name, readers.arrow(parts, place.row), place.row)
     else:
         raise DataError(
-            "the data file is of an unknown kind",
-            where=file,
-            expected=".jsonl or .json (also .gz, .zst), .parquet, .arrow, or a datasets folder",
+            "the data file is of an unknown kind", where=file, expected=f"{_KNOWN_KINDS}, or a datasets folder"
         )
 
 
@@ -256,16 +331,63 @@ def _saved_parts(folder: str) -> list[str]:
     return [filesystem.unstrip_protocol(f"{inner}/{part['filename']}") for part in state["_data_files"]]
 
 
-def _hub(pinned_id: str, first: int) -> Iterator[dict[str, Any]]:
-    import datasets
+@dataclass(frozen=True)
+class _Hub:
+    """A hub id, taken apart."""
 
-    name, _, revision = pinned_id.removeprefix(_HUB).partition("@")
-    stream = datasets.load_dataset(name, split="train", streaming=True, revision=revision or None)
-    return readers.without_nulls(stream.skip(first))
+    name: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+    @classmethod
+    def parse(cls, hub_id: str) -> _Hub:
+        """Inverse of ``str``."""
+        address, asks, query = hub_id.removeprefix(_HUB).partition("?")
+        name, at, revision = address.partition("@")
+        options: dict[str, str] = {}
+        for option in query.split("&") if asks else []:
+            key, _, value = option.partition("=")
+            if key not in ("config", "split") or key in options or not value:
+                raise _malformed(hub_id, f"?{query}")
+            options[key] = unquote(value)
+        if not name or (at and not revision):
+            raise _malformed(hub_id, hub_id)
+        return cls(name, revision or None, **options)
+
+    def __str__(self) -> str:
+        return f"{_HUB}{self.name}" + (f"@{self.version}" if self.revision else self._query)
+
+    @property
+    def version(self) -> str:
+        """Which rows of the data set are meant."""
+        return f"{self.revision}{self._query}"
+
+    @property
+    def _query(self) -> str:
+        options = {"config": self.config, "split": self.split}
+        named = [f"{key}={quote(value, safe='[]:+')}" for key, value in options.items() if value is not None]
+        return "?" + "&".join(named) if named else ""
+
+    def at_commit(self) -> _Hub:
+        """The same rows tomorrow: a branch or a tag moves, so the commit it stands at now."""
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            return self
+        import huggingface_hub
+
+        with _client_errors(str(self)):
+            told = huggingface_hub.HfApi().dataset_info(self.name, revision=self.revision)
+            return replace(self, revision=str(told.sha))
+
+    def rows(self, first: int) -> Iterator[dict[str, Any]]:
+        """Rows from number ``first`` on."""
+        import datasets
+
+        stream = datasets.load_dataset(
+            self.name, self.config, split=self.split or "train", streaming=True, revision=self.revision
+        )
+        return readers.without_nulls(stream.skip(first))
 
 
-def _hub_commit(name: str) -> str:
-    import huggingface_hub
-
-    with _client_errors(f"{_HUB}{name}"):
-        return str(huggingface_hub.HfApi().dataset_info(name).sha)
+def _malformed(hub_id: str, got: str) -> DataError:
+    return DataError("the hub id is malformed", where=hub_id, got=got, expected=_HUB_FORM, fix="write it in that form")

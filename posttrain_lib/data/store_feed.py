@@ -120,10 +120,10 @@ class StoreFeed:
         self.mixer.load_state(mixer)
         return [int(name) for name in names]
 
-    def pack(self, rows: Sequence[Row], row_tokens: int) -> PackedBatch:
+    def pack(self, rows: Sequence[Row], row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
         """See :class:`~posttrain_lib.data.planner.Feed`."""
         segments = segments_of(self._store, self._units, rows)
-        return assemble(segments, store_filler(self._store, segments), row_tokens)
+        return assemble(segments, store_filler(self._store, segments), row_tokens, rows_per_batch)
 
     def release(self, units: Sequence[int]) -> None:
         """Nothing is held."""

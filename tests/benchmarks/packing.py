@@ -160,11 +160,14 @@ def planned(
     taken_list: list[int] = []
     while made := planner.rows(1, 1 + len(rows) // rows_per_step):
         rows += made
-        taken_list.append(feed.mixer.state()["streams"][0]["cursor"])
+        at = feed.mixer.state()["streams"][0]
+        taken_list.append(at["epoch"] * len(lengths) + at["cursor"])
     taken, sizes = np.array(taken_list), np.array([len(row) for row in rows])
     flat = np.concatenate([np.asarray(row, np.int64) for row in rows])
     used = np.add.reduceat(lengths[flat], np.cumsum(sizes) - sizes, dtype=np.int64)
     free, slots, late = row_tokens - used, len(rows) * row_tokens, delays(order, rows, taken)
+    if late.min() < 0 or late.max() > buffer:
+        raise SystemExit(f"packing: delays of {late.min()} to {late.max()} rows, bound {buffer}")
     flushed = taken == len(lengths)  # nothing more comes: made of what waits
     steady = (taken - (np.cumsum(sizes) - sizes) >= buffer) & ~flushed
     return {

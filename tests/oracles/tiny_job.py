@@ -53,7 +53,7 @@ HF_CONFIG: dict[str, Any] = {
 def pack_rows(store: TokenStore, rows: Sequence[Sequence[int]], row_tokens: int) -> PackedBatch:
     """These rows of examples, packed as the loader packs them, nothing shared."""
     segments = segments_of(store, units_of(store, store.longest, share_prefixes=False), rows)
-    return assemble(segments, store_filler(store, segments), row_tokens)
+    return assemble(segments, store_filler(store, segments), row_tokens, len(rows))[0]
 
 
 def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -36,6 +36,13 @@ def test_the_compiled_loop_is_the_plain_one(segments: list[tuple[int, int, int]]
         assert results[0][3][place : place + length].tolist() == list(range(first, first + length))
 
 
+@given(values=st.lists(st.sampled_from([0.0, -0.0, 0.5, 1.0, 1e-30]), max_size=50))
+def test_places_that_are_not_zero(values: list[float]) -> None:
+    array = np.array(values, np.float32)
+    found = kernels.nonzero()(array)
+    assert found.dtype == np.int64 and np.array_equal(found, np.flatnonzero(array))
+
+
 def test_a_machine_without_numba_uses_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_numba", lambda: False)
     kernels.lay_out.cache_clear()

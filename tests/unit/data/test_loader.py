@@ -360,6 +360,6 @@ def test_held_out_batches_cover_the_store_once(store: TokenStore, world: int, ba
 
 
 def test_a_row_of_nothing_is_padding(store: TokenStore) -> None:
-    batch = StoreFeed(store, row_tokens=ROW_TOKENS).pack([()], ROW_TOKENS)
+    batch = StoreFeed(store, row_tokens=ROW_TOKENS).pack([()], ROW_TOKENS, 1)[0]
     assert batch.real_tokens == 0 and batch.weight == 0 and len(batch.supervised_index) == 0
     assert batch.cu_seqlens.tolist() == [0, ROW_TOKENS] and batch.document_ids.tolist() == [-1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import pickle
 import random
 import re
 from collections.abc import Sequence
@@ -23,7 +23,6 @@ from posttrain_lib.data.near_duplicates import (
     NearDuplicates,
     compare,
     estimated_jaccard,
-    signature,
     signatures,
 )
 from posttrain_lib.errors import DataError
@@ -68,10 +67,15 @@ def estimate(one: np.ndarray, other: np.ndarray) -> float:
     return estimated_jaccard(int((lanes[0] == lanes[1]).sum()))
 
 
-def filled(examples: Sequence[tuple[str, np.ndarray, bool]]) -> NearDuplicates:
+def signature(ids: np.ndarray) -> bytes:
+    return signatures([ids])[0].tobytes()
+
+
+def filled(examples: Sequence[tuple[str, np.ndarray, bool]], rows: Sequence[str | int | None] = ()) -> NearDuplicates:
+    """``rows`` of the examples; without any, each is a row of its own."""
     found = NearDuplicates()
-    for key, ids, held_out in examples:
-        found.add(key, ids, held_out=held_out)
+    for (key, ids, held_out), row in itertools.zip_longest(examples, rows):
+        found.add_signature(key, signature(ids), held_out=held_out, row=row)
     return found
 
 
@@ -186,27 +190,72 @@ def test_order_changes_no_count() -> None:
             assert report[name] == expected[name]
 
 
-def test_signatures_from_elsewhere_and_merged_parts_give_the_same_report() -> None:
-    rows = [(f"row {index}", edited(drawn(120, index // 3), 0.01, index), index % 7 == 0) for index in range(90)]
-    whole = filled(rows)
-    by_signature = NearDuplicates()
-    for key, ids, held_out in rows:
-        by_signature.add_signature(key, signature(ids), held_out=held_out)
-    merged = filled(rows[:31])
-    merged.merge(pickle.loads(pickle.dumps(filled(rows[31:]))))
-    mixed = filled(rows[:10])
-    for key, ids, held_out in rows[10:]:
-        mixed.add_signature(key, signature(ids), held_out=held_out)
-    assert whole.report() == whole.report() == by_signature.report() == merged.report() == mixed.report()
-    assert len(merged) == 90 and whole.report()["near_duplicates"] > 30
+def test_a_report_can_be_asked_for_again() -> None:
+    found = filled([(f"row {i}", edited(drawn(120, i // 3), 0.01, i), i % 7 == 0) for i in range(90)])
+    report = found.report()
+    assert report == found.report() and report["near_duplicates"] > 30
 
 
-def test_ids_may_be_reused_by_the_caller() -> None:
-    found, buffer = NearDuplicates(), drawn(50, 0)
-    found.add("a", buffer, held_out=False)
-    buffer[:] = drawn(50, 1)
-    found.add("b", buffer, held_out=False)
-    assert found.report()["near_duplicates"] == 0
+def talk(seed: int, turns: int) -> list[np.ndarray]:
+    """The documents of a conversation, one a turn: each is the one before it and some more."""
+    words = drawn(400 + 20 * turns, seed)
+    return [words[: 400 + 20 * turn] for turn in range(1, turns + 1)]
+
+
+def documents(talks: Sequence[list[np.ndarray]]) -> tuple[list[tuple[str, np.ndarray, bool]], list[str | int | None]]:
+    """The examples of several rows, and the row of each."""
+    named = [(row, place, ids) for row, talk in enumerate(talks) for place, ids in enumerate(talk)]
+    return [(f"s: {row}#turn{place}", ids, False) for row, place, ids in named], [f"s: {row}" for row, _, _ in named]
+
+
+@pytest.mark.parametrize("turns", [2, 3, 30])
+def test_the_documents_of_one_row_are_no_duplicates_of_each_other(turns: int) -> None:
+    examples, rows = documents([talk(seed, turns) for seed in range(20)])
+    report = filled(examples, rows).report()
+    assert report["near_duplicates"] == report["exact"] == report["crowded"] == 0 and report["first"] == []
+    assert filled(examples).report()["near_duplicates"] > 0  # they are alike
+
+
+@pytest.mark.parametrize("turns", [2, 3, 30])
+def test_alike_rows_are_found_turn_by_turn(turns: int) -> None:
+    """Own documents, more of them than a window holds, do not hide another row's."""
+    first = talk(0, turns)
+    again = [edited(ids, 0.005, seed) for seed, ids in enumerate(talk(0, turns))]
+    examples, rows = documents([first, talk(1, turns), again])
+    report = filled(examples, rows).report()
+    assert report["near_duplicates"] == turns and report["exact"] == 0
+    assert {pair["a"].partition("#")[0] for pair in report["first"]} == {"s: 0"}
+    assert {pair["b"].partition("#")[0] for pair in report["first"]} == {"s: 2"}
+
+
+def test_copies_within_a_row_count_only_against_another_row() -> None:
+    one = drawn(200, 1)
+    examples = [(name, one, False) for name in ("a1", "a2", "b1", "a3", "b2")]
+    report = filled(examples, ["a", "a", "b", "a", "b"]).report()
+    assert report["exact"] == report["near_duplicates"] == 3
+    pairs = [(pair["a"], pair["b"]) for pair in report["first"]]
+    assert pairs == [("a1", "b1"), ("b1", "a3"), ("a1", "b2")]
+    assert filled(examples[:2], [7, 7]).report()["near_duplicates"] == 0
+    assert filled(examples[:2], [7, "7"]).report()["near_duplicates"] == 1
+    assert filled(examples[:2], [None, None]).report()["near_duplicates"] == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=25))
+def test_identical_ones_are_those_of_other_rows(drawn_rows: list[tuple[int, int, bool]]) -> None:
+    """Against the definition, over all pairs; a row's examples share a split."""
+    examples = [(content, row, (row + held) % 2 == 0) for content, row, held in drawn_rows]
+    contents = signatures([drawn(50, seed) for seed in range(4)])
+    made = contents[[content for content, _, _ in examples]]
+    held, rows = (np.array([example[at] for example in examples]) for at in (2, 1))
+    found = compare(made, held.astype(bool), rows.astype(int))
+    for place, (content, row, split) in enumerate(examples):
+        before = [at for at, other in enumerate(examples[:place]) if other[0] == content and other[2] == split]
+        others = [at for at in before if examples[at][1] != row]
+        assert found.exact[place] == bool(others)
+        if others:
+            assert found.same_split[1][place] == others[0]
+        trained = [at for at, other in enumerate(examples) if other[0] == content and not other[2]]
+        assert found.exactly_in_training[place] == (split and bool(trained))
 
 
 @pytest.mark.parametrize("size", [0, SIGNATURE_BYTES - 1, SIGNATURE_BYTES + 1])

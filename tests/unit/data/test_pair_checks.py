@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ class Pair:
     held_out: bool = False
 
 
-def checked(pairs: list[Pair], first: int = 0) -> PairChecks:
+def checked(pairs: list[Pair]) -> PairChecks:
     found = PairChecks()
-    for number, pair in enumerate(pairs, start=first):
+    for number, pair in enumerate(pairs):
         ids = [np.array(part, np.int32) for part in (pair.prompt, pair.chosen, pair.rejected)]
         found.add(f"row {number}", *ids, held_out=pair.held_out)
     return found
@@ -69,13 +68,10 @@ PARTS = st.lists(st.integers(0, 2), max_size=3).map(tuple)
 PAIRS = st.lists(st.builds(Pair, PARTS, PARTS, PARTS, st.booleans()), max_size=12)
 
 
-@given(PAIRS, st.integers(0, 12), st.randoms(use_true_random=False))
-def test_findings_are_as_defined_in_any_order_and_in_parts(pairs: list[Pair], cut: int, shuffle: random.Random) -> None:
+@given(PAIRS, st.randoms(use_true_random=False))
+def test_findings_are_as_defined_in_any_order(pairs: list[Pair], shuffle: random.Random) -> None:
     whole = checked(pairs).report()
     assert rows_of(whole) == expected_rows(pairs)
-    merged = checked(pairs[:cut])
-    merged.merge(pickle.loads(pickle.dumps(checked(pairs[cut:], first=min(cut, len(pairs))))))
-    assert merged.report() == whole and len(merged) == len(pairs)
     shuffled = list(pairs)
     shuffle.shuffle(shuffled)
     report = checked(shuffled).report()

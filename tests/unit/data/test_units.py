@@ -116,7 +116,7 @@ def test_every_document_can_be_read_out_of_its_row_whole(
             packed, room = [*packed, ()], 160
         packed[-1] = (*packed[-1], unit)
         room -= int(units.lengths[unit])
-    found = _documents(feed.pack(packed, 160))
+    found = _documents(feed.pack(packed, 160, len(packed))[0])
     assert sorted(found) == list(range(len(store)))
     for example, (tokens, trained) in found.items():
         ids, weights = store.get(example)
