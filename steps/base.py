@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import shutil
@@ -63,6 +64,7 @@ class Step:
 
     ``module`` is walked for the source digest; ``settings`` picks the config values that decide the result, and
     nothing else, so that an unrelated edit of the run file costs nothing; ``inputs`` names the artifacts it reads.
+    ``work_settings``: those of the settings under which interrupted work can go on; default: all of them.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Step:
     settings: Callable[[RunConfig], Any]
     inputs: Callable[[RunConfig, Manifests], dict[str, ArtifactRef]]
     body: Callable[[StepContext], StepResult]
+    work_settings: Callable[[RunConfig], Any] | None = None
 
 
 def content_key(step: Step, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> tuple[str, dict[str, str]]:
@@ -111,7 +114,14 @@ def run_step(
             say(f"{step.name}: reused {key[:12]} (same config, inputs, source and environment)")
             return dataclasses.replace(found, reused=True)
         say(f"{step.name}: running, {_reason(store, step, parts, reuse)}")
-        manifest = _do(step, config, inputs, key, parts, store, say, observe, replace=not reuse)
+        work_key = key
+        if step.work_settings is not None:
+            work_key, _ = content_key(dataclasses.replace(step, settings=step.work_settings), config, inputs)
+        # Work that other settings may go on with is not to be done by two at once.
+        held = contextlib.nullcontext() if work_key == key else store.lock(f"{step.name}-work", work_key, say)
+        with held:
+            work = store.work_folder(step.name, work_key)
+            manifest = _do(step, config, inputs, key, parts, store, work, say, observe, replace=not reuse)
     say(f"{step.name}: done in {manifest.seconds:.1f} s, stored as {key[:12]}{_tail(manifest)}")
     return manifest
 
@@ -123,15 +133,15 @@ def _do(
     key: str,
     parts: dict[str, str],
     store: Store,
+    work: Path,
     say: Say,
     observe: Callable[[Any], None],
     *,
     replace: bool,
 ) -> StepManifest:
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-    work = store.work_folder(step.name, key)
     if replace:
-        _forget(store, step.name, key)
+        _forget(store.result_folder(step.name, key), work)
     with store.scratch() as out:
         with disk_errors(f"step {step.name}", out):
             result = step.body(StepContext(config, inputs, out, work, say, observe))
@@ -165,9 +175,9 @@ def _do(
     return manifest
 
 
-def _forget(store: Store, step: str, key: str) -> None:
+def _forget(*folders: Path) -> None:
     """Drop an earlier result and its work folder: the caller asked for the work to be done afresh."""
-    for folder in (store.result_folder(step, key), store.work_folder(step, key)):
+    for folder in folders:
         if folder.exists():
             _remove_tree(folder)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,13 @@ from posttrain_lib.schema.manifests import ArtifactRef, Check
 from steps.base import Manifests, Step, StepContext, StepResult
 
 if TYPE_CHECKING:
+    from posttrain_lib.data.engine_gate import AutoDifferences
     from posttrain_lib.data.serving_check import Report
 
 #: what transformers and vLLM read before a template inside tokenizer_config.json
 _TEMPLATE_FILE = "chat_template.jinja"
+#: ids of a text that are shown on the terminal
+_SHOWN_IDS = 12
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -43,7 +47,8 @@ def body(context: StepContext) -> StepResult:
     """Have vLLM render a sample of the rows, compare, and stop at a difference.
 
     Raises:
-        DataError: training and serving make different tokens of a row; names the row and shows the first of them.
+        DataError: training and serving make different tokens of a row; names the row and shows the first of them. Or
+            no row with messages can be compared.
         ConfigError: vLLM is not installed.
         ModelError: the model folder has no config.json.
     """
@@ -56,10 +61,14 @@ def body(context: StepContext) -> StepResult:
             metrics={"checked": False},
             summary="off (data.serving_check): nobody knows whether serving sends the ids that training learns behind",
         )
-    report = _compare(context)
-    content = {"checked": True, **dataclasses.asdict(report)}
+    report, rebuilt = _compare(context)
+    content = {
+        "checked": True,
+        **dataclasses.asdict(report),
+        "autotokenizer": None if rebuilt is None else rebuilt.as_dict(),
+    }
     report_file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    checks = _checks(report)
+    checks = [*_checks(report), _tokenizer_check(rebuilt)]
     for check in checks:
         if not check.passed:
             context.say(f"check_serving: FAILED {check.name}: {check.value} ({check.reason})")
@@ -71,10 +80,11 @@ def body(context: StepContext) -> StepResult:
     )
 
 
-def _compare(context: StepContext) -> Report:
+def _compare(context: StepContext) -> tuple[Report, AutoDifferences | None]:
     from posttrain_lib.adapters import vllm_process, vllm_render
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
-    from posttrain_lib.data.serving_check import Served, chats_of, compare, take_sample, variants_of
+    from posttrain_lib.data.engine_gate import autotokenizer_differences
+    from posttrain_lib.data.serving_check import Served, chats_of, compare, server_settings, take_sample, variants_of
 
     config, found = context.config.data, context.inputs
     if not vllm_process.is_available():
@@ -98,8 +108,10 @@ def _compare(context: StepContext) -> Report:
     with tempfile.TemporaryDirectory(prefix="posttrain-served-") as folder:
         serve_from(found, Path(folder))
         request = vllm_render.Request(folder, chats_of(sample, variants), config.template_kwargs, config.template_date)
-        answer = vllm_render.render(request)
-    return compare(sample, variants, Served(**dataclasses.asdict(answer)), tokenizer)
+        served = Served(**dataclasses.asdict(vllm_render.render(request)))
+        has_file = (Path(folder) / "tokenizer.json").is_file()
+        rebuilt = autotokenizer_differences(folder) if has_file else None
+    return compare(sample, variants, served, tokenizer, server_settings(config, tokenizer, served)), rebuilt
 
 
 def serve_from(found: dict[str, ArtifactRef], folder: Path) -> None:
@@ -122,7 +134,8 @@ def _checks(report: Report) -> list[Check]:
     return [
         Check(
             "training's ids are serving's",
-            compared > 0 or set(report.left_out) <= {"rows_without_messages"},
+            # Nothing compared is a proof of nothing, save where there was nothing to compare.
+            compared > 0 or (report.left_out.get("rows_without_messages", 0) > 0 and not report.unchecked),
             f"{compared:,} turns equal",
             "no difference",
             f"{report.renderer} of vLLM {report.version} on a sample of the rows",
@@ -134,7 +147,51 @@ def _checks(report: Report) -> list[Check]:
             "all",
             "else served answers run on; name these ids in eos_token_id of generation_config.json",
         ),
+        Check(
+            "serving sends nothing that training never has",
+            not report.sent_beyond,
+            "; ".join(
+                f"{text!r} before {found['turns']:,} turns, first {found['first']}"
+                for text, found in report.sent_beyond.items()
+            )
+            or f"nothing before {compared:,} turns",
+            "nothing",
+            "the model was never trained behind it; train rows that have it, or serve with the variable that closes it",
+        ),
+        Check(
+            "every source with messages is compared",
+            not report.unchecked,
+            "; ".join(f"{source}: {why}" for source, why in report.unchecked.items()) or "all",
+            "all",
+            "of the others nobody knows; data.serving_samples says how many rows are looked at",
+        ),
     ]
+
+
+def _tokenizer_check(rebuilt: AutoDifferences | None) -> Check:
+    """For information: it passes in any case, since training and vLLM both load the tokenizer by ``AutoTokenizer``."""
+    if rebuilt is None:
+        said = "no tokenizer.json to compare with"
+    elif rebuilt.first is None:
+        said = f"equal ids of {rebuilt.cases:,} texts"
+    else:
+        first = rebuilt.first
+        said = (
+            f"{rebuilt.tokenizer_class} gives other ids for {rebuilt.differing:,} of {rebuilt.cases:,} texts: "
+            f"{first.text!r} is {_listed(first.expected)} by the file, {_listed(first.got)} by it"
+        )
+    return Check(
+        "AutoTokenizer and tokenizer.json agree",
+        True,
+        said,
+        "told, not demanded",
+        "training and vLLM both load it by AutoTokenizer; what reads the file as it is may make other ids",
+    )
+
+
+def _listed(ids: Sequence[int]) -> str:
+    """The first ids; all of them are in the report."""
+    return f"[{', '.join(map(str, ids[:_SHOWN_IDS]))}{', ...' if len(ids) > _SHOWN_IDS else ''}]"
 
 
 STEP: Step = Step("check_serving", 1, "steps.check_serving", settings, inputs, body)

@@ -22,7 +22,7 @@ _FLOAT32_BYTES = 4
 
 
 def describe(config: RunConfig) -> str:
-    """The resolved plan of a run, from the config and the model's config.json alone."""
+    """The resolved plan of a run, from the config, the model's config.json and the names that the config uses."""
     train, compute = config.train, config.compute
     slots = train.rows_per_step * train.row_tokens
     _check_names(config)
@@ -58,8 +58,9 @@ def _mixture_lines(config: RunConfig) -> list[str]:
         for source in data.sources:
             weight = mixture.sources[source.name].weight if source.name in mixture.sources else None
             shown = "its size" if weight is None else " -> ".join(f"{w:g} at step {s}" for s, w in _points(weight))
-            shares.append(f"{source.name} {shown}")
-        lines.append(f"  mixture    by {mixture.by}: {'; '.join(shares)}; exhausted sources: {mixture.exhausted}")
+            own = mixture.sources[source.name].exhausted if source.name in mixture.sources else None
+            shares.append(f"{source.name} {shown}, then {own or mixture.exhausted}")
+        lines.append(f"  mixture    by {mixture.by}: {'; '.join(shares)}")
     if data.on_the_fly:
         sample = f"{data.on_the_fly_sample:,} of each source are checked beforehand"
         lines.append(f"  on the fly rows are tokenised while training; {sample}")

@@ -123,7 +123,8 @@ def _sources_table(training: Mapping[str, Any], reports: list[dict[str, Any]]) -
     for source, given in training["sources"].items():
         losses = [report["source_loss"][source] for report in reports if source in report["source_loss"]]
         shares = [f"{given['unit_share']:.2%}", f"{given['token_share']:.2%}"]
-        rows.append([source, f"{given['tokens']:,}", *shares, *(f"{loss:.4f}" for loss in losses[:1] + losses[-1:])])
+        first_and_last = [f"{loss:.4f}" for loss in losses[:1] + losses[-1:]] or ["", ""]  # mixed in, but not yet
+        rows.append([source, f"{given['tokens']:,}", *shares, *first_and_last])
     return rows
 
 
@@ -132,12 +133,22 @@ def _findings_table(receipt: Mapping[str, Any]) -> list[list[str]]:
     near = receipt["near_duplicates"]
     rows = [
         ["near-duplicate examples", f"{near['near_duplicates']:,}", _pairs_of(near["first"])],
-        ["held-out examples that training nearly has", f"{near['held_out_near_training']:,}", ""],
+        [
+            "held-out examples that training nearly has",
+            f"{near['held_out_near_training']:,}",
+            _pairs_of(near["first_held_out"]),
+        ],
+        [
+            "examples too much like many others to be compared with all of them",
+            f"{near['crowded']:,}",
+            "the numbers of near-duplicates may be too low",
+        ],
     ]
     for source, found in receipt["oddities"].items():
         for kind, what in found["oddities"].items():
-            first = "; ".join(f"{place['row_id']}: {place['place']}" for place in what["first"][:2])
-            rows.append([f"{source}: {kind.replace('_', ' ')}", f"{what['rows']:,}", first])
+            rows.append([f"{source}: {kind.replace('_', ' ')}", f"{what['rows']:,}", _places_of(what["first"])])
+        for script, what in found["unusual_scripts"].items():
+            rows.append([f"{source}: unusual script, {script}", f"{what['rows']:,}", _places_of(what["first"])])
     for finding, what in (receipt["pairs"] or {}).get("findings", {}).items():
         rows.append([f"pairs: {finding.replace('_', ' ')}", f"{what['rows']:,}", ", ".join(what["first"][:2])])
     return [row for row in rows if row[1] != "0"]
@@ -145,6 +156,10 @@ def _findings_table(receipt: Mapping[str, Any]) -> list[list[str]]:
 
 def _pairs_of(first: list[dict[str, Any]]) -> str:
     return "; ".join(f"{pair['a']} ~ {pair['b']} ({pair['similarity']:.2f})" for pair in first[:2])
+
+
+def _places_of(first: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{place['row_id']}: {place['place']}" for place in first[:2])
 
 
 def _roles_table(receipt: Mapping[str, Any]) -> list[list[str]]:

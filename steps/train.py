@@ -31,6 +31,12 @@ def settings(config: RunConfig) -> dict[str, Any]:
     return {"train": config.train.model_dump(mode="json"), "compute": compute, "on_the_fly": live}
 
 
+def work_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings without workers and threads: a checkpoint goes on with another number of them."""
+    wanted = settings(config)
+    return {**wanted, "compute": {"device": wanted["compute"]["device"]}}
+
+
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     """Token stores, the tokenizer that they must have been made with, the model with the proof that it was verified,
     and the rows themselves where training tokenises them."""
@@ -148,14 +154,14 @@ def _check_made_by_this_tokenizer(context: StepContext) -> dict[str, str]:
 
 def _live_spec(context: StepContext, made_by: dict[str, str]) -> LiveSpec:
     """What a live feed reads: the files as they are now, which must be those that the run's key was made of."""
-    from posttrain_lib.data.live_feed import LiveSpec
-    from posttrain_lib.data.sources import list_files
+    from posttrain_lib.data.live_feed import LiveSpec, files_with_digests
 
     prepare_data.check_unchanged(context)
     config, known = context.config.data, known_digests()
     if "chat_template" in context.inputs:
         config = config.model_copy(update={"chat_template": context.inputs["chat_template"].uri})
-    files = tuple(tuple(list_files(context.inputs[f"source:{source.name}"].uri, known)) for source in config.sources)
+    paths = [context.inputs[f"source:{source.name}"].uri for source in config.sources]
+    files = tuple(files_with_digests(path, known) for path in paths)
     return LiveSpec(config, context.inputs["tokenizer"].uri, files, made_by)
 
 
@@ -226,7 +232,7 @@ class ProgressLine:
         return "  ".join(parts)
 
 
-STEP: Step = Step("train", 1, "steps.train", settings, inputs, body)
+STEP: Step = Step("train", 1, "steps.train", settings, inputs, body, work_settings)
 
 if __name__ == "__main__":
     from steps.pipeline import main

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from posttrain_lib.schema.reports import StepReport
 _TRAINED, _PASSED, _FAILED = "#ffe082", "#2e7d32", "#c62828"
 #: points per curve; more makes the page slow without being visible
 _MAX_POINTS = 400
+#: what CommonMark, browsers or Python's own str.splitlines take for the end of a line
+_LINE_END = re.compile("\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 
 
 class TrainingCard:
@@ -133,18 +136,17 @@ def coloured_sample(sample: Mapping[str, Any]) -> Markdown:
     """One document, its trained tokens on a coloured ground (paler for weights under 1)."""
     pieces = []
     for token, weight in zip(sample["tokens"], sample["weights"], strict=True):
-        # One HTML block: a bare newline is fine in it, an empty line would end it, so newlines become <br>.
-        text = html.escape(token).replace("\n", "&#9166;<br>")
+        text = _escaped(token, "&#9166;<br>")
         shade = f"background:{_TRAINED};opacity:{0.55 + 0.45 * min(1.0, weight):.2f}" if weight else "color:#666"
         pieces.append(f"<span style='{shade}'>{text}</span>")
-    name = html.escape(f"{sample['source']} {sample['row_id']}")
+    name = _escaped(f"{sample['source']} {sample['row_id']}")
     return block(
         f"<b>{name}</b><div style='font-family:monospace;font-size:13px;line-height:1.5'>{''.join(pieces)}</div>"
     )
 
 
 def block(inner: str) -> Markdown:
-    """Raw HTML as one Markdown block. ``inner`` must hold no empty line."""
+    """Raw HTML as one Markdown block. ``inner`` must hold no empty line: text of rows comes through ``_escaped``."""
     return Markdown(f"<div>{inner}</div>")
 
 
@@ -154,7 +156,9 @@ def checks_table(checks: Iterable[tuple[str, Check]]) -> Table:
     for step, check in checks:
         colour, word = (_PASSED, "passed") if check.passed else (_FAILED, "FAILED")
         verdict = block(f"<b style='color:{colour}'>{word}</b>")
-        rows.append([step, check.name, verdict, show(check.value), show(check.limit), check.reason])
+        # Values quote rows, as a token or a text that differs.
+        value, limit = (_text(show(said)) for said in (check.value, check.limit))
+        rows.append([step, check.name, verdict, value, limit, _text(check.reason)])
     return Table(rows, headers=["step", "check", "result", "measured", "limit", "why this limit"])
 
 
@@ -191,16 +195,20 @@ def generations_table(samples: Sequence[Mapping[str, str]]) -> Table:
 
 def _text(value: str, limit: int = 400) -> Markdown:
     shown = value if len(value) <= limit else value[:limit] + " ..."
-    return block(
-        f"<span style='font-family:monospace;font-size:12px'>{html.escape(shown).replace(chr(10), '<br>')}</span>"
-    )
+    return block(f"<span style='font-family:monospace;font-size:12px'>{_escaped(shown)}</span>")
+
+
+def _escaped(value: str, line_end: str = "<br>") -> str:
+    """Text of a row within one HTML block. An empty line would end the block, and Markdown would read what follows."""
+    return _LINE_END.sub(line_end, html.escape(value))
 
 
 def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, StepManifest]) -> None:
     """The card of a finished run. ``report`` is what ``steps.report.collect`` returns."""
     reports = [StepReport(**row) for row in report["reports"]]
     card.append(Markdown(f"# {report['name']}: {report['recipe']} run report"))
-    card.append(Table(report["headline"], headers=["figure", "before", "after"]))
+    headline_cells = [[_text(cell) for cell in row] for row in report["headline"]]  # an answer of a row is among them
+    card.append(Table(headline_cells, headers=["figure", "before", "after"]))
     card.append(Markdown("## Curves"))
     for spec in curves(reports).values():
         card.append(VegaChart(spec))

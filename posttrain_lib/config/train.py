@@ -54,8 +54,17 @@ class MixedSource(Section):
         "default: the source's size",
     )
     epochs: float | None = Field(None, gt=0, description="passes over the source before it counts as exhausted")
-    max_examples: int | None = Field(None, ge=1, description="use at most this many of its examples, chosen by hash")
+    max_examples: int | None = Field(
+        None,
+        ge=1,
+        description="use at most this many of its examples (what is packed as one counts once), chosen by hash",
+    )
     exhausted: Literal["stop", "repeat", "drop"] | None = Field(None, description="default: the mixture's")
+
+    def is_drawn_at_last(self) -> bool:
+        """Whether its weight is above 0 when the schedule is over."""
+        weight = self.weight[-1][1] if isinstance(self.weight, tuple) else self.weight
+        return weight is None or weight > 0
 
     @model_validator(mode="after")
     def _schedule_rises(self) -> MixedSource:
@@ -82,9 +91,19 @@ class Mixture(Section):
 
     def never_ends(self, names: Iterable[str]) -> bool:
         """Whether no policy ends a mixture of these sources: then the run needs a number of steps."""
-        stated = {name: source.exhausted for name, source in self.sources.items()}
-        policies = [stated.get(name) or self.exhausted for name in names]
+        shares = [self.sources.get(name, MixedSource()) for name in names]
+        policies = [share.exhausted or self.exhausted for share in shares if share.is_drawn_at_last()]
         return "stop" not in policies and "repeat" in policies
+
+    @model_validator(mode="after")
+    def _epochs_mean_something(self) -> Mixture:
+        for name, source in self.sources.items():
+            if source.epochs is not None and (source.exhausted or self.exhausted) == "repeat":
+                raise ValueError(
+                    f"sources.{name}.epochs would never be used, because the source repeats without end: "
+                    "give it exhausted: stop or drop"
+                )
+        return self
 
 
 class TrainConfig(Section):

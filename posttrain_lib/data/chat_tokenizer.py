@@ -31,9 +31,9 @@ WORTH_AN_ENGINE = 1_000_000
 
 Variables = Mapping[str, Any]
 
-#: an added token that is no special one is still a marker where it is a word in brackets: <tool_call>, <|fim_pad|>, </s>
-_BRACKETED = re.compile(r"[<\[{|｜].*\w.*[>\]}|｜]", re.DOTALL)
-#: but for the tags of text that some vocabularies (Gemma's) add to spell HTML in fewer tokens; <s> is a marker elsewhere
+#: an added token that is not special is a marker all the same where it is a word in brackets: <tool_call>, </s>
+_BRACKETED = re.compile(r"[<\[{|\uff5c].*\w.*[>\]}|\uff5c]", re.DOTALL)
+#: but for HTML tags, which some vocabularies (Gemma's) add to spell text in fewer tokens; <s> is a marker elsewhere
 _HTML = re.compile(
     "</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|p|br|hr|div|span|blockquote|ul|ol|li|dl|dt|dd|strong|em|b|i|u"
     "|sub|sup|code|pre|a|img)>"

@@ -85,12 +85,10 @@ def _said(messages: Sequence[Message]) -> Iterator[tuple[str, str, bool]]:
     """(where, words, whether the model writes them) of everything in the messages that a template may print."""
     for index, message in enumerate(messages):
         where, answer = f"message {index} ({message.role})", message.role == "assistant"
-        for part in (message.content, message.reasoning_content):
-            for words in strings(part):
-                yield where, words, answer
-        for part in (message.tool_calls, message.extra):
-            for words in strings(part):
-                yield where, words, False
+        for words in strings((message.content, message.reasoning_content)):
+            yield where, words, answer
+        for words in strings((message.tool_calls, message.extra)):
+            yield where, words, False
 
 
 def _described(conversation: Conversation) -> Iterator[tuple[str, str, bool]]:

@@ -145,7 +145,7 @@ class RowEncoder:
             examples=_examples(raw.row_id, made),
             held_out=held_out,
             left_out=left_out,
-            raw=raw.content if left_out else None,
+            raw=raw.content if left_out or self.config.deduplicate else None,
             notes=made.notes,
             prompt=self._prompt(parsed, made, held_out=held_out),
             answered=() if held_out else tuple(_prompts_answered(made)),

@@ -53,6 +53,8 @@ _BLOCKS = (
 )
 #: markers that get every case; some vocabularies have hundreds of reserved ones, and these get one each
 _IN_DETAIL = 40
+#: characters of the longest texts: what holds in a short one may not where a reader works in blocks or by the thread
+_LONG = 20_000
 _SYLLABLES = (
     "an",
     "be",
@@ -172,7 +174,19 @@ def gate_texts(markers: Sequence[str], rendered: Sequence[str] = (), *, seed: in
             texts += [text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
             if markers:
                 texts.append(_with_markers(text, markers, draw))
-    return texts
+    return texts + list(_long(markers, draw))
+
+
+def _long(markers: Sequence[str], draw: random.Random) -> Iterator[str]:
+    """Texts of :data:`_LONG` characters: prose with markers in it, one word, white space, punctuation, Chinese."""
+    prose = ""
+    while len(prose) < _LONG:
+        prose += _prose(draw) + (draw.choice(markers) if markers else "\n")
+    yield prose
+    yield "a" * _LONG
+    for alphabet in ("abcdefghijklmnopqrstuvwxyz", " \n\t\r", "!@#$%^&*()_+-=[]{}|;:,.<>/?"):
+        yield "".join(draw.choices(alphabet, k=_LONG))
+    yield "".join(chr(draw.randint(0x4E00, 0x9FFF)) for _ in range(_LONG))
 
 
 def _around(place: int, markers: Sequence[str], draw: random.Random) -> Iterator[str]:

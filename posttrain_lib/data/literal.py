@@ -1,9 +1,10 @@
 """Words that spell a control token, encoded as ordinary text.
 
 A second tokenizer is made of the first: the same, except that its markers (special tokens and others that mean
-something to a model, ``ChatTokenizer.markers``) are spelled with private-use characters. A text in which the template's control tokens are spelled that way, and those of the row's words as they
-are, becomes what the tokenizer would make of it if nobody had given those words a meaning: the pre-tokeniser and the
-merges see the words in their place, and no control id can come out of them.
+something to a model, ``ChatTokenizer.markers``) are spelled with private-use characters. A text in which the template's
+control tokens are spelled that way, and those of the row's words as they are, becomes what the tokenizer would make of
+it if nobody had given those words a meaning: the pre-tokeniser and the merges see the words in their place, and no
+control id can come out of them.
 """
 
 from __future__ import annotations

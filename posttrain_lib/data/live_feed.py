@@ -26,17 +26,21 @@ from posttrain_lib.data.mixture import Mixer, Part
 from posttrain_lib.data.order import source_seed
 from posttrain_lib.data.packing import Row
 from posttrain_lib.data.planner import UnitFacts
+from posttrain_lib.data.sources import digest_rows, files_of, list_files
 from posttrain_lib.data.store_feed import SourceShare, plain_mixture, schedule
 from posttrain_lib.data.workers import OrderedPool
-from posttrain_lib.errors import DataError
+from posttrain_lib.errors import CheckpointError, DataError
 from posttrain_lib.schema.batches import PackedBatch
 
 if TYPE_CHECKING:
     from posttrain_lib.config.data import DataConfig
+    from posttrain_lib.lineage.digests import FileDigests
 
 QUARANTINE = "live_quarantine.jsonl"
 #: names of this many examples are remembered for error messages
 _NAMES_KEPT = 65_536
+#: of the data section: what a row becomes depends on these, and on what :func:`_deciding` adds
+_DECIDING = ("trained_turns", "train_on", "control_tokens", "max_example_tokens", "over_length")
 #: rows of a source before its share of refused ones is judged
 _ROWS_TO_JUDGE = 1000
 
@@ -54,6 +58,12 @@ class LiveSpec:
     tokenizer_folder: str
     files: tuple[tuple[tuple[str, str], ...], ...]
     fingerprint: Mapping[str, str]
+
+
+def files_with_digests(path: str, known: FileDigests) -> tuple[tuple[str, str], ...]:
+    """The files of a pinned path as they are read, each with a digest of its content. A datasets folder is one."""
+    listed = dict(list_files(path, known))
+    return tuple((file, listed.get(file) or digest_rows(file, known)) for file in files_of(path))
 
 
 class LiveFeed:
@@ -87,6 +97,8 @@ class LiveFeed:
         self._quarantine = None if quarantine is None else Quarantine(quarantine / QUARANTINE)
         self._units: dict[int, tuple[int, LiveUnit]] = {}  # drawn or looked at, not released: (stream, unit)
         self._next_id = 0
+        self._last_refused = ""
+        self._is_placed = False  # whether the quarantine has been brought to where reading starts
         self._names: OrderedDict[int, str] = OrderedDict()
         self._next_example = 0
         self._pool: Pool = OrderedPool(
@@ -97,8 +109,13 @@ class LiveFeed:
             for source, found in enumerate(spec.files)
         ]
         self._identity = {
-            "files": {file.path: file.digest for found in files for file in found},
+            "files": {
+                f"{self.sources[file.source]} {file.number} {file.path.rsplit('/', 1)[-1]}": file.digest
+                for found in files
+                for file in found
+            },
             "made_by": dict(spec.fingerprint),
+            "data": _deciding(spec.config),
             "seed": seed,
             "window": window,
             "share_prefixes": share_prefixes,
@@ -153,11 +170,17 @@ class LiveFeed:
         wanted: list[list[tuple[At, int]]] = [[] for _ in self._streams]
         for stream, epoch, window, number, part in names:
             wanted[stream].append((At(epoch, window, number), part))
-        if self._quarantine is not None:
-            self._quarantine.go_to([At(*saved["at"]) for saved in mixer["streams"]])
+        self._place_quarantine([At(*saved["at"]) for saved in mixer["streams"]])
         self.mixer.load_state({**mixer, "streams": list(zip(mixer["streams"], wanted, strict=True))})
         held = {(stream, unit.at, unit.part): number for number, (stream, unit) in self._units.items()}
-        return [held[stream, At(*place), part] for stream, *place, part in names]
+        try:
+            return [held[stream, At(*place), part] for stream, *place, part in names]
+        except KeyError as error:
+            raise CheckpointError(
+                "a row that waited when the checkpoint was made gives nothing now",
+                where=f"data position, {error}",
+                fix="resume with the data and the settings that the checkpoint was made with, or start anew",
+            ) from error
 
     def pack(self, rows: Sequence[Row], row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
         """See :class:`~posttrain_lib.data.planner.Feed`."""
@@ -195,10 +218,14 @@ class LiveFeed:
         """See :class:`~posttrain_lib.data.planner.Feed`."""
         return self._names.get(example, f"example {example} of this process")
 
-    def counts(self) -> dict[str, Counter[str]]:
-        """Per stream ("" = all sources together): rows moved past, refused and held-out ones among them, units."""
-        names = self.sources if len(self._streams) > 1 else [""]
-        return {name: stream.counts for name, stream in zip(names, self._streams, strict=False)}
+    def consumed(self, state: dict[str, Any]) -> None:
+        """Training is over at a loader's ``state``: drop refused rows that were read ahead of it."""
+        self._place_quarantine([At(*saved["at"]) for saved in state["mixer"]["streams"]])
+
+    def _place_quarantine(self, positions: Sequence[At]) -> None:
+        self._is_placed = True
+        if self._quarantine is not None:
+            self._quarantine.go_to(positions)
 
     def warm(self, *, wait: bool = False) -> None:
         """Load the tokenizer where it will be used: that takes seconds, and the first step should not wait for it."""
@@ -227,22 +254,38 @@ class LiveFeed:
 
     def _passed(self, stream: int, at: At, row: EncodedRow) -> None:
         name = self.sources[row.source]
-        if self._quarantine is not None:
-            for row_id, reason, detail in [*([(row.row_id, *row.refused)] if row.refused else []), *row.left_out]:
+        if not self._is_placed:  # an attempt that left no checkpoint may have left lines
+            self._place_quarantine([At(0, 0, 0)] * len(self._streams))
+        # Once, not at every pass: the rows are the same ones.
+        for row_id, reason, detail in [*([(row.row_id, *row.refused)] if row.refused else []), *row.left_out]:
+            if self._quarantine is not None and at.epoch == 0:
                 self._quarantine.add(stream, at, name, row_id, reason, detail, row.raw)
+            self._last_refused = f"{name} {row_id}: {reason}: {detail}"
         counts = self._streams[stream].counts
         if counts["rows"] >= _ROWS_TO_JUDGE and counts["refused"] > self._limit * counts["rows"]:
+            kept = "they are in the quarantine file" if self._quarantine is not None else "the first worker keeps them"
             raise DataError(
                 f"{counts['refused']:,} of {counts['rows']:,} rows were refused",
                 where=self._quarantine.path if self._quarantine is not None else name,
-                got=f"the last one: {row.row_id}: {row.refused}",
+                got=f"the last one: {self._last_refused}",
                 expected=f"at most {self._limit:.2%} (data.max_refused_fraction)",
-                fix="mend or remove these rows in the source (the quarantine file has them all), or raise that limit",
+                fix=f"mend or remove these rows in the source ({kept}), or raise that limit",
             )
 
 
+def _deciding(config: Any) -> dict[str, Any]:
+    """The data settings that decide what a row becomes, JSON-ready."""
+    held_out = config.held_out
+    return {
+        **{name: getattr(config, name) for name in _DECIDING},
+        "template": [config.template_date, json.dumps(config.template_kwargs, sort_keys=True, default=str)],
+        "held_out": [held_out.fraction, held_out.group_field, held_out.seed],
+        "sources": [[source.name, source.format, dict(source.fields)] for source in config.sources],
+    }
+
+
 class Quarantine:
-    """A file of refused rows, each once per pass however often training is interrupted.
+    """A file of the rows that were refused in the first pass, each once however often training is interrupted.
 
     Every line says where in its stream the row stands; going to a position drops what is not before it.
     """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from posttrain_lib.data.encoding import RawRow
 from posttrain_lib.data.order import epoch_permutation, row_keys, window_size
-from posttrain_lib.data.readers import BadRow, Place
+from posttrain_lib.data.readers import Place
 from posttrain_lib.data.sources import read_from
 from posttrain_lib.errors import DataError
 
@@ -118,8 +118,3 @@ def _shuffled(start: WindowStart, rows: list[tuple[int, RawRow]], seed: int) -> 
     within = np.array([row.row for _, row in rows], np.int64)
     order = np.argsort(row_keys(numbers, within, seed, start.epoch), kind="stable")
     return Window(start, [rows[place][1] for place in order.tolist()])
-
-
-def readable(content: dict[str, Any] | BadRow) -> Any:
-    """A row as it goes into a quarantine file."""
-    return content.raw if isinstance(content, BadRow) else content

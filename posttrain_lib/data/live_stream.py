@@ -87,13 +87,14 @@ class LiveStream:
         self._rows: deque[_Visited] = deque()  # looked at, not moved past
         self._ahead: deque[tuple[int, LiveUnit]] = deque()  # units of those rows, with ids
         self._dry = False
+        self._fruitless: int | None = None  # the epoch in which rows without a unit began
 
     def peek(self) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`~posttrain_lib.data.streams.Stream`."""
         while not self._dry and not self._ahead:
             self._look_ahead()
-        if self._dry and not self._ahead:  # rows without a unit at the very end
-            while self._rows:
+            # Rows without a unit, with none before them that waits: a long stretch of them must not pile up.
+            while self._rows and not self._ahead:
                 self._pass(self._rows.popleft())
         seen = list(self._ahead)[:_UNITS_AHEAD]
         return np.array([unit for unit, _ in seen], np.int64), np.array([unit.tokens for _, unit in seen], np.int32)
@@ -147,8 +148,15 @@ class LiveStream:
 
     def _look_ahead(self) -> None:
         visited = self._next_visit()
-        if visited is not None:
-            self._take_in(visited)
+        if visited is None:
+            return
+        self._take_in(visited)
+        if self._fruitless is not None and visited.at.epoch > self._fruitless + 1:
+            self._dry = True  # a whole pass gave nothing to train on, and so will the next
+        if visited.units:
+            self._fruitless = None
+        elif self._fruitless is None:
+            self._fruitless = visited.at.epoch
 
     def _take_in(self, visited: _Visited) -> None:
         """Line a row up, without the units of it that were drawn before the position."""

@@ -43,10 +43,10 @@ class LoadedStep:
     """One optimiser step's data, as one rank sees it.
 
     ``micro_batches`` are this rank's; every rank has the same number of the same sizes. All the rest is global, over
-    the rows of all ranks: ``global_weight`` is the sum of the loss weights in float64, the divisor of the step's loss;
+    the rows of all ranks: ``global_weight`` is the sum of the loss weights in float64;
     ``real_tokens`` counts tokens that are no padding, ``slot_tokens`` counts both. ``source_tokens`` int64 [sources]
     and ``source_units`` int64 [sources] say what each source gave, ``rows`` what became of the rows so far (a live feed
-    counts them). ``step`` counts from 1.
+    counts them). ``step`` counts from 1; ``last``: no data is left behind it.
     ``data_wait_seconds`` is how long :meth:`PackedLoader.next_step` blocked.
     """
 
@@ -59,6 +59,7 @@ class LoadedStep:
     source_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     source_units: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     rows: dict[str, int] = field(default_factory=dict)
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,18 +166,21 @@ class PackedLoader:
                 data which file.
         """
         _check_identity(self._identity(), state)
-        self.close()
+        self._stop_thread()
         self._state = state
         self._ended = None
 
     def close(self) -> None:
         """Stop what works ahead and drop what it made; the position stays."""
+        self._stop_thread()
+        self._feed.close()
+
+    def _stop_thread(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._queue = queue.Queue(maxsize=PREFETCHED_STEPS)
-        self._feed.close()
 
     def __enter__(self) -> PackedLoader:
         return self
@@ -217,8 +221,9 @@ class PackedLoader:
             rows = self._planner.rows(self._rows_per_step, step)
             if not rows:
                 return _Ended(None)
-            loaded, after = self._build(step, rows), self._snapshot(step)
-            prepared = _Prepared(replace(loaded, rows=_row_counts(after)), after)
+            loaded, last = self._build(step, rows), self._planner.is_through(step + 1)
+            after = self._snapshot(step)
+            prepared = _Prepared(replace(loaded, rows=_row_counts(after), last=last), after)
             self._planned_state = prepared.state_after
             return prepared
         except BaseException as error:  # handed to next_step, which raises it in the caller's thread

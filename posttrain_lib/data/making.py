@@ -94,7 +94,8 @@ def make(tokenizer: ChatTokenizer, row: ParsedRow, settings: Settings) -> Made:
         rendered = render_conversation(
             tokenizer, row, settings.trained_turns, settings.train_on, settings.control_tokens
         )
-        return _fitted(_tokenized(tokenizer, rendered), settings, rendered.notes)
+        notes = rendered.notes.copy()
+        return _fitted(_tokenized(tokenizer, rendered, notes), settings, notes)
     if isinstance(row, PreferencePair):
         return _pair(tokenizer, row, settings)
     if isinstance(row, Prompt):
@@ -106,15 +107,36 @@ def make(tokenizer: ChatTokenizer, row: ParsedRow, settings: Settings) -> Made:
     return _fitted([MadeDocument(_given(tokenizer, row))], settings, Counter())
 
 
-def _tokenized(tokenizer: ChatTokenizer, rendered: Rendered) -> list[MadeDocument | tuple[str, RefusedRow]]:
-    """Each document made, or why it cannot be."""
+def _tokenized(
+    tokenizer: ChatTokenizer, rendered: Rendered, notes: Counter[str]
+) -> list[MadeDocument | tuple[str, RefusedRow]]:
+    """Each document made, or why it cannot be.
+
+    Serving encodes earlier answers together with what stands before them. Where that gives other tokens than an answer
+    by itself (white space at its start joins that of the header), each turn gets a document of its own.
+    """
     made: list[MadeDocument | tuple[str, RefusedRow]] = []
     for document in rendered.documents:
-        try:
-            made.append(_made(tokenizer, document))
-        except RefusedRow as refusal:
-            made.append((document.suffix, refusal))
+        found = _attempted(tokenizer, document)
+        if _joined(document, found):
+            notes["resplit_conversations"] += 1
+            made += [_attempted(tokenizer, turn) for turn in document.turn_by_turn()]
+        else:
+            made.append(found)
     return made
+
+
+def _attempted(tokenizer: ChatTokenizer, document: Document) -> MadeDocument | tuple[str, RefusedRow]:
+    try:
+        return _made(tokenizer, document)
+    except RefusedRow as refusal:
+        return document.suffix, refusal
+
+
+def _joined(document: Document, made: MadeDocument | tuple[str, RefusedRow]) -> bool:
+    """Whether no one encoding of the document is what serving has for each of its turns."""
+    several = len(document.spans) > 1 and not document.as_history
+    return several and (made[1].reason == "boundary_inside_token" if isinstance(made, tuple) else made.tokens.resplit)
 
 
 def _made(tokenizer: ChatTokenizer, document: Document) -> MadeDocument:
@@ -231,7 +253,12 @@ def _answered(
             "answer_rewritten", f"{suffix[1:]}: the template prints its turns otherwise when others follow"
         )
     notes.update(rendered.notes)
-    return dataclasses.replace(_made(tokenizer, rendered.documents[0]), suffix=suffix)
+    made = _made(tokenizer, rendered.documents[0])
+    if _joined(rendered.documents[0], made):
+        raise RefusedRow(
+            "answer_rewritten", f"{suffix[1:]}: the tokenizer joins the start of an earlier turn to what precedes it"
+        )
+    return dataclasses.replace(made, suffix=suffix)
 
 
 def _shortened(document: MadeDocument, length: int) -> MadeDocument:

@@ -9,6 +9,7 @@ with sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,11 @@ class Mixer:
                 raise ConfigError(
                     "no source has a weight above 0", where="train.mixture.sources", got=f"step {step}: all are 0"
                 )
+
+    def ends(self) -> bool:
+        """Whether the mixture ends by itself: a source that stops it, or all that give something run dry."""
+        last = [part for part in self._parts if part.weight[-1][1] > 0]
+        return any(part.exhausted == "stop" for part in last) or all(part.exhausted != "repeat" for part in last)
 
     def peek(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, packed lengths) of what comes next for optimiser step ``step``; none when the mixture has ended."""
@@ -166,4 +172,5 @@ def natural_weight(size: int, temperature: float) -> tuple[tuple[int, float], ..
 
     Source: the exponential smoothing of Devlin et al., multilingual BERT, 2018; T > 1 evens the sources out.
     """
-    return ((1, float(size) ** (1.0 / temperature)),)
+    # Relative to a source of a million: a small temperature must not overflow.
+    return ((1, math.exp(math.log(max(size, 1) / 1e6) / temperature)),)

@@ -110,8 +110,8 @@ class NearDuplicates:
     def report(self) -> dict[str, Any]:
         """JSON-ready.
 
-        ``near_duplicates`` counts examples with an earlier near-duplicate of another row in the same split, ``exact`` those of them
-        with an identical one; ``held_out_near_training`` the held-out examples with a near-duplicate in training,
+        ``near_duplicates`` counts examples with an earlier near-duplicate of another row in the same split, ``exact``
+        those of them with an identical one; ``held_out_near_training`` the held-out examples with a near-duplicate in training,
         ``held_out_exactly_in_training`` those with an identical one. ``crowded`` counts examples whose bucket was too
         large for all its pairs to be compared: if it is not 0, the other counts may be too low.
         """
@@ -170,9 +170,7 @@ def compare(made: np.ndarray, held_out: np.ndarray, rows: np.ndarray | None = No
     """
     number = len(made)
     rows = np.arange(number) if rows is None else np.unique(rows, return_inverse=True)[1]
-    first, twin, training_twin = _identical(
-        np.ascontiguousarray(made[:, :_DIGEST_BYTES]).view("<u8"), held_out, rows
-    )
+    first, twin, training_twin = _identical(np.ascontiguousarray(made[:, :_DIGEST_BYTES]).view("<u8"), held_out, rows)
     exact = twin >= 0
     kept = np.flatnonzero(first == np.arange(number))
     lanes, held, row = np.ascontiguousarray(made[kept, _DIGEST_BYTES:]), held_out[kept], rows[kept]

@@ -86,6 +86,10 @@ class Planner:
             made.extend(rows)
         return made
 
+    def is_through(self, step: int) -> bool:
+        """Whether nothing is left for optimiser step ``step``."""
+        return len(self._packer) == 0 and len(self._feed.mixer.peek(step)[0]) == 0
+
     def state(self) -> dict[str, Any]:
         """How far the order is read and what waits in the packer."""
         return {"mixer": self._feed.mixer.state(), "packer": self._feed.names(self._packer.state())}

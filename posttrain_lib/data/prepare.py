@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -85,7 +86,9 @@ def prepare_dataset(
     files = {source.name: files_of(inputs[source.name]) for source in config.sources}
     with ExitStack() as stack:
         preparation = _Preparation(config, encoder, files, out_dir, rejects_dir, stack)
-        for rows, oddities in _encoded(config, encoder, tokenizer_folder, preparation.chunks(), stack):
+        for rows, oddities in _encoded(
+            config, encoder, tokenizer_folder, preparation.chunks(), preparation.receipt, stack
+        ):
             preparation.receipt.oddities.merge(oddities)
             for row in rows:
                 preparation.add(row)
@@ -99,6 +102,7 @@ def _encoded(
     encoder: RowEncoder,
     tokenizer_folder: str | Path,
     chunks: Iterator[list[RawRow]],
+    receipt: Receipt,
     stack: ExitStack,
 ) -> Iterator[Encoded]:
     """Every chunk encoded, in order: the first ones here, the rest by processes where the config allows."""
@@ -113,6 +117,7 @@ def _encoded(
     pool: OrderedPool[list[RawRow], Encoded] = OrderedPool(workers, make_encoder, arguments, encode_rows, name_rows)
     stack.callback(pool.close)
     yield from pool.map(itertools.chain([rest], chunks))
+    receipt.notes["worker_deaths"] += pool.deaths
 
 
 class _Preparation:
@@ -169,10 +174,11 @@ class _Preparation:
             return
         for row_id, reason, detail in row.left_out:
             self._refuse(name, row_id, row.raw, reason, detail, whole_row=False)
+        row = self._without_repeated(name, row)
+        if not row.examples:
+            return
         receipt.notes.update(row.notes)
         receipt.trained_prompts(row.answered)
-        if self._is_repeated(name, row):
-            return
         if row.kind == "pair":
             receipt.pair(row, self.tokenizer.special_ids)
         for example in row.examples:
@@ -211,16 +217,26 @@ class _Preparation:
                 shutil.copyfile(self.out / name, self.rejects / name)
             raise
 
-    def _is_repeated(self, source: str, row: EncodedRow) -> bool:
-        """Count examples that came before; with ``deduplicate``, leave a row out of which nothing is new."""
+    def _without_repeated(self, source: str, row: EncodedRow) -> EncodedRow:
+        """Count examples that came before; with ``deduplicate``, leave them out. A pair goes or stays as a whole."""
         known = [self.receipt.is_duplicate(example) for example in row.examples]
         if not self.config.deduplicate:
             self.receipt.notes["duplicate_examples"] += sum(known)
-            return False
-        if not all(known):
-            return False
-        self._refuse(source, row.row_id, None, "duplicate", "an earlier row gave the same tokens", whole_row=False)
-        return True
+            return row
+        if row.kind == "pair" and not all(known):
+            return row
+        kept: list[Example] = []
+        shared = 0
+        for example, repeated in zip(row.examples, known, strict=True):
+            # What a document shares with one that is left out, it shares with the one before that at most.
+            shared = min(shared, example.shared) if kept else 0
+            if repeated:
+                why = "an earlier row gave the same tokens"
+                self._refuse(source, example.row_id, row.raw, "duplicate", why, whole_row=False)
+                continue
+            kept.append(replace(example, shared=shared))
+            shared = len(example.ids)
+        return replace(row, examples=tuple(kept))
 
     def _write(self, source: str, row: EncodedRow, example: Example) -> None:
         store = self._stores[HELD_OUT if row.held_out else TRAIN]
@@ -297,7 +313,8 @@ class _Preparation:
                 "no row is held out, so the model could not be judged",
                 where="data.held_out",
                 got=f"fraction {self.config.held_out.fraction} of {rows:,} rows, by {self.config.held_out.group_field}",
-                fix="raise data.held_out.fraction, change its seed, or give more groups of rows",
+                fix="raise data.held_out.fraction, change its seed, or give more groups of rows"
+                + (", or raise data.on_the_fly_sample" if self.config.on_the_fly else ""),
             )
 
 

@@ -106,7 +106,8 @@ def _state(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def _told(state: tuple[int, int, int]) -> str:
-    return f"{state[0]:,} bytes, written at {state[1] / 1e9:.6f} s of Unix time, inode {state[2]}"
+    seconds, nanoseconds = divmod(state[1], 10**9)
+    return f"{state[0]:,} bytes, written at {seconds}.{nanoseconds:09d} s of Unix time, inode {state[2]}"
 
 
 def open_file(file: str, stack: ExitStack) -> Any:
@@ -315,7 +316,7 @@ def arrow(files: list[str], first: int) -> Iterator[dict[str, Any] | BadRow]:
 
 
 def _record_batches(file: str, stack: ExitStack) -> tuple[Any, Iterator[Any], Callable[[], None]]:
-    """Schema, record batches, and what to call before rows made of them are given: a map shows what is written to it."""
+    """Schema, record batches, and the check before rows made of them are given: a map shows what is written to it."""
     import pyarrow.ipc
 
     filesystem, inner = file_system(file)

@@ -32,12 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Span:
-    """Characters ``start`` to ``end`` of a document, learned with this weight. ``closed``: ends with a marker."""
+    """Characters ``start`` to ``end`` of a document, learned with this weight.
+
+    ``closed``: ends with a marker. ``turn``: index of its message, None where it is of none.
+    """
 
     start: int
     end: int
     weight: float
     closed: bool = True
+    turn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Document:
 
     ``suffix`` tells several documents of one row apart; ``last_turn`` is the index of the last trained message (None:
     nothing is trained). ``literal``: words that spell control tokens have stand-ins in it (see
-    posttrain_lib/data/literal.py).
+    posttrain_lib/data/literal.py). ``as_history``: only the last of its turns stands as serving has it; the others are
+    learned as that turn's prompt holds them.
     """
 
     text: str
@@ -55,6 +60,23 @@ class Document:
     last_turn: int | None
     suffix: str = ""
     literal: bool = False
+    as_history: bool = False
+
+    def turn_by_turn(self) -> tuple[Document, ...]:
+        """A document for each of its spans, which ends with it and trains nothing else."""
+        return tuple(self._up_to(span) for span in self.spans)
+
+    def _up_to(self, span: Span) -> Document:
+        whole = [part for part in self.parts if part[0] < span.end]
+        role = self.parts[min(len(whole), len(self.parts) - 1)][1]
+        return dataclasses.replace(
+            self,
+            text=self.text[: span.end],
+            spans=(span,),
+            parts=(*whole, (span.end, role)),
+            last_turn=span.turn,
+            suffix=f"{self.suffix}#turn{span.turn}",
+        )
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,8 @@ def _documents(renderings: Renderings, turns: list[Turn], trained_turns: str, no
 
 def _document(renderings: Renderings, whole: Turn, turns: list[Turn], suffix: str = "") -> Document:
     spans = tuple(
-        Span(turn.start, turn.end, renderings.messages[turn.index].loss_weight, turn.markers > 0) for turn in turns
+        Span(turn.start, turn.end, renderings.messages[turn.index].loss_weight, turn.markers > 0, turn.index)
+        for turn in turns
     )
     return Document(whole.text, spans, _parts(renderings, whole.text, whole.index), whole.index, suffix)
 
@@ -173,23 +196,28 @@ def _as_rendered(renderings: Renderings, turns: list[Turn]) -> Document:
         substituted = renderings.substituted(turn.index, last.index + 1)
         begin, end, _ = own_words(text, substituted, message, turn.index)
         length, markers = closing(renderings.tokenizer, text[end:], most=max(1, turn.markers))
-        spans.append(Span(_header_end(renderings, turn, text, begin), end + length, message.loss_weight, markers > 0))
+        start = _header_end(renderings, turn, text, begin, last.index + 1)
+        spans.append(Span(start, end + length, message.loss_weight, markers > 0, turn.index))
     for before, after in itertools.pairwise(spans):
         if before.end > after.start:
             raise RefusedRow("masks_disagree", f"turns overlap at character {after.start} of the rendered conversation")
     end = spans[-1].end
-    return Document(text[:end], tuple(spans), _parts(renderings, text[:end], last.index), last.index)
+    parts = _parts(renderings, text[:end], last.index)
+    return Document(text[:end], tuple(spans), parts, last.index, as_history=True)
 
 
-def _header_end(renderings: Renderings, turn: Turn, text: str, begin: int) -> int:
-    """Where the header before character ``begin`` ends: behind the last generation prompt that stands there."""
+def _header_end(renderings: Renderings, turn: Turn, text: str, begin: int, count: int) -> int:
+    """Where the header before character ``begin`` ends: behind the last generation prompt that stands there.
+
+    ``text`` is the rendering of the first ``count`` messages.
+    """
     before = renderings.upto(turn.index)
     headers = {prompt[common_prefix(prompt, before) :] for prompt in renderings.prompts(turn.index)}
     headers.add(turn.text[common_prefix(turn.text, before) : turn.start])
     found = [text.rindex(header, 0, begin) + len(header) for header in headers - {""} if header in text[:begin]]
     start = max(found, default=len(text[:begin].rstrip()))
-    earlier = (renderings.messages[turn.index - 1].content or "").strip() if turn.index else ""
-    if earlier and earlier in text[start:begin]:
+    said = turn.index > 0 and (renderings.messages[turn.index - 1].content or "").strip()
+    if said and renderings.last_words_before(turn.index, count)[1] > start:
         raise RefusedRow("masks_disagree", f"message {turn.index}: no header stands before its words as rendered")
     return start
 

@@ -6,18 +6,22 @@ its first rows have. What a server makes of the same messages comes from an adap
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from posttrain_lib.data.engine_texts import SAMPLES
 from posttrain_lib.data.formats import get_format
 from posttrain_lib.data.making import Made, MadeDocument, make
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.data.rendering import trained_messages
 from posttrain_lib.data.sources import BadRow, iter_rows
+from posttrain_lib.data.turns import Renderings, locate
 from posttrain_lib.errors import DataError
 from posttrain_lib.schema.examples import (
     Conversation,
@@ -46,7 +50,7 @@ class TrainedTurn:
     ``end_id`` is None where the template prints no marker, or nothing is trained (a prompt for RL).
 
     ``header_shared``: the generation prompt opens something that this turn does not have (as a think block), so the
-    ids are only the start of what a server sends.
+    ids are only the start of what a server sends, which the report then names.
     """
 
     source: str
@@ -61,10 +65,14 @@ class TrainedTurn:
 
 @dataclass
 class Sample:
-    """The turns to compare. ``counts``: rows taken, rows that training refuses, turns left out and why."""
+    """The turns to compare. ``counts``: rows that training refuses, rows and turns left out, by why.
+
+    ``unchecked`` says of each source that has messages, and no turn here, why.
+    """
 
     turns: list[TrainedTurn] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    unchecked: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,9 @@ class Report:
     """What was compared, and how it fell out; a difference is no report but an error.
 
     ``variants`` counts by which template variables a server reaches the trained prompt; ``ends_missing`` counts trained
-    last tokens of a turn that do not end a generation, by their text.
+    last tokens of a turn that do not end a generation, by their text. ``sent_beyond`` has, by text, what a server sends
+    behind the ids that a turn is trained behind: the number of ``turns``, and the ``first``. ``unchecked`` is that of
+    the sample. ``server_settings`` are what the server has to be given for these ids beside the exported folder.
     """
 
     renderer: str
@@ -99,11 +109,21 @@ class Report:
     left_out: dict[str, int]
     ends_missing: dict[str, int]
     stop_ids: list[int]
+    sent_beyond: dict[str, dict[str, Any]]
+    unchecked: dict[str, str]
+    server_settings: list[str]
 
     def summary(self) -> str:
         """One line for the terminal."""
         variants = ", ".join(f"{count:,} by {name}" for name, count in self.variants.items())
         left = "".join(f"; {count:,} {name.replace('_', ' ')}" for name, count in self.left_out.items())
+        left += "".join(
+            f"; before {found['turns']:,} of them it also sends {text!r}, which training never has (first: "
+            f"{found['first']})"
+            for text, found in self.sent_beyond.items()
+        )
+        left += "".join(f"; source {source} UNCHECKED: {why}" for source, why in self.unchecked.items())
+        left += "".join(f"; {setting}" for setting in self.server_settings)
         return (
             f"{sum(self.turns.values()):,} trained turns of {sum(self.rows.values()):,} rows have the ids that "
             f"{self.renderer} of vLLM {self.version} sends ({variants or 'none'}){left}"
@@ -111,28 +131,50 @@ class Report:
 
 
 def take_sample(config: DataConfig, tokenizer: ChatTokenizer, inputs: Mapping[str, str], rows: int) -> Sample:
-    """At most ``rows`` rows over all sources, each source's share from its first rows, all shapes of them in turn.
+    """``rows`` rows over all sources and one of each at least, from a source's first rows, all shapes of them in turn.
 
     Args:
         inputs: source name -> path of its rows.
+
+    Raises:
+        DataError: there are rows of messages, and no turn of them can be compared.
     """
     sample = Sample()
     sources = list(config.sources)
     for number, source in enumerate(sources):
-        share = rows // len(sources) + (number < rows % len(sources))
-        taken = 0
+        share = max(1, rows // len(sources) + (number < rows % len(sources)))
+        taken, counts, first = 0, Counter[str](), ""
+        turns_before = len(sample.turns)
         found = itertools.islice(iter_rows(inputs[source.name]), share * _LOOKED_AT)
-        for row in _by_shape(found, source, config.held_out.group_field, sample.counts):
+        for row in _by_shape(found, source, config.held_out.group_field, counts):
             if taken == share:
                 break
             try:
-                turns = list(trained_turns(tokenizer, row, config, sample.counts))
+                turns = list(trained_turns(tokenizer, row, config, counts))
             except RefusedRow as refusal:
-                sample.counts["rows_too_long" if refusal.reason == "too_long" else "rows_refused"] += 1
+                counts["rows_too_long" if refusal.reason == "too_long" else "rows_refused"] += 1
+                first = first or f"; row {row.row_id}: {refusal}"
                 continue
             taken += 1
             sample.turns.extend(turns)
+        sample.counts.update(counts)
+        if len(sample.turns) == turns_before and not counts["rows_without_messages"]:
+            sample.unchecked[source.name] = _why_left_out(counts) + first
+    if sample.unchecked and not sample.turns:
+        raise DataError(
+            "no row of the sample can be compared with what serving makes of it, so nothing is proved",
+            where="data.serving_check",
+            got="; ".join(f"source {source}: {why}" for source, why in sample.unchecked.items()),
+            expected="a trained turn of at least one row",
+            fix="raise data.serving_samples, so that more rows are looked at, or data.max_example_tokens; mend the "
+            "rows where they are at fault; data.serving_check: off trains without this proof",
+        )
     return sample
+
+
+def _why_left_out(counts: Mapping[str, int]) -> str:
+    """Of the rows of a source of which no turn was taken."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count) or "no rows"
 
 
 def trained_turns(
@@ -152,6 +194,8 @@ def trained_turns(
         return
     as_rendered = config.trained_turns == "as_rendered" and made.notes["rewritten_conversations"] > 0
     for conversation, document, indices in _asked(row, made, config.train_on):
+        # The note is of all turns together; which of them it is of is asked again, by turn.
+        renderings = Renderings(tokenizer, conversation) if made.notes["generation_prompt_differs"] else None
         answers = document.tokens.answers or ((len(document.tokens.ids), 0),)  # a prompt has none: all of it is sent
         for index, (first, end) in zip(indices, answers, strict=True):
             if as_rendered and index != indices[-1]:
@@ -166,7 +210,7 @@ def trained_turns(
                 end_id=int(document.tokens.ids[end - 1]) if end and document.closed else None,
                 messages=messages,
                 tools=tools,
-                header_shared=made.notes["generation_prompt_differs"] > 0,
+                header_shared=renderings is not None and "generation_prompt_differs" in locate(renderings, index).notes,
             )
 
 
@@ -209,8 +253,14 @@ def chats_of(sample: Sample, variants: Mapping[str, Mapping[str, Any]]) -> list[
     ]
 
 
-def compare(sample: Sample, variants: Iterable[str], served: Served, tokenizer: ChatTokenizer) -> Report:
-    """Compare ids with ids; ``served`` answers :func:`chats_of`.
+def compare(
+    sample: Sample,
+    variants: Iterable[str],
+    served: Served,
+    tokenizer: ChatTokenizer,
+    server_settings: Sequence[str] = (),
+) -> Report:
+    """Compare ids with ids; ``served`` answers :func:`chats_of`. ``server_settings`` are for the report.
 
     Raises:
         DataError: a turn is trained behind other ids than a server sends; shows the first differing token.
@@ -220,12 +270,15 @@ def compare(sample: Sample, variants: Iterable[str], served: Served, tokenizer: 
     if None in matches:
         raise _difference(differing(sample, names, served), len(sample.turns), served, tokenizer)
     turns, by_variant, left_out = Counter[str](), Counter[str](), Counter(sample.counts)
-    ends_missing = Counter[str]()
+    ends_missing, beyond = Counter[str](), dict[str, dict[str, Any]]()
     for number, (turn, chat) in enumerate(zip(sample.turns, matches, strict=True)):
         assert chat is not None
         turns[turn.source] += 1
         by_variant[names[chat - number * len(names)]] += 1
-        left_out["turns_compared_up_to_a_shared_header"] += len(served.prompts[chat]) > len(turn.prompt_ids)
+        if more := list(served.prompts[chat][len(turn.prompt_ids) :]):
+            place = f"source {turn.source}, row {turn.row_id}, before message {turn.message}"
+            text = tokenizer.decode(more, skip_special_tokens=False)
+            beyond.setdefault(text, {"turns": 0, "first": place})["turns"] += 1
         if turn.end_id is not None and turn.end_id not in served.stop_ids:
             ends_missing[tokenizer.pieces([turn.end_id])[0]] += 1
     rows = Counter(source for source, _ in {(turn.source, turn.row_id.partition("#")[0]) for turn in sample.turns})
@@ -239,7 +292,38 @@ def compare(sample: Sample, variants: Iterable[str], served: Served, tokenizer: 
         left_out={name: count for name, count in left_out.items() if count},
         ends_missing=dict(ends_missing),
         stop_ids=list(served.stop_ids),
+        sent_beyond=beyond,
+        unchecked=dict(sample.unchecked),
+        server_settings=list(server_settings),
     )
+
+
+def server_settings(config: DataConfig, tokenizer: ChatTokenizer, served: Served) -> list[str]:
+    """What a server has to be started with, or asked with, so that it sends the trained ids.
+
+    The template travels with an exported folder; its variables and the day do not.
+    """
+    found, variables = [], dict(config.template_kwargs)
+    if served.renderer == "Harmony":  # prints the day always
+        found.append(f"serve with VLLM_SYSTEM_START_DATE={config.template_date}")
+    elif served.by_template and _prints_day(tokenizer):
+        found.append(f"the template prints the day: {config.template_date} in training, its own day on a server")
+    if not served.by_template and "reasoning_effort" in variables:
+        found.append(f"ask with reasoning_effort={variables.pop('reasoning_effort')}")
+    if variables:
+        given = json.dumps(variables, ensure_ascii=False, sort_keys=True)
+        found.insert(0, f"serve with --default-chat-template-kwargs {shlex.quote(given)}")
+    return found
+
+
+def _prints_day(tokenizer: ChatTokenizer) -> bool:
+    """Whether the template asks for the day: found out by a mark instead of one, in conversations of several kinds."""
+    mark = "\ue000"
+    for messages, tools in SAMPLES:
+        with contextlib.suppress(RefusedRow):  # a template without tools, or without system turns
+            if mark in tokenizer.render(messages, tools, answer_next=True, variables={"strftime_now": lambda _: mark}):
+                return True
+    return False
 
 
 def differing(sample: Sample, variants: Iterable[str], served: Served) -> list[tuple[TrainedTurn, Sequence[int], str]]:
@@ -259,8 +343,12 @@ def _chats_by_turn(sample: Sample, variants: int) -> Iterator[tuple[TrainedTurn,
 
 
 def _match(turn: TrainedTurn, prompts: Sequence[Sequence[int]], chats: range) -> int | None:
-    """The first of the chats whose prompt is what the turn is trained behind."""
-    return next((chat for chat in chats if _is_same(turn, prompts[chat])), None)
+    """The first of the chats whose prompt is what the turn is trained behind; else one that begins so, if it may."""
+    wanted = turn.prompt_ids
+    found = next((chat for chat in chats if list(prompts[chat]) == wanted), None)
+    if found is None and turn.header_shared and wanted:
+        found = next((chat for chat in chats if list(prompts[chat][: len(wanted)]) == wanted), None)
+    return found
 
 
 def _by_shape(
@@ -336,12 +424,6 @@ def _client_calls(message: Message, number: int) -> list[dict[str, Any]]:
         }
         for place, call in enumerate(message.tool_calls)
     ]
-
-
-def _is_same(turn: TrainedTurn, prompt: Sequence[int]) -> bool:
-    if turn.header_shared:
-        return len(turn.prompt_ids) > 0 and list(prompt[: len(turn.prompt_ids)]) == turn.prompt_ids
-    return list(prompt) == turn.prompt_ids
 
 
 def _agreement(first: Sequence[int], second: Sequence[int]) -> int:

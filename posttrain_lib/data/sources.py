@@ -91,9 +91,8 @@ def names_of(files: Sequence[str]) -> list[str]:
     names = [parts[-1] for parts in paths]
     if len(set(names)) == len(names):
         return names
-    common = 0
-    while len({tuple(parts[: common + 1]) for parts in paths}) == 1:
-        common += 1
+    folders = zip(*(parts[:-1] for parts in paths), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, folders))
     return ["/".join(parts[common:]) for parts in paths]
 
 
@@ -142,9 +141,9 @@ def digest_rows(path: str, known: FileDigests) -> str:
 
 
 def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
-    """(file, digest) in the order of reading: sha256 on local disk, else what the store tells of the file's version.
+    """(file, digest) as :func:`files_of` lists: sha256 on local disk, else what the store tells of the file's version.
 
-    The files of a datasets folder are listed one by one.
+    A datasets folder has the digest of all files in it. A hub id is listed with its commit.
     """
     if _is_hub_id(path):
         hub = _Hub.parse(path).at_commit()
@@ -152,7 +151,10 @@ def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
     with _client_errors(path):
         found = _expand(path)
         if found[0][1]["type"] == "directory":  # a datasets folder
-            found = _all_below(path)
+            parts = _all_below(path)
+            names = names_of([file for file, _ in parts])
+            told = [[name, _file_digest(*part, known)] for name, part in zip(names, parts, strict=True)]
+            return [(path, digest_value(told))]
         return [(file, _file_digest(file, told, known)) for file, told in found]
 
 
@@ -253,24 +255,26 @@ def _find(path: str, filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
 
 def _data_in(path: str, folder: str, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Those of the files found below a folder that are data."""
-    data, unknown = {}, []
+    data: dict[str, dict[str, Any]] = {}
+    unknown: list[str] = []
+    passed_over: list[str] = []
     for name, told in found.items():
         parts = name.removeprefix(folder.rstrip("/") + "/").split("/")
         # Beside data, a leading _ marks what a writer keeps for itself, except in the key=value folders of partitions.
-        if any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts):
-            continue
-        if parts[-1] in _ABOUT_DATA:
-            continue
-        if _stem(parts[-1])[0].endswith((*_JSON_LINES, *_COLUMNS)):
+        hidden = any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts)
+        if hidden or parts[-1] in _ABOUT_DATA:
+            passed_over.append("/".join(parts))
+        elif _stem(parts[-1])[0].endswith((*_JSON_LINES, *_COLUMNS)):
             data[name] = told
-        elif not _ABOUT_FOLDER.fullmatch(parts[-1]):
-            unknown.append("/".join(parts))
-    if unknown:
-        more = f" and {len(unknown) - _NAMED_AT_MOST:,} more" if len(unknown) > _NAMED_AT_MOST else ""
+        else:
+            (passed_over if _ABOUT_FOLDER.fullmatch(parts[-1]) else unknown).append("/".join(parts))
+    wrong = unknown or ([] if data else passed_over)
+    if wrong:
+        more = f" and {len(wrong) - _NAMED_AT_MOST:,} more" if len(wrong) > _NAMED_AT_MOST else ""
         raise DataError(
-            "the folder holds files of an unknown kind",
+            "the folder holds files of an unknown kind" if unknown else "the folder holds nothing that is read as data",
             where=path,
-            got=", ".join(sorted(unknown)[:_NAMED_AT_MOST]) + more,
+            got=", ".join(sorted(wrong)[:_NAMED_AT_MOST]) + more,
             expected=_KNOWN_KINDS,
             fix="name the data by a glob, or move the others out of the folder",
         )

@@ -167,21 +167,28 @@ class StoreFeed:
         return partial(_windowed, members, file, row, rows, self._window, seed)
 
     def _places(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(file, row, rows of each file) of units, files of all their sources numbered through."""
+        """(file, row, rows of each file) of units, the files of all their sources numbered through.
+
+        Without a mixture a source that gave no example still has its files in the sequence: they are read.
+        """
         store, first = self._store, self._units.first[members]
         sources = store.source_index[first]
-        base: dict[int, int] = {}
+        present = {store.sources[number] for number in np.unique(sources).tolist()}
+        stated = store.source_files if len(members) == len(self._units) else {}
+        names = [*stated, *(name for name in store.sources if name in present and name not in stated)]
+        base: dict[str, int] = {}
         counts: list[int] = []
-        for number in np.unique(sources).tolist():
-            base[number] = len(counts)
-            stated = store.source_files.get(store.sources[number])
-            mine = sources == number
-            files = len(stated) if stated else int(store.file_index[first][mine].max()) + 1
-            for file in range(files):
-                at = mine & (store.file_index[first] == file)
-                counts.append(stated[file][1] if stated else int(store.row_index[first][at].max(initial=-1)) + 1)
-        offsets = np.array([base.get(number, 0) for number in range(len(store.sources))])
+        for name in names:
+            base[name] = len(counts)
+            counts += [rows for _, rows in store.source_files.get(name, [])] or self._rows_seen(first, sources, name)
+        offsets = np.array([base.get(name, 0) for name in store.sources])
         return store.file_index[first] + offsets[sources], store.row_index[first], np.array(counts, np.int64)
+
+    def _rows_seen(self, first: np.ndarray, sources: np.ndarray, name: str) -> list[int]:
+        """Rows of each file of a source of which the store states none: up to the last that gave something."""
+        mine = sources == self._store.sources.index(name)
+        files, rows = self._store.file_index[first][mine], self._store.row_index[first][mine]
+        return [int(rows[files == file].max(initial=-1)) + 1 for file in range(int(files.max()) + 1)]
 
 
 def feed_for(store: TokenStore, train: TrainConfig) -> StoreFeed:

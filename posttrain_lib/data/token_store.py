@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,13 +73,13 @@ class TokenStoreWriter:
         self._pending_tokens = 0
         self._files: list[dict[str, Any]] = []
         self._sources: dict[str, int] = {}
-        self._lengths: list[int] = []
-        self._weight_sums: list[float] = []
-        self._trained: list[int] = []
-        self._source_index: list[int] = []
-        self._kinds: list[int] = []
-        self._shared: list[int] = []
-        self._rows: list[tuple[int, int]] = []
+        self._lengths = array("i")
+        self._weight_sums = array("d")
+        self._trained = array("i")
+        self._source_index = array("i")
+        self._kinds = array("b")
+        self._shared = array("i")
+        self._file_index, self._row_index = array("i"), array("q")
         self._source_files: dict[str, list[tuple[str, int]]] = {}
         self._fingerprint = dict(fingerprint or {})
         self._largest_id = -1
@@ -110,7 +111,9 @@ class TokenStoreWriter:
             raise DataError("no such prefix to share", where=f"{example.source}: {example.row_id}", got=shared)
         self._kinds.append(KINDS.index(kind))
         self._shared.append(shared)
-        self._rows.append(row or (0, len(self._rows)))
+        file, number = row or (0, len(self._row_index))
+        self._file_index.append(file)
+        self._row_index.append(number)
         self._largest_id = max(self._largest_id, int(tokens.max()))
         counted = weights[1:]
         self._lengths.append(len(tokens))
@@ -121,7 +124,7 @@ class TokenStoreWriter:
         for text in (example.source, example.row_id):
             encoded = text.encode()
             self._content.update(len(encoded).to_bytes(8, "little") + encoded)
-        for number in (len(tokens), self._kinds[-1], shared, *self._rows[-1]):
+        for number in (len(tokens), self._kinds[-1], shared, file, number):
             self._content.update(int(number).to_bytes(8, "little"))
         self._content.update(tokens.astype("<i4", copy=False).data)
         self._content.update(weights.astype("<f4", copy=False).data)
@@ -148,8 +151,8 @@ class TokenStoreWriter:
                 "source": pa.array(self._source_index, pa.int32()),
                 "kind": pa.array(self._kinds, pa.int8()),
                 "shared": pa.array(self._shared, pa.int32()),
-                "file": pa.array([file for file, _ in self._rows], pa.int32()),
-                "row": pa.array([row for _, row in self._rows], pa.int64()),
+                "file": pa.array(self._file_index, pa.int32()),
+                "row": pa.array(self._row_index, pa.int64()),
             }
         )
         shards = list(self._files)

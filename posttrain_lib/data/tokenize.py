@@ -25,8 +25,8 @@ class Tokens:
     """A document as ids int32 [S] with weights float32 [S] (0 = not trained).
 
     ``roles[role_of[t]]`` is the role of the message that token t belongs to (``role_of`` int64 [S]). ``answers`` are
-    (first token, token behind the last) of each trained span. ``resplit`` says that prompt and answer, encoded apart as
-    serving and the model do, give other tokens than the whole text.
+    (first token, token behind the last) of each trained span. ``resplit`` says that prompts and answers, encoded apart
+    as serving and the model do, give other tokens than the whole text.
     """
 
     ids: np.ndarray
@@ -64,6 +64,9 @@ class Tokens:
 def tokenize(tokenizer: ChatTokenizer, document: Document) -> Tokens:
     """Encode, and weigh the tokens of the document's spans.
 
+    The text is cut where its answers start. Serving cuts only before the answer it asks for, and encodes those before
+    as part of the prompt: a document of several answers that is ``resplit`` has to be made turn by turn.
+
     Raises:
         RefusedRow: a token runs across the start of an answer and cannot be split, or an answer has no token.
     """
@@ -71,6 +74,8 @@ def tokenize(tokenizer: ChatTokenizer, document: Document) -> Tokens:
     if document.literal:
         document, encode = literal(tokenizer).respelled(document), literal(tokenizer).encode
     starts = [span.start for span in document.spans]
+    if document.as_history:
+        starts = starts[-1:]
     encoded, resplit = _encode(tokenizer, encode, document.text, starts)
     weights = np.zeros(len(encoded.ids), np.float32)
     ends = np.array([end for end, _ in document.parts])
@@ -95,7 +100,7 @@ def _tokens_of(encoded: Encoded, span: Span) -> np.ndarray:
 def _encode(
     tokenizer: ChatTokenizer, encode: Callable[[str], Encoded], text: str, cuts: Sequence[int]
 ) -> tuple[Encoded, bool]:
-    """The text encoded as serving and the model make it: cut at the start of every answer.
+    """The text encoded as serving and the model make it: cut at the starts of answers.
 
     Mostly that gives what the whole text gives. Where it does not, a token ran across a cut or white space before it
     was grouped otherwise; the pieces are then the truth, and the second result is True.

@@ -30,8 +30,6 @@ STAND_INS = frozenset((_CONTENT, _REASONING, *_CALLS))
 
 #: a header is only cut behind one of these: text of the template, never the middle of a word
 _HEADER_ENDS = (">", "\n", "]")
-#: characters that align two renderings where the words between are escaped (a tool's answer as JSON)
-_LEAST_SHARED = 32
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,24 @@ class Renderings:
     def substituted(self, index: int, count: int) -> str:
         """The first ``count`` messages with the own words of message ``index`` replaced."""
         return self._render([*self.messages[:index], stand_in(self.messages[index]), *self.messages[index + 1 : count]])
+
+    def last_words_before(self, index: int, count: int) -> tuple[int, int]:
+        """(from, to) of the words of the message before ``index`` in the rendering of the first ``count`` messages.
+
+        Found by substitution, so also where the template escapes them, as a tool's answer in JSON.
+
+        Raises:
+            RefusedRow: the template prints nothing of it.
+        """
+        before = self.messages[index - 1]
+        begin, end, _ = own_words(self.upto(count), self.substituted(index - 1, count), before, index - 1)
+        return begin, end
+
+    def words_before_end(self, index: int) -> int:
+        """Where the words of every message before ``index`` end in the rendering of the messages up to it."""
+        text = self.upto(index + 1)
+        others = self._render([*map(stand_in, self.messages[:index]), self.messages[index]])
+        return len(text) - common_suffix(text, others)
 
     def prompts(self, index: int) -> Iterator[str]:
         """What serving sends before message ``index``: with thinking as the template has it, off, and on."""
@@ -187,18 +203,20 @@ def _moved(renderings: Renderings, index: int, text: str, begin: int, prompt: st
     """The template prints what stands before the turn otherwise once the turn is there: align the prompt's end.
 
     Mistral's moves the system text, gpt-oss drops the reasoning of earlier calls. The example is the serving prompt
-    with the turn behind it. The end that both share must hold the words of the message before the turn.
+    with the turn behind it. The end that both share must hold all words of the message before the turn: shared headers
+    alone may be those of an earlier turn. No earlier words may stand behind it.
     """
     alike = _longest_shared_end(prompt, text[:begin])
-    said = (renderings.messages[index - 1].content or "").strip() if index else ""
-    shared = prompt[len(prompt) - alike :]
-    if not said or (alike < _LEAST_SHARED and said not in shared):
-        raise RefusedRow(
-            "masks_disagree",
-            f"message {index}: what serving sends before it ({prompt[-60:]!r}) is not what stands before it in the "
-            f"rendered conversation ({text[max(0, begin - 60) : begin]!r})",
-        )
-    return prompt, text.rindex(shared, 0, begin) + alike, ("prompt_rewritten",)
+    if index and alike and (renderings.messages[index - 1].content or "").strip():
+        cut = text.rindex(prompt[-alike:], 0, begin) + alike
+        first, last = renderings.last_words_before(index, index + 1)
+        if cut - alike <= first and last <= cut and renderings.words_before_end(index) <= cut:
+            return prompt, cut, ("prompt_rewritten",)
+    raise RefusedRow(
+        "masks_disagree",
+        f"message {index}: what serving sends before it ({prompt[-60:]!r}) is not what stands before it in the "
+        f"rendered conversation ({text[max(0, begin - 60) : begin]!r})",
+    )
 
 
 def _longest_shared_end(prompt: str, text: str) -> int:

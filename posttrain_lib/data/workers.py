@@ -28,6 +28,7 @@ _ORPHAN_SECONDS = 1.0
 _WARM_SECONDS = 0.01
 
 _state: Any = None
+_broken: Exception | None = None
 
 
 class _Handed(NamedTuple):
@@ -150,7 +151,7 @@ class OrderedPool(Generic[Item, Result]):
             f"a worker process died {MOST_DEATHS} times over the same rows",
             where=self._name_item(item),
             got="killed, out of memory, or crashed in native code",
-            fix="look at these rows; lower data.workers if memory is short",
+            fix="look at these rows; use fewer workers (data.workers, compute.loader_workers) if memory is short",
         )
 
     def _pool(self) -> ProcessPoolExecutor:
@@ -176,9 +177,12 @@ class OrderedPool(Generic[Item, Result]):
 
 
 def _begin(parent: int, make_state: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    global _state
+    global _state, _broken
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    _state = make_state(*arguments)
+    try:
+        _state = make_state(*arguments)
+    except Exception as error:  # an initialiser's error would only say that the pool is broken
+        _broken = error
 
 
 def _leave_with(parent: int) -> None:
@@ -193,4 +197,6 @@ def _nothing(seconds: float) -> None:
 
 
 def _do(work: Callable[[Any, Any], Any], item: Any) -> Any:
+    if _broken is not None:
+        raise _broken
     return work(_state, item)

@@ -35,7 +35,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A validated row. ``group`` is the key by which train and held-out are split apart."""
+    """A validated row.
+
+    ``group`` is the key by which train and held-out are split apart: ``<field>:<value>`` of the row's own field, else
+    ``user:<first question>`` (``formats.common.group_is_named`` tells which). Of rows without messages it may be None:
+    a group of its own.
+    """
 
     source: str
     row_id: str

@@ -118,14 +118,22 @@ def build_loader(
 
 def planned_steps(store: TokenStore, config: TrainConfig) -> int:
     """Optimiser steps of the whole run: as configured, or as many as there are until the data ends."""
-    if config.steps is not None:
+    feed = feed_for(store, config)
+    if not feed.mixer.ends():
+        if config.steps is None:
+            raise ConfigError(
+                "the mixture never ends: its sources repeat, or are no longer drawn when one should stop it",
+                where="train.steps",
+                expected="a number of steps, or another train.mixture 'exhausted'",
+            )
         return int(config.steps)
-    return count_steps(
-        feed_for(store, config),
+    counted = count_steps(
+        feed,
         row_tokens=config.row_tokens,
         rows_per_step=config.rows_per_step,
         packing_buffer=config.packing_buffer,
     )
+    return counted if config.steps is None else min(counted, int(config.steps))
 
 
 def check_vocabulary(spec: ModelSpec, *stores: TokenStore) -> None:
@@ -186,8 +194,15 @@ class Trainer:
         check_vocabulary(self.spec, self.store, self.held_out)
         self.loss = build_loss(config.loss, config.loss_options)
         check_kind(self.store, self.loss)
-        model = load_sharded_model(self.spec, job, device)
+        # A live feed starts its processes: they load the tokenizer while this one loads the model.
+        self.total_steps = planned_steps(self.store, config) if job.live is None else int(config.steps or 0)
+        check_warmup(config, self.total_steps)
         self.feed: Feed = feed_for(self.store, config) if job.live is None else live_feed(job.live, job)
+        try:
+            model = load_sharded_model(self.spec, job, device)
+        except BaseException:
+            self.feed.close()
+            raise
         loader = build_loader(
             self.feed,
             config,
@@ -197,8 +212,6 @@ class Trainer:
             background=job.loader_workers > 0,
         )
         self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory_of(config))
-        self.total_steps = planned_steps(self.store, config)
-        check_warmup(config, self.total_steps)
         self.settings = StepSettings(
             device=device,
             precision=config.precision,
@@ -225,6 +238,8 @@ class Trainer:
                     expected=f"{self.total_steps} steps",
                 )
             yield self._step(loaded, begun)
+        if isinstance(self.feed, LiveFeed):
+            self.feed.consumed(self.state.loader.state())
         return self._result()
 
     def _resume(self) -> StepReport | None:
@@ -282,6 +297,8 @@ class Trainer:
             step=progress.step + 1,
         )
         progress.step += 1
+        if loaded.last:  # a mixture may end before the steps do; a live one tells only here
+            self.total_steps = progress.step
         progress.tokens_seen += loaded.real_tokens
         seconds = time.perf_counter() - begun
         held_out = self._held_out() if self._is_due(self.config.evaluate_every_steps) else None

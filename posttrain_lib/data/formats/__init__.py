@@ -1,6 +1,8 @@
-"""Row formats by name. A new one is one file with ``FIELDS`` and ``parse``, and a line here.
+"""Row formats by name. A new one is one file with ``FIELDS``, ``NEEDED`` and ``parse``, and a line here.
 
-``FIELDS`` are the names under which the format looks for its values; a source's ``fields`` say what its rows call them.
+``FIELDS`` are the names under which the format looks for its values, ``NEEDED`` those without which no row can be used;
+a source's ``fields`` say what its rows call them. A name that ``fields`` gives to one field is no longer looked at for
+the field that it is the own name of.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ def check_fields(format_name: str, fields: Mapping[str, str]) -> None:
     """Refuse names that the format does not look for, before the first row is read.
 
     Raises:
-        ConfigError: no such format, a name that is none of its fields, or two fields read from one name.
+        ConfigError: no such format, a name that is none of its fields, two fields read from one name, or one that
+            every row needs with its name given to another.
     """
-    own = _module(format_name).FIELDS
+    module = _module(format_name)
+    own = module.FIELDS
     for name in fields:
         if name not in own:
             near = difflib.get_close_matches(name, own, n=1)
@@ -63,6 +67,13 @@ def check_fields(format_name: str, fields: Mapping[str, str]) -> None:
             where="data.sources.fields",
             got=dict(fields),
             expected=f"each from a field of its own, not {', '.join(twice)} for both",
+        )
+    if lost := [name for name in module.NEEDED if name in called and name not in fields]:
+        raise ConfigError(
+            f"format {format_name!r} needs {', '.join(lost)}, and that name is given to another field",
+            where="data.sources.fields",
+            got=dict(fields),
+            expected=f"also what the rows call {', '.join(lost)}",
         )
 
 

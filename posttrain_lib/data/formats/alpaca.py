@@ -1,7 +1,7 @@
-"""Alpaca rows: ``instruction``, ``input``, ``output``, with ``system`` and ``history`` where there is some.
+"""Alpaca rows: ``instruction``, ``input``, ``output``, with ``system``, ``history`` and ``tools`` where there is some.
 
-The question is the instruction and, on a line of its own, the input, as LLaMA-Factory joins them. ``history`` is a
-list of earlier [question, answer] pairs; their answers are assistant turns like the last.
+The question is the instruction and, on a line of its own, the input, as LLaMA-Factory joins them; one of them may be
+all of it. ``history`` is a list of earlier [question, answer] pairs; their answers are assistant turns like the last.
 """
 
 from __future__ import annotations
@@ -9,11 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_lib.data.formats.common import check_order, group_of, is_list, only_text, read, turns_of
+from posttrain_lib.data.formats.common import (
+    check_order,
+    group_of,
+    is_list,
+    only_text,
+    read,
+    tools_of,
+    turns_of,
+    with_system,
+)
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import Conversation, Message
 
-FIELDS = ("instruction", "input", "output", "system", "history")
+FIELDS = ("instruction", "input", "output", "system", "history", "tools")
+NEEDED = ("output",)
 
 
 def parse(
@@ -22,22 +32,21 @@ def parse(
     """Validate a row.
 
     Raises:
-        RefusedRow: no instruction, no output, or a field that is no text.
+        RefusedRow: neither instruction nor input, no output, or a field that is no text.
     """
-    found = read(row, FIELDS, fields)
-    names = {name: fields.get(name, name) for name in FIELDS}
-    system = only_text(found["system"], names["system"], empty=True)
-    asked = only_text(found["instruction"], names["instruction"])
+    found, names = read(row, FIELDS, fields)
     given = only_text(found["input"], names["input"], empty=True)
+    asked = only_text(found["instruction"], names["instruction"], empty=bool(given.strip()))
     answer = only_text(found["output"], names["output"], empty=True)
-    messages = (
-        *((Message("system", system),) if system.strip() else ()),
+    talk = (
         *_history(found["history"], names["history"]),
-        Message("user", f"{asked}\n{given}" if given.strip() else asked),
+        Message("user", "\n".join(part for part in (asked, given) if part.strip())),
         *turns_of(answer, "assistant", names["output"]),
     )
-    check_order(messages)
-    return Conversation(source, row_id, messages, (), group_of(row, messages, group_field))
+    messages = with_system(found["system"], names["system"], talk)
+    tools = tools_of(found["tools"], names["tools"])
+    check_order(messages, tools)
+    return Conversation(source, row_id, messages, tools, group_of(row, messages, group_field))
 
 
 def _history(raw: Any, name: str) -> list[Message]:

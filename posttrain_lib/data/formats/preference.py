@@ -2,7 +2,7 @@
 
 ``prompt``, ``chosen``, ``rejected`` as lists of messages or as texts; or ``chosen`` and ``rejected`` as whole
 conversations, whose common start is the prompt (``prompt`` may then be there too, as a text or as messages, and must be
-that start's last question or the start itself).
+that start's last question or the start itself). ``system`` is the prompt's first message.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from posttrain_lib.data.formats.common import check_order, group_of, read, tools_of, turns_of
+from posttrain_lib.data.formats.common import check_order, group_of, read, tools_of, turns_of, with_system
+from posttrain_lib.data.formats.marked_calls import with_calls_read
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import Message, PreferencePair
 
-FIELDS = ("prompt", "chosen", "rejected", "tools", "margin")
+FIELDS = ("prompt", "chosen", "rejected", "system", "tools", "margin")
+NEEDED = ("chosen", "rejected")
 
 Messages = tuple[Message, ...]
 
@@ -29,22 +31,25 @@ def parse(
     Raises:
         RefusedRow: an answer is missing, both are the same, or they do not answer the same prompt.
     """
-    found = read(row, FIELDS, fields)
-    chosen, rejected = (turns_of(found[name], "assistant", fields.get(name, name)) for name in ("chosen", "rejected"))
-    prompt = None if not found["prompt"] else turns_of(found["prompt"], "user", fields.get("prompt", "prompt"))
-    if chosen[0].role != "assistant" or rejected[0].role != "assistant":
+    found, names = read(row, FIELDS, fields)
+    chosen, rejected = (turns_of(found[name], "assistant", names[name]) for name in ("chosen", "rejected"))
+    prompt = None if not found["prompt"] else turns_of(found["prompt"], "user", names["prompt"])
+    begun = prompt is None and len(chosen) > 1 and len(rejected) > 1  # whole, and the assistant greets
+    if begun or chosen[0].role != "assistant" or rejected[0].role != "assistant":
         prompt, chosen, rejected = _apart(prompt, chosen, rejected)
     if prompt is None:
         raise RefusedRow("no_prompt", "the answers are no whole conversations, and the row has no prompt")
-    check_order(prompt, answered=False)
+    tools = tools_of(found["tools"], names["tools"])
+    prompt = with_system(found["system"], names["system"], prompt)
+    everything = (*prompt, *chosen, *rejected)
+    prompt, chosen, rejected = (with_calls_read(part, tools, everything) for part in (prompt, chosen, rejected))
+    check_order(prompt, tools, answered=False)
     if chosen == rejected:
         raise RefusedRow("answers_equal", "the chosen answer is the rejected one")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(prompt, answer, name)
     group = group_of(row, prompt, group_field)
-    return PreferencePair(
-        source, row_id, prompt, chosen, rejected, tools_of(found["tools"]), _margin(found["margin"]), group
-    )
+    return PreferencePair(source, row_id, prompt, chosen, rejected, tools, _margin(found["margin"]), group)
 
 
 def _apart(prompt: Messages | None, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:

@@ -10,11 +10,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_lib.data.formats.common import check_order, group_of, only_text, read, tools_of, turns_of
+from posttrain_lib.data.formats.common import check_order, group_of, read, tools_of, turns_of, with_system
+from posttrain_lib.data.formats.marked_calls import with_calls_read
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import Conversation, Message
 
 FIELDS = ("prompt", "completion", "system", "tools")
+NEEDED = ("prompt", "completion")
 
 
 def parse(
@@ -25,19 +27,16 @@ def parse(
     Raises:
         RefusedRow: no prompt, no completion, or roles that do not follow each other.
     """
-    found = read(row, FIELDS, fields)
-    system = only_text(found["system"], fields.get("system", "system"), empty=True)
-    prompt = (
-        *((Message("system", system),) if system.strip() else ()),
-        *turns_of(found["prompt"], "user", fields.get("prompt", "prompt")),
-    )
-    check_order(prompt, answered=False)
-    completion = turns_of(found["completion"], "assistant", fields.get("completion", "completion"))
+    found, names = read(row, FIELDS, fields)
+    tools = tools_of(found["tools"], names["tools"])
+    prompt = with_system(found["system"], names["system"], turns_of(found["prompt"], "user", names["prompt"]))
+    completion = turns_of(found["completion"], "assistant", names["completion"])
     if completion[-1].role != "assistant":
         raise RefusedRow("no_assistant_turn", f"the completion ends with a turn of {completion[-1].role}")
-    messages = (*map(_untrained, prompt), *completion)
-    check_order(messages)
-    return Conversation(source, row_id, messages, tools_of(found["tools"]), group_of(row, messages, group_field))
+    messages = with_calls_read((*map(_untrained, prompt), *completion), tools)
+    check_order(with_calls_read(prompt, tools), answered=False)
+    check_order(messages, tools)
+    return Conversation(source, row_id, messages, tools, group_of(row, messages, group_field))
 
 
 def _untrained(message: Message) -> Message:

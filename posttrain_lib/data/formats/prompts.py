@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_lib.data.formats.common import check_order, group_of, only_text, read, tools_of, turns_of
+from posttrain_lib.data.formats.common import check_order, group_of, read, tools_of, turns_of, with_system
+from posttrain_lib.data.formats.marked_calls import with_calls_read
 from posttrain_lib.data.refusal import RefusedRow
-from posttrain_lib.schema.examples import Message, Prompt
+from posttrain_lib.schema.examples import Prompt
 
 FIELDS = ("prompt", "answer", "system", "tools")
+NEEDED = ("prompt",)
 
 
 def parse(
@@ -23,19 +25,14 @@ def parse(
     Raises:
         RefusedRow: no prompt, one that asks nothing, or an answer that is neither text nor a number.
     """
-    found = read(row, FIELDS, fields)
-    system = only_text(found["system"], fields.get("system", "system"), empty=True)
-    messages = (
-        *((Message("system", system),) if system.strip() else ()),
-        *turns_of(found["prompt"], "user", fields.get("prompt", "prompt")),
-    )
-    check_order(messages, answered=False)
+    found, names = read(row, FIELDS, fields)
+    tools = tools_of(found["tools"], names["tools"])
+    asked = with_system(found["system"], names["system"], turns_of(found["prompt"], "user", names["prompt"]))
+    messages = with_calls_read(asked, tools)
+    check_order(messages, tools, answered=False)
     answer = found["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
         raise RefusedRow("answer_not_text", f"the answer is a {type(answer).__name__}, expected a text or a number")
-    own = {fields.get(name, name) for name in FIELDS}
-    extra = {key: value for key, value in row.items() if key not in own and value is not None}
+    extra = {key: value for key, value in row.items() if key not in names.values() and value is not None}
     group = group_of(row, messages, group_field)
-    return Prompt(
-        source, row_id, messages, None if answer is None else str(answer), tools_of(found["tools"]), group, extra
-    )
+    return Prompt(source, row_id, messages, None if answer is None else str(answer), tools, group, extra)

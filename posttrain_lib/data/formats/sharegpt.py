@@ -1,7 +1,10 @@
 """ShareGPT rows: ``conversations`` of {from, value}, in the variants that data sets use.
 
 A call is a turn ``from: function_call`` whose value is the call as JSON ({name, arguments}, or a list of them), and
-``from: observation`` answers it (LLaMA-Factory's form). Some sets write {role, content} under the same roles.
+``from: observation`` answers it (LLaMA-Factory's form); or it is written in the words of the assistant (Hermes' form,
+see marked_calls.py). Some sets write {role, content} under the same roles.
+
+Where the system text already describes the tools, ``fields: {tools: none}`` keeps the template from doing so again.
 """
 
 from __future__ import annotations
@@ -12,17 +15,20 @@ from typing import Any
 from posttrain_lib.data.formats.common import (
     check_order,
     from_json,
+    greeting_untrained,
     group_of,
     is_list,
     message_of,
-    only_text,
     read,
     tools_of,
+    with_system,
 )
+from posttrain_lib.data.formats.marked_calls import with_calls_read
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import Conversation, Message
 
 FIELDS = ("conversations", "system", "tools")
+NEEDED = ("conversations",)
 
 _CALLS = "function_call"
 #: who speaks, in the words of the data sets -> the role
@@ -51,17 +57,14 @@ def parse(
     Raises:
         RefusedRow: as for ``messages`` rows.
     """
-    found = read(row, FIELDS, fields)
-    turns, name = found["conversations"], fields.get("conversations", "conversations")
+    found, names = read(row, FIELDS, fields)
+    turns, name = found["conversations"], names["conversations"]
     if not is_list(turns) or not turns:
         raise RefusedRow("no_messages", f"{name!r} is {'missing or empty' if not turns else type(turns).__name__}")
-    system = only_text(found["system"], fields.get("system", "system"), empty=True)
-    messages = (
-        *((Message("system", system),) if system.strip() else ()),
-        *(_message(turn, index) for index, turn in enumerate(turns)),
-    )
-    check_order(messages)
-    tools = tuple(map(_tool, tools_of(found["tools"])))
+    tools = tools_of(found["tools"], names["tools"])
+    talk = tuple(_message(turn, index) for index, turn in enumerate(turns))
+    messages = greeting_untrained(with_calls_read(with_system(found["system"], names["system"], talk), tools))
+    check_order(messages, tools)
     return Conversation(source, row_id, messages, tools, group_of(row, messages, group_field))
 
 
@@ -82,8 +85,3 @@ def _message(turn: Any, index: int) -> Message:
     return message_of(
         {**rest, "role": "assistant", "tool_calls": [calls] if isinstance(calls, Mapping) else calls}, index
     )
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """In OpenAI's form, which templates expect: the sets often list the bare functions."""
-    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}

@@ -9,6 +9,7 @@ from posttrain_lib.data.formats.common import named_group, only_text, read
 from posttrain_lib.schema.examples import PlainText
 
 FIELDS = ("text",)
+NEEDED = ("text",)
 
 
 def parse(
@@ -19,5 +20,5 @@ def parse(
     Raises:
         RefusedRow: no text, or nothing but white space.
     """
-    text = only_text(read(row, FIELDS, fields)["text"], fields.get("text", "text"))
-    return PlainText(source, row_id, text, named_group(row, group_field))
+    found, names = read(row, FIELDS, fields)
+    return PlainText(source, row_id, only_text(found["text"], names["text"]), named_group(row, group_field))

@@ -4,11 +4,13 @@ All four lists have the length of the ids and are aligned with the token that is
 ``labels`` or ``loss_weights`` belongs to the loss of predicting token i from those before it. ``labels`` are therefore
 Hugging Face's unshifted ones: the id itself where it is learned, -100 where it is not. The first token is predicted
 from nothing, so its weight is 0 whatever the row says.
+
+``completion_mask`` and ``assistant_masks`` together mean what both leave, as in TRL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,12 @@ from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import TokenRow
 
 FIELDS = ("token_ids", "loss_weights", "mask", "labels", "attention_mask")
+NEEDED = ("token_ids",)
 
 #: further names that the field's data sets use, looked for where the source's ``fields`` say nothing
 _ALSO = {"token_ids": ("input_ids",), "mask": ("loss_mask", "completion_mask", "assistant_masks")}
+#: TRL writes both into one row, and learns what neither of them leaves out
+_MULTIPLIED = ["completion_mask", "assistant_masks"]
 _WEIGHTS = ("loss_weights", "mask", "labels")
 _NOT_LEARNED = -100
 
@@ -31,35 +36,45 @@ def parse(
     """Validate a row.
 
     Raises:
-        RefusedRow: no ids, lists of other lengths or kinds, more than one kind of weights, padding, or labels that
-            are not the ids they stand beside (as labels shifted by one are not).
+        RefusedRow: no ids, or two lists of them; lists of other lengths or kinds, more than one kind of weights,
+            padding, or labels that are not the ids they stand beside (as labels shifted by one are not).
     """
-    names = {name: _name(row, name, fields) for name in FIELDS}
-    check_spelling(row, tuple(names.values()), (), "the row")
-    ids = _list(row.get(names["token_ids"]), names["token_ids"], "bad_token_ids")
-    if not len(ids):
-        raise RefusedRow("no_tokens", f"{names['token_ids']!r} is empty")
-    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
-        raise RefusedRow("bad_token_ids", f"{names['token_ids']!r} holds what is no token id")
-    given = [name for name in _WEIGHTS if row.get(names[name]) is not None]
-    if len(given) > 1:
-        raise RefusedRow("ambiguous_weights", f"the row has {' and '.join(names[name] for name in given)}")
+    names = {name: _names(name, fields) for name in FIELDS}
+    given = {name: [called for called in names[name] if row.get(called) is not None] for name in FIELDS}
+    # Of a field that the row has under one of its names, the other names are no misspelling's.
+    check_spelling(row, tuple(called for name in FIELDS for called in given[name] or names[name][:1]), (), "the row")
+    ids = _ids(row, given["token_ids"], names["token_ids"][0])
+    weighted = [(name, called) for name in _WEIGHTS for called in given[name]]
+    if len(weighted) > 1 and [called for _, called in weighted] != _MULTIPLIED:
+        raise RefusedRow("ambiguous_weights", f"the row has {' and '.join(called for _, called in weighted)}")
     weights = np.ones(len(ids), np.float32)
-    for name in given:
-        weights = _weights(name, names[name], row[names[name]], ids)
-    if row.get(names["attention_mask"]) is not None:
-        seen = _like(row[names["attention_mask"]], names["attention_mask"], ids, "bad_token_ids")
-        if not seen.all():
-            raise RefusedRow("padded_tokens", f"{names['attention_mask']!r} is 0 somewhere: give the row unpadded")
+    for name, called in weighted:
+        weights *= _weights(name, called, row[called], ids)
+    for called in given["attention_mask"]:
+        if not _like(row[called], called, ids, "bad_token_ids").all():
+            raise RefusedRow("padded_tokens", f"{called!r} is 0 somewhere: give the row unpadded")
     weights[0] = 0.0
     return TokenRow(source, row_id, ids.astype(np.int32), weights, named_group(row, group_field))
 
 
-def _name(row: Mapping[str, Any], name: str, fields: Mapping[str, str]) -> str:
-    """What the row calls it."""
+def _names(name: str, fields: Mapping[str, str]) -> list[str]:
+    """What rows may call it: what the source says, else every known name that is not another field's."""
     if name in fields:
-        return fields[name]
-    return next((called for called in (name, *_ALSO.get(name, ())) if row.get(called) is not None), name)
+        return [fields[name]]
+    return [called for called in (name, *_ALSO.get(name, ())) if called not in fields.values()]
+
+
+def _ids(row: Mapping[str, Any], given: Sequence[str], name: str) -> np.ndarray:
+    """The token ids [S] of the one list that the row has."""
+    if len(given) > 1:
+        raise RefusedRow("ambiguous_tokens", f"the row has {' and '.join(given)}")
+    called = given[0] if given else name
+    ids = _list(row.get(called), called, "bad_token_ids")
+    if not len(ids):
+        raise RefusedRow("no_tokens", f"{called!r} is empty")
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise RefusedRow("bad_token_ids", f"{called!r} holds what is no token id")
+    return ids
 
 
 def _weights(kind: str, name: str, raw: Any, ids: np.ndarray) -> np.ndarray:

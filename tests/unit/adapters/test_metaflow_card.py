@@ -2,7 +2,18 @@
 
 from dataclasses import replace
 
-from posttrain_lib.adapters.metaflow_card import TrainingCard, coloured_sample, curves, show
+import pytest
+from markdown_it import MarkdownIt
+
+from posttrain_lib.adapters.metaflow_card import (
+    TrainingCard,
+    checks_table,
+    coloured_sample,
+    curves,
+    generations_table,
+    show,
+)
+from posttrain_lib.schema.manifests import Check
 from posttrain_lib.schema.reports import StepReport
 
 REPORT = StepReport(
@@ -40,6 +51,24 @@ def test_a_sample_escapes_markup_and_colours_trained_tokens_only() -> None:
     assert "&lt;|im_start|&gt;" in text
     assert "\n\n" not in text  # an empty line would end the HTML block
     assert text.count("background:") == 1
+
+
+@pytest.mark.parametrize(
+    "end", ["\n\n", "\r\r", "\r\n\r\n", "\n\r", "\x0b\x0b", "\x0c\x0c", "\x85\x85", "\u2028\u2028", "\u2029\u2029"]
+)
+def test_no_text_of_a_row_leaves_its_block(end: str) -> None:
+    """Behind an empty line it would be Markdown, and a picture in it would be fetched."""
+    text = f"a{end}![x](http://elsewhere.example/p.png)"
+    sample = {"source": text, "row_id": text, "tokens": [text, text[:2], end[-1] + text], "weights": [0, 1, 1]}
+    spoken = dict.fromkeys(("prompt", "expected", "before", "after"), text)
+    cells = [
+        *generations_table([spoken])._data[0],
+        checks_table([("s", Check("n", False, text, text, text))])._data[0][3],
+    ]
+    for drawn in (coloured_sample(sample), *cells):
+        html = MarkdownIt("commonmark").render(drawn._text)
+        assert "<img" not in html and "![x](http" in html
+        assert len(drawn._text.splitlines()) == 1
 
 
 class Recorder:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,7 @@ class Wrong(HfEngine):
     def __init__(self, tokenizer: Any, slip: str) -> None:
         super().__init__(tokenizer)
         self.slip = slip
+        self.fallbacks: Counter[str] = Counter()
 
     def encode_with_offsets(self, text: str) -> Encoded:
         found = super().encode_with_offsets(text)
@@ -242,6 +244,36 @@ def test_one_slip_in_one_text_is_found(chatml_folder: Path, slip: str, reason: s
     assert reason in report.reason
     if report.first_difference:
         assert "\u212b" in report.first_difference.text
+
+
+class Idle(GigatokenEngine):
+    """Has the reference read everything, as one would whose rule for a normaliser fits no text."""
+
+    def _raw(self, text: str) -> tuple[str | bytes, str]:
+        return (b"", "normalised") if text else ("", "")
+
+
+def test_an_engine_that_reads_nothing_has_not_passed(chatml_folder: Path) -> None:
+    tokenizer = auto(chatml_folder)
+    report = gate(HfEngine(tokenizer), Idle(tokenizer), gate_texts(MARKERS))
+    assert not report.passed and report.first_difference is None
+    assert "nothing read by it" in report.reason and str(len(gate_texts(MARKERS))) in report.reason
+
+
+def test_a_slip_in_long_texts_alone_is_found(chatml_folder: Path) -> None:
+    """What is right in a short text can go wrong behind the end of a block."""
+
+    class Short(Wrong):
+        def encode_with_offsets(self, text: str) -> Encoded:
+            return super().encode_with_offsets(text if len(text) < 20_000 else text[:-1])
+
+    tokenizer = auto(chatml_folder)
+    texts = gate_texts(MARKERS)
+    report = gate(HfEngine(tokenizer), Short(tokenizer, "none"), [text for text in texts if "\u212b" not in text])
+    assert "ids differ" in report.reason and report.first_difference is not None
+    long = [text for text in texts if len(text) >= 20_000]
+    assert report.first_difference.text == long[0] and len(long) >= 5
+    assert any(marker in long[0] for marker in MARKERS) and any(text.isspace() for text in long)
 
 
 def trim(content: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ import pytest
 from posttrain_lib.config.data import DataConfig
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.fingerprint import fingerprint
-from posttrain_lib.data.live_feed import QUARANTINE, LiveFeed, LiveSpec
+from posttrain_lib.data.live_feed import QUARANTINE, LiveFeed, LiveSpec, files_with_digests
 from posttrain_lib.data.loader import LoadedStep, PackedLoader
 from posttrain_lib.data.prepare import prepare_dataset
-from posttrain_lib.data.sources import list_files, pinned
+from posttrain_lib.data.sources import pinned
 from posttrain_lib.data.store_feed import MixtureSpec, SourceShare, StoreFeed
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import CheckpointError, DataError
@@ -73,7 +73,7 @@ class Data:
 
     def spec(self) -> LiveSpec:
         known = FileDigests()
-        files = tuple(tuple(list_files(path, known)) for path in self.paths.values())
+        files = tuple(files_with_digests(path, known) for path in self.paths.values())
         tokenizer = ChatTokenizer(self.tokenizer, chat_template=self.config.chat_template)
         return LiveSpec(self.config, str(self.tokenizer), files, fingerprint(tokenizer))
 
@@ -197,16 +197,18 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(data: Data) -> None:
 
 def test_every_row_once_a_pass_and_every_refused_one_counted(data: Data, tmp_path: Path) -> None:
     feed = data.live(epochs=1, quarantine=tmp_path / "work")
+    steps = _take(_loader(feed), 1000)
+    assert [step.last for step in steps] == [False] * (len(steps) - 1) + [True]
     documents = Counter(
         feed.name_example(int(example)).split("#")[0]
-        for step in _take(_loader(feed), 1000)
+        for step in steps
         for batch in step.micro_batches
         for example in batch.document_ids
         if example >= 0
     )
     lines = [json.loads(line) for line in (tmp_path / "work" / QUARANTINE).read_text().splitlines()]
     refused = [f"{line['source']}: {line['row_id']}" for line in lines]
-    counts = feed.counts()[""]
+    counts = steps[-1].rows
     assert counts["rows"] == 301 and len(refused) == len(set(refused)) == counts["refused"] == 11
     assert not set(refused) & set(documents)
     assert len(documents) + len(refused) + counts["held_out"] == 301
@@ -214,17 +216,74 @@ def test_every_row_once_a_pass_and_every_refused_one_counted(data: Data, tmp_pat
 
 
 def test_an_interrupted_run_counts_like_a_whole_one(data: Data, tmp_path: Path) -> None:
-    feed = data.live(epochs=1, quarantine=tmp_path / "whole")
-    _take(_loader(feed), 1000)
+    wanted = _take(_loader(data.live(epochs=1, quarantine=tmp_path / "whole")), 1000)[-1].rows
+    dead = _loader(data.live(epochs=1, quarantine=tmp_path / "work"))
+    _take(dead, 3)  # killed before it had a checkpoint
     first = _loader(data.live(epochs=1, quarantine=tmp_path / "work"))
     _take(first, 6)  # what works ahead has passed more rows than that
-    resumed = data.live(epochs=1, quarantine=tmp_path / "work")
-    loader = _loader(resumed)
+    loader = _loader(data.live(epochs=1, quarantine=tmp_path / "work"))
     loader.load_state(first.state())
-    _take(loader, 1000)
-    assert resumed.counts() == feed.counts()
+    assert _take(loader, 1000)[-1].rows == wanted
     texts = [(tmp_path / run / QUARANTINE).read_text() for run in ("whole", "work")]
     assert texts[0] == texts[1] != ""
+
+
+def test_the_quarantine_of_a_run_that_ends_holds_what_it_consumed(data: Data, tmp_path: Path) -> None:
+    feed = data.live(quarantine=tmp_path)
+    loader = _loader(feed)
+    rows = _take(loader, 5)[-1].rows
+    feed.consumed(loader.state())
+    assert len((tmp_path / QUARANTINE).read_text().splitlines()) == rows["refused"] > 0
+
+
+def _with_rows(data: Data, name: str, rows: list[dict[str, Any]]) -> None:
+    (data.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_source_without_anything_to_train_on_does_not_hold_the_others_up(data: Data) -> None:
+    useless = [_row("two", number) for number in range(20)]
+    for row in useless:
+        row["messages"] = [{**message, "train": False} for message in row["messages"] if message["role"] != "user"]
+        row["messages"] = [{"role": "user", "content": "Hm?"}, row["messages"][0]] if row["messages"] else []
+    _with_rows(data, "two", useless)
+    even = MixtureSpec(sources={name: SourceShare(weight=1.0) for name in SOURCES})
+    feed = data.live(mixture=even)
+    steps = _take(_loader(feed), 5)
+    assert len(steps) == 5 and all(step.source_units[1] == 0 for step in steps)
+
+
+def test_a_source_without_anything_to_train_on_still_counts_for_the_order(data: Data) -> None:
+    _with_rows(data, "two", [{"messages": []}] * 70)
+    object.__setattr__(data.config, "max_refused_fraction", 0.9)
+    prepared = StoreFeed(data.store(), row_tokens=ROW_TOKENS, window=WINDOW, seed=3)
+    found = [step.micro_batches[0].token_ids.tobytes() for step in _take(_loader(data.live()), 8)]
+    assert found == [step.micro_batches[0].token_ids.tobytes() for step in _take(_loader(prepared), 8)]
+
+
+def test_data_that_moved_is_the_same_data(data: Data, tmp_path: Path) -> None:
+    state = _loader(data.live()).state()
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("one", "two.jsonl"):
+        (data.folder / name).rename(tmp_path / "elsewhere" / name)
+    data.paths = {
+        "one": pinned(str(tmp_path / "elsewhere/one/*")),
+        "two": pinned(str(tmp_path / "elsewhere/two.jsonl")),
+    }
+    _loader(data.live()).load_state(state)
+
+
+def test_other_settings_are_another_run(data: Data) -> None:
+    state = _loader(data.live()).state()
+    data.config = data.config.model_copy(update={"train_on": "last"})
+    with pytest.raises(CheckpointError, match="train_on"):
+        _loader(data.live()).load_state(state)
+
+
+def test_a_datasets_folder_is_read_as_one(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([_row("a", number) for number in range(1, 4)]).save_to_disk(str(tmp_path / "saved"))
+    found = files_with_digests(str(tmp_path / "saved"), FileDigests())
+    assert len(found) == 1 and found[0][0].endswith("saved") and len(found[0][1]) == 64
 
 
 def test_a_file_that_changed_under_a_checkpoint_is_named(data: Data) -> None:
@@ -241,7 +300,7 @@ def test_too_many_refused_rows_stop_the_training(data: Data) -> None:
     with pytest.raises(DataError, match="rows were refused") as caught, _loader(data.live()) as loader:
         for _ in range(300):
             loader.next_step()
-    assert "two.jsonl:" in str(caught.value)
+    assert "broken_json" in str(caught.value)
 
 
 def test_a_killed_worker_loses_and_repeats_nothing(data: Data) -> None:

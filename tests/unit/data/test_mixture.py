@@ -88,7 +88,8 @@ def test_temperature_evens_the_sources_out(store: TokenStore) -> None:
             assert np.allclose([drawn[name] / 2000 for name in SIZES], sizes / sizes.sum(), atol=0.002)
         else:  # shares of tokens in proportion to tokens: every example as often as any other
             assert np.allclose([drawn[name] / 2000 for name in SIZES], sizes / sizes.sum(), atol=0.01)
-    assert natural_weight(100, 2.0) == ((1, 10.0),)
+    (_, small), (_, large) = natural_weight(100, 2.0)[0], natural_weight(10_000, 2.0)[0]
+    assert large / small == pytest.approx(10.0)
 
 
 def test_repeating_goes_over_every_source_again_and_again(store: TokenStore) -> None:
@@ -170,3 +171,13 @@ def test_a_mixture_of_an_unknown_source_names_the_known(store: TokenStore) -> No
         _feed(store, sources={"big": SourceShare(1.0)})
     with pytest.raises(ConfigError, match="bigg"):
         _feed(store, sources={"bigg": SourceShare(1.0)})
+
+
+def test_whether_a_mixture_ends(store: TokenStore) -> None:
+    def ends(**fields: Any) -> bool:
+        return _feed(store, **fields).mixer.ends()
+
+    assert not ends() and ends(exhausted="drop") and ends(exhausted="stop")
+    assert ends(sources={"small": SourceShare(exhausted="stop")})
+    never_drawn = {"big": SourceShare(1.0), "mid": SourceShare(1.0), "small": SourceShare(0.0, exhausted="stop")}
+    assert not ends(sources=never_drawn)

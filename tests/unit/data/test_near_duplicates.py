@@ -8,13 +8,16 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain_lib.config.data import DataConfig
 from posttrain_lib.data import near_duplicates
+from posttrain_lib.data.encoding import RawRow, RowEncoder
 from posttrain_lib.data.near_duplicates import (
     LANES,
     SHINGLE_TOKENS,
@@ -25,6 +28,7 @@ from posttrain_lib.data.near_duplicates import (
     estimated_jaccard,
     signatures,
 )
+from posttrain_lib.data.receipt import Receipt
 from posttrain_lib.errors import DataError
 
 #: five standard errors of an estimate at similarity 0.5, where it is largest: one in a million estimates is further off
@@ -223,9 +227,50 @@ def test_alike_rows_are_found_turn_by_turn(turns: int) -> None:
     again = [edited(ids, 0.005, seed) for seed, ids in enumerate(talk(0, turns))]
     examples, rows = documents([first, talk(1, turns), again])
     report = filled(examples, rows).report()
-    assert report["near_duplicates"] == turns and report["exact"] == 0
+    assert report["near_duplicates"] == turns
     assert {pair["a"].partition("#")[0] for pair in report["first"]} == {"s: 0"}
     assert {pair["b"].partition("#")[0] for pair in report["first"]} == {"s: 2"}
+
+
+REWRITING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not loop.last %}({{ m.content }}){% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def receipt_of(folder: Path, template: Path, source_format: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Near-duplicates as the preparation counts them."""
+    source = {"name": "s", "path": "x", "format": source_format}
+    config = DataConfig.model_validate({"sources": [source], "engine": "hf", "chat_template": str(template)})
+    encoder, receipt = RowEncoder(config, folder), Receipt(0.0)
+    encoded, _ = encoder.encode([RawRow(0, 0, number, f"a#b.jsonl:{number}", row) for number, row in enumerate(rows)])
+    for row in encoded:
+        assert row.refused is None and len(row.examples) > 1
+        receipt.row("s")
+        for example in row.examples:
+            receipt.example("s", example, kind=row.kind, held_out=False, bos_id=None)
+    return receipt.near_duplicates()
+
+
+@pytest.mark.parametrize("source_format", ["messages", "preference"])
+def test_a_receipt_holds_rows_against_rows(chatml_folder: Path, tmp_path: Path, source_format: str) -> None:
+    (template := tmp_path / "own.jinja").write_text(REWRITING)
+
+    def row(seed: int) -> dict[str, Any]:
+        draw = random.Random(seed)
+        long, *short = (" ".join(str(draw.randrange(10**6)) for _ in range(words)) for words in (80, 2, 2, 2))
+        if source_format == "preference":
+            return {"prompt": long, "chosen": short[0], "rejected": short[1]}
+        roles = ("user", "assistant", "user", "assistant")
+        said = [{"role": role, "content": text} for role, text in zip(roles, (long, *short), strict=True)]
+        return {"messages": said}
+
+    rows = [row(seed) for seed in range(8)]
+    apart = receipt_of(chatml_folder, template, source_format, rows)
+    assert apart["examples"] == 16 and apart["near_duplicates"] == 0
+    again = receipt_of(chatml_folder, template, source_format, [*rows, rows[0]])
+    assert again["near_duplicates"] == again["exact"] == 2
 
 
 def test_copies_within_a_row_count_only_against_another_row() -> None:

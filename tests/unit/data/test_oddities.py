@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain_lib.data.encoding import texts_of
 from posttrain_lib.data.oddities import KINDS, Oddities
+from posttrain_lib.schema.examples import Conversation, Message
 
 PLANTED = {
     "empty": " \n\t",
@@ -45,6 +47,14 @@ def kinds(text: str) -> set[str]:
 
 def test_every_kind_is_planted() -> None:
     assert set(PLANTED) == set(KINDS)
+
+
+def test_a_call_needs_no_words_beside_it() -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    said = [Message("user", ""), Message("assistant", "", tool_calls=(call,)), Message("assistant", " ")]
+    said += [Message("assistant", "So:", "I look.", (call,)), Message("assistant", None, tool_calls=(call,))]
+    texts = texts_of(Conversation("s", "1", tuple(said)))
+    assert texts == [("user", ""), ("assistant", " "), ("assistant", "So:"), ("assistant", "I look.")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from posttrain_lib.data.sources import BadRow, digest_rows, iter_rows, pinned
+from posttrain_lib.data.sources import (
+    BadRow,
+    digest_rows,
+    files_of,
+    iter_rows,
+    list_files,
+    names_of,
+    pinned,
+    read_from,
+)
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import FileDigests
 
@@ -155,7 +164,6 @@ def test_a_relative_path_means_the_same_from_anywhere(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert pinned("rows/*.jsonl") == str(tmp_path / "rows" / "*.jsonl")
     assert pinned("s3://bucket/rows.jsonl") == "s3://bucket/rows.jsonl"
-    assert pinned("hf://owner/name@abc") == "hf://owner/name@abc"
 
 
 def test_fields_that_arrow_invented_are_gone(tmp_path: Path) -> None:
@@ -187,3 +195,98 @@ def test_a_folder_of_several_splits_asks_for_one(tmp_path: Path) -> None:
         list(iter_rows(str(tmp_path / "both")))
     assert "both/train" in str(caught.value)
     assert rows_of(tmp_path / "both" / "train") == ROWS
+
+
+def test_what_is_listed_with_digests_is_what_is_read(tmp_path: Path) -> None:
+    for write in KINDS:
+        path = str(write(tmp_path))
+        assert [file for file, _ in list_files(path, FileDigests())] == files_of(path)
+
+
+class TestFolders:
+    """Only a folder is sifted; a glob and a file are taken at their word."""
+
+    BESIDE = (
+        "README.md",
+        "readme",
+        "LICENSE",
+        "LICENSE.txt",
+        ".gitattributes",
+        ".cache/huggingface/x.json",
+        "_SUCCESS",
+        "_metadata",
+        "_temporary/0/part.jsonl",
+        "part.jsonl.crc",
+        "dataset_infos.json",
+        "dataset_info.json",
+    )
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        (tmp_path / "_kept" / "_day=1").mkdir(parents=True)
+        (tmp_path / "_kept" / "a.jsonl").write_text('{"n": 1}\n')
+        (tmp_path / "_kept" / "_day=1" / "README.jsonl").write_text('{"n": 2}\n')
+        return tmp_path / "_kept"
+
+    def test_what_stands_beside_data_is_no_data(self, folder: Path) -> None:
+        before = digest(folder)
+        for name in self.BESIDE:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+        assert list(iter_rows(str(folder))) == [("README.jsonl:1", {"n": 2}), ("a.jsonl:1", {"n": 1})]
+        assert digest(folder) == before
+
+    def test_anything_else_is_refused_by_name(self, folder: Path) -> None:
+        for name in ("rows.csv", "deep/b.jsonl.bz2", *(f"{number}.txt" for number in range(5))):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("")
+        with pytest.raises(DataError, match="unknown kind") as caught:
+            files_of(str(folder))
+        assert caught.value.where == str(folder)
+        assert caught.value.got == "0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 2 more"
+
+    def test_a_folder_of_nothing_else_says_what_it_has(self, tmp_path: Path) -> None:
+        (tmp_path / "_all.jsonl").write_text('{"n": 1}\n')
+        with pytest.raises(DataError, match="nothing that is read") as caught:
+            files_of(str(tmp_path))
+        assert caught.value.got == "_all.jsonl"
+        assert rows_of(tmp_path / "_all.jsonl") == rows_of(tmp_path / "*.jsonl") == [{"n": 1}]
+
+    def test_a_glob_is_strict(self, folder: Path) -> None:
+        (folder / "README.md").write_text("x")
+        with pytest.raises(DataError, match=r"unknown kind.*\n.*README.md"):
+            list(iter_rows(str(folder / "*")))
+
+
+class TestNames:
+    """What row ids call files: unique within a source, and short where that is enough."""
+
+    @pytest.mark.parametrize(
+        ("files", "names"),
+        [
+            (["/x/a/one.jsonl", "/x/b/two.jsonl"], ["one.jsonl", "two.jsonl"]),
+            (["/x/a/t.jsonl", "/x/b/t.jsonl", "/x/b/u.jsonl"], ["a/t.jsonl", "b/t.jsonl", "b/u.jsonl"]),
+            (["/x/a/t.jsonl", "/x/a/y/t.jsonl"], ["t.jsonl", "y/t.jsonl"]),
+            (["s3://bucket/a/t.jsonl", "s3://bucket/c/d/t.jsonl"], ["a/t.jsonl", "c/d/t.jsonl"]),
+            (["/x/saved/"], ["saved"]),
+            (["hf://owner/name@main?config=a"], ["owner/name"]),
+            ([], []),
+        ],
+    )
+    def test_of_files(self, files: list[str], names: list[str]) -> None:
+        assert names_of(files) == names
+
+    def test_row_ids_differ_where_base_names_do_not(self, tmp_path: Path) -> None:
+        for number, name in enumerate("ab"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "train.jsonl").write_text(json.dumps({"n": number}) + "\n")
+        glob = str(tmp_path / "*" / "train.jsonl")
+        assert list(iter_rows(glob)) == [("a/train.jsonl:1", {"n": 0}), ("b/train.jsonl:1", {"n": 1})]
+        before = digest(glob)
+        (tmp_path / "a").rename(tmp_path / "A")
+        assert digest(glob) != before  # the ids are others
+
+    @pytest.mark.parametrize("write", KINDS, ids=lambda write: write.__name__)
+    def test_a_name_that_is_given(self, write: Any, tmp_path: Path) -> None:
+        [file] = files_of(str(write(tmp_path)))
+        assert [row_id for _, row_id, _ in read_from(file, name="a/b")] == [f"a/b:{n}" for n in range(1, 6)]

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,41 @@ def test_a_broken_array_gives_what_stands_before_and_is_named(tmp_path: Path, te
         found.extend(row for _, row in iter_rows(str(tmp_path / "rows.json")))
     assert found == ([{"a": 1}] if len(text) > 1 else [])
     assert "rows.json" in str(caught.value.where)
+
+
+@pytest.mark.parametrize(
+    "broken", ['{"a": nope}', '{"a" 1}', '{"a": "\\x"}', '{"a": "\n"}', "{1: 2}", '{"a": 1,}', "[1 2]"]
+)
+def test_a_broken_element_is_told_before_the_rest_is_read(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1},' + broken + "," + ",".join(['{"x": "%s"}' % ("y" * 1000)] * 20_000) + "]")
+    reading = read_from(str(path))
+    assert next(reading)[2] == {"a": 1}
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="does not end as one"):
+            next(reading)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A few windows as bytes and as text; the file has 80 times as many bytes as a window.
+    assert peak < 8 * readers._BLOCK < path.stat().st_size / 8
+
+
+@pytest.mark.parametrize(
+    "element",
+    ['"\\ud83d\\ude00"', '"\\u00e9"', '"\\\\"', "-Infinity", "-1.25e+17", "false", '{"a": [{}, "b"], "c": null}'],
+)
+def test_an_element_may_be_cut_anywhere_by_the_window(
+    tmp_path: Path, element: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind 100 characters, so that the place of a cut is what decides, not the shortness of the text."""
+    path = tmp_path / "rows.json"
+    key = "k" * 100
+    path.write_text(f'[{{"{key}": {element}}}, 7]')
+    for block in range(100, len(path.read_text()) + 1):
+        monkeypatch.setattr(readers, "_BLOCK", block)
+        assert next(row for _, row in iter_rows(str(path))) == {key: json.loads(element)}
 
 
 def test_a_folder_of_datasets_is_entered_at_a_row(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from posttrain_lib.data import remote
-from posttrain_lib.data.sources import digest_rows, iter_rows, list_files
+from posttrain_lib.data.sources import digest_rows, files_of, iter_rows, list_files
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import FileDigests
 from tests.support.s3 import s3_environment, s3_server
@@ -39,6 +39,17 @@ def bucket() -> Iterator[str]:
 @pytest.mark.parametrize(("path", "times"), [("a/*.jsonl*", 2), ("a/part-0.jsonl", 1), ("b/*.parquet", 1), ("b", 1)])
 def test_rows_of_a_glob_a_file_and_a_prefix(bucket: str, path: str, times: int) -> None:
     assert [row for _, row in iter_rows(f"{bucket}/{path}")] == ROWS * times
+
+
+@pytest.mark.parametrize("path", ["marked", "marked/", "marked/**", "marked/*/*"])
+def test_the_empty_keys_that_mark_folders_are_no_files(bucket: str, path: str) -> None:
+    """Consoles write them on "create folder"."""
+    filesystem = fsspec.filesystem("s3")
+    filesystem.pipe("rows/marked/deep/a.jsonl", LINES)
+    for key in ("marked/", "marked/deep/", "marked/empty/"):
+        filesystem.call_s3("put_object", Bucket="rows", Key=key, Body=b"")
+    assert files_of(f"{bucket}/{path}") == ["s3://rows/marked/deep/a.jsonl"]
+    assert [row for _, row in iter_rows(f"{bucket}/{path}")] == ROWS
 
 
 def test_digests_follow_the_object(bucket: str) -> None:

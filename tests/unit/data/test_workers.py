@@ -89,6 +89,17 @@ def test_an_error_comes_as_it_was_raised(pools: list[OrderedPool], workers: int)
     assert "item 0" in str(caught.value)
 
 
+def test_a_state_that_cannot_be_made_says_why(pools: list[OrderedPool]) -> None:
+    pools.append(OrderedPool(1, broken_state, (), add, str))
+    with pytest.raises(DataError, match="no tokenizer there"):
+        list(pools[0].map(range(3)))
+    assert pools[0].deaths == 0
+
+
+def broken_state() -> None:
+    raise DataError("no tokenizer there")
+
+
 def test_a_killed_process_costs_no_result(pools: list[OrderedPool], tmp_path: Path) -> None:
     mark = str(tmp_path / "died")
     pools.append(OrderedPool(2, make_state, (0,), die_once, str))

@@ -51,7 +51,7 @@ def test_a_mixture_is_spelt_out() -> None:
     shares = "train.mixture={by: tokens, sources: {generated: {weight: [[1, 0.5], [9, 2]]}}}"
     name = load_run_config(DEFAULT_CONFIG).data.sources[0].name
     text = plan.describe(load_run_config(DEFAULT_CONFIG, [shares.replace("generated", name)]))
-    assert f"by tokens: {name} 0.5 at step 1 -> 2 at step 9; exhausted sources: repeat" in text
+    assert f"by tokens: {name} 0.5 at step 1 -> 2 at step 9, then repeat" in text
 
 
 def test_more_workers_hold_less_each() -> None:

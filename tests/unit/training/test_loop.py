@@ -246,3 +246,10 @@ def test_pairs_are_no_data_for_sft(tmp_path: Path) -> None:
             writer.add(TokenizedExample(np.arange(6, dtype=np.int32), ones, "chat", name), kind="pair", row=(0, 0))
     with pytest.raises(DataError, match="not of the kind"):
         run(job)
+
+
+def test_a_mixture_that_ends_first_ends_the_run(tmp_path: Path) -> None:
+    mixture = {"exhausted": "drop", "sources": {name: {"epochs": 1} for name in SOURCES}}
+    reports, result = run(make_job(tmp_path, tiny_config(steps=10_000, mixture=mixture)))
+    assert result.step == reports[-1].step == reports[-1].total_steps < 10_000
+    assert "finished" in reports[-1].event and reports[-1].held_out is not None

@@ -65,6 +65,22 @@ class TestShareGpt:
         row = {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": calls}]}
         assert len(parsed("sharegpt", row).messages[1].tool_calls) == 2
 
+    def test_the_system_text_beside_the_turns_under_each_name(self) -> None:
+        turns = SHAREGPT[0]["conversations"]
+        for row in ({"system": "s"}, {"system_prompt": "s"}, {"system": "", "system_prompt": "s"}):
+            assert parsed("sharegpt", {"conversations": turns, **row}) == parsed("sharegpt", SHAREGPT[0])
+        assert said(parsed("sharegpt", {**SHAREGPT[2], "system": "s"})) == said(parsed("sharegpt", SHAREGPT[2]))
+
+    @pytest.mark.parametrize("before", [[], [{"from": "system", "value": "s"}]])
+    def test_a_greeting_is_kept_and_not_trained(self, before: list[dict[str, Any]]) -> None:
+        greeting = {"from": "gpt", "value": "Welcome."}
+        turns = SHAREGPT[0]["conversations"]
+        found = parsed("sharegpt", {"conversations": [*before, greeting, *turns]})
+        assert said(found)[-3:] == [("assistant", "Welcome.", 0.0), ("user", "a", 0.0), ("assistant", "b", 1.0)]
+        assert found.group == "user:a"
+        flagged = parsed("sharegpt", {"conversations": [*before, {**greeting, "weight": 0.5}, *turns]})
+        assert flagged.messages[-3].loss_weight == 0.5
+
     @pytest.mark.parametrize(
         ("row", "reason"),
         [
@@ -76,6 +92,17 @@ class TestShareGpt:
             ({"conversations": [{"from": ["human"], "value": "a"}]}, "unknown_role"),
             ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, "content_not_text"),
             ({"conversations": [{"from": "gpt", "value": "b"}]}, "roles_out_of_order"),
+            ({"conversations": [{"from": "gpt", "value": "b"}, {"from": "human", "value": "a"}]},
+             "no_assistant_turn"),
+            ({"conversations": [{"from": "gpt", "value": "b"}, *SHAREGPT[1]["conversations"]],
+              "tools": SHAREGPT[1]["tools"]}, "greeting_before_tools"),
+            ({"conversations": [{"from": "gpt", "value": "b"}, {"from": "tool", "value": "4"}]},
+             "roles_out_of_order"),
+            ({"conversations": [CALL, {"from": "observation", "value": "4"}, {"from": "gpt", "value": "b"},
+                                {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+             "roles_out_of_order"),
+            ({**SHAREGPT[2], "system": "another"}, "ambiguous_system"),
+            ({**SHAREGPT[0], "system_prompt": "another"}, "ambiguous_fields"),
             ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
              "empty_assistant_turn"),
             ({"conversations": [{"from": "human", "value": "a"}]}, "no_assistant_turn"),
@@ -118,11 +145,28 @@ class TestAlpaca:
         found = parsed("alpaca", row, instruction="question", input="context", output="response")
         assert said(found) == [("user", "Add.\n1 and 1", 0.0), ("assistant", "2", 1.0)]
 
+    def test_the_question_in_the_input_alone(self) -> None:
+        for instruction in ("", None):
+            found = parsed("alpaca", {"instruction": instruction, "input": "Two and two?", "output": "4"})
+            assert said(found) == [("user", "Two and two?", 0.0), ("assistant", "4", 1.0)]
+
+    def test_a_name_given_to_one_field_is_no_longer_another_s(self) -> None:
+        found = parsed("alpaca", {"input": "Q", "output": "A"}, instruction="input")
+        assert said(found) == [("user", "Q", 0.0), ("assistant", "A", 1.0)]
+        swapped = parsed(
+            "alpaca", {"input": "Q", "instruction": "I", "output": "A"}, instruction="input", input="instruction"
+        )
+        assert said(swapped)[0][1] == "Q\nI"
+
+    def test_tools(self) -> None:
+        assert parsed("alpaca", {**ALPACA[0], "tools": json.dumps([TOOL])}).tools == (TOLD,)
+
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"instruction": ""}, "empty_text"),
-            ({"instruction": None}, "content_not_text"),
+            ({"instruction": "", "input": " "}, "empty_text"),
+            ({"instruction": None, "input": None}, "content_not_text"),
+            ({"instruction": 3}, "content_not_text"),
             ({"output": "  "}, "empty_assistant_turn"),
             ({"output": None}, "empty_assistant_turn"),
             ({"input": ["a"]}, "content_not_text"),
@@ -174,7 +218,11 @@ class TestPromptCompletion:
             ({"prompt": 3, "completion": "b"}, "no_messages"),
             ({"prompt": EARLIER[:2], "completion": "b"}, "roles_out_of_order"),
             ({"prompt": "a", "completion": EARLIER[:1]}, "no_assistant_turn"),
-            ({"prompt": "a", "completion": [*EARLIER[:2]]}, "roles_out_of_order"),
+            ({"prompt": "a", "completion": [*EARLIER[:2]]}, "user_after_user"),
+            (
+                {"prompt": [{"role": "system", "content": "s"}, *EARLIER], "completion": "d", "system": "t"},
+                "ambiguous_system",
+            ),
             ({"prompt": "a", "completions": "b"}, "misspelt_field"),
         ],
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from posttrain_lib.data.formats.common import group_is_named
 from posttrain_lib.data.formats.messages import parse
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.schema.examples import Conversation
@@ -88,8 +89,9 @@ def test_weights(fields: dict[str, Any], weight: float) -> None:
         ([{"role": "robot", "content": "a"}], "unknown_role"),
         ([{"content": "a"}], "unknown_role"),
         ([ANSWER], "roles_out_of_order"),
-        ([USER, USER, ANSWER], "roles_out_of_order"),
-        ([USER, ANSWER, ANSWER], "roles_out_of_order"),
+        ([USER, USER, ANSWER], "user_after_user"),
+        ([USER, ANSWER, ANSWER], "assistant_after_assistant"),
+        ([USER, CALLING, RESULT, USER, ANSWER], "user_after_tool"),
         ([USER, ANSWER, {"role": "system", "content": "s"}], "roles_out_of_order"),
         ([USER, ANSWER, RESULT], "roles_out_of_order"),
         ([USER], "no_assistant_turn"),
@@ -108,6 +110,16 @@ def test_weights(fields: dict[str, Any], weight: float) -> None:
         ([USER, {**ANSWER, "weight": 1e-50}], "bad_weight"),
         ([USER, {**ANSWER, "weight": 10**400}], "bad_weight"),
         ([{"role": "user", "content": "half \ud83d"}, ANSWER], "not_unicode"),
+        ([USER, {**ANSWER, "train": 2}], "bad_weight"),
+        ([USER, {**ANSWER, "loss": 0.5}], "bad_weight"),
+        ([USER, {**ANSWER, "loss_mask": [0, 1]}], "bad_weight"),
+        ([USER, {**ANSWER, "train": True, "loss": False}], "bad_weight"),
+        ([USER, {**ANSWER, "weight": 1, "loss_weight": 0.5}], "bad_weight"),
+        ([USER, {**ANSWER, "mask": True}], "unsupported_field"),
+        ([USER, {**ANSWER, "train_detail": [{"begin_offset": 0}]}], "unsupported_field"),
+        ([USER, {**ANSWER, "function_call": {"arguments": "{}"}}], "bad_tool_calls"),
+        ([USER, {**CALLING, "function_call": {"name": "f"}}], "bad_tool_calls"),
+        ([{**USER, "tool_calls": CALLING["tool_calls"]}, ANSWER], "bad_tool_calls"),
         ([USER, {**ANSWER, "tool_calls": "f()"}], "bad_tool_calls"),
         ([USER, {**ANSWER, "tool_calls": [{"function": {}}]}], "bad_tool_calls"),
         ([USER, {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "bad_tool_calls"),
@@ -155,3 +167,61 @@ def test_tools_are_those_that_a_request_can_carry() -> None:
     assert found.tools == ({"type": "function", "function": kept},) * 2
     with pytest.raises(RefusedRow, match="bad_tools"):
         parsed(USER, ANSWER, tools=[{"type": "function", "function": {"description": "no name"}}])
+
+
+@pytest.mark.parametrize("name", ["training", "trainable", "loss", "loss_mask"])
+def test_whether_a_message_is_learned_under_every_name_of_the_field(name: str) -> None:
+    for value, train in ((False, False), (0, False), (True, True), (1, True)):
+        message = parsed(USER, {**ANSWER, name: value}).messages[1]
+        assert (message.train, message.loss_weight, message.extra) == (train, float(train), {})
+
+
+@pytest.mark.parametrize("name", ["loss_weight", "loss_scale"])
+def test_weights_under_every_name_of_the_field(name: str) -> None:
+    assert parsed(USER, {**ANSWER, name: 0.5}).messages[1].loss_weight == 0.5
+
+
+def test_the_system_text_of_a_request_in_anthropic_s_form() -> None:
+    whole = parsed({"role": "system", "content": "Be terse."}, USER, ANSWER)
+    assert parsed(USER, ANSWER, system="Be terse.") == whole
+    assert parsed(USER, ANSWER, system=[{"type": "text", "text": "Be "}, {"type": "text", "text": "terse."}]) == whole
+    assert (
+        parsed(*({"role": "system", "content": "Be terse. "}, USER, ANSWER), system="Be terse.").messages[1:]
+        == (whole.messages[1:])
+    )
+    with pytest.raises(RefusedRow, match="ambiguous_system"):
+        parsed({"role": "system", "content": "Be kind."}, USER, ANSWER, system="Be terse.")
+    with pytest.raises(RefusedRow, match="content_not_text"):
+        parsed(USER, ANSWER, system=3)
+
+
+def test_openai_s_older_form_of_calls() -> None:
+    old = {"role": "assistant", "content": "Let me look.", "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    result = {"role": "function", "name": "f", "content": "4"}
+    found = parsed(USER, old, result, {**ANSWER, "function_call": None}, functions=[{"name": "f"}])
+    assert found.tools == (TOLD,)
+    assert found.messages[1].content == "Let me look."
+    assert found.messages[1].tool_calls == ({"type": "function", "function": {"name": "f", "arguments": {"x": 1}}},)
+    assert (found.messages[1].extra, found.messages[2].role, found.messages[2].extra) == ({}, "tool", {"name": "f"})
+    with pytest.raises(RefusedRow, match="ambiguous_fields"):
+        parsed(USER, ANSWER, tools=[TOOL], functions=[{"name": "g"}])
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, "null", "{}"])
+def test_a_call_without_parameters(arguments: str | None) -> None:
+    message = parsed(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]})
+    assert message.messages[1].tool_calls[0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_variables_of_the_template_for_one_row_are_no_extra() -> None:
+    with pytest.raises(RefusedRow, match=r"unsupported_field.*chat_template_kwargs"):
+        parsed(USER, ANSWER, chat_template_kwargs={"enable_thinking": False})
+    assert parsed(USER, ANSWER, chat_template_kwargs={}) == parsed(USER, ANSWER)
+
+
+def test_whether_a_group_is_named() -> None:
+    row = {"messages": [USER, ANSWER], "user": "a", "group": "user:a"}
+    for field, named in (("group", True), ("user", True), ("gruop", False), (None, False)):
+        assert group_is_named(parse(row, "s", "1", field, {}).group) is named
+    assert parse(row, "s", "1", "user", {}).group != parse(row, "s", "1", None, {}).group
+    assert not group_is_named(None)

@@ -58,6 +58,7 @@ IDS = [7, 8, 9, 10]
         ({"token_ids": IDS, "mask": [0, 0, 1, 1]}, [0, 0, 1, 1]),
         ({"token_ids": IDS, "mask": [True, False, True, False]}, [0, 0, 1, 0]),
         ({"input_ids": IDS, "completion_mask": [0, 0, 0, 1]}, [0, 0, 0, 1]),
+        ({"input_ids": IDS, "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 1]}, [0, 0, 0, 1]),
         ({"input_ids": IDS, "labels": [-100, -100, 9, 10]}, [0, 0, 1, 1]),
         ({"input_ids": np.array(IDS), "labels": np.array([-100, 8, -100, 10])}, [0, 1, 0, 1]),
     ],
@@ -73,6 +74,12 @@ def test_names_of_a_source_come_before_the_known_ones() -> None:
     row = {"ids": IDS, "input_ids": [1], "keep": [0, 1, 0, 0], "mask": [9]}
     found = tokens(row, token_ids="ids", mask="keep")
     assert (found.token_ids.tolist(), found.loss_weights.tolist()) == (IDS, [0, 1, 0, 0])
+
+
+def test_a_name_given_to_one_field_is_no_longer_another_s() -> None:
+    found = tokens({"labels": IDS}, token_ids="labels")
+    assert (found.token_ids.tolist(), found.loss_weights.tolist()) == (IDS, [0, 1, 1, 1])
+    assert tokens({"token_ids": IDS, "loss_mask": [0, 0, 0.5, 1]}, loss_weights="loss_mask").loss_weights[2] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,9 @@ def test_names_of_a_source_come_before_the_known_ones() -> None:
         ({"token_ids": IDS, "loss_weights": [0, None, 1, 1]}, "bad_weight"),
         ({"token_ids": IDS, "labels": [8, 9, 10, -100]}, "labels_differ"),
         ({"token_ids": IDS, "labels": IDS, "mask": [0, 0, 0, 1]}, "ambiguous_weights"),
+        ({"token_ids": IDS, "mask": [0, 0, 1, 1], "loss_mask": [0, 0, 0, 1]}, "ambiguous_weights"),
+        ({"token_ids": IDS, "mask": [0, 0, 1, 1], "assistant_masks": [0, 0, 0, 1]}, "ambiguous_weights"),
+        ({"token_ids": IDS, "input_ids": [1]}, "ambiguous_tokens"),
         ({"token_ids": IDS, "attention_mask": [1, 1, 1, 0]}, "padded_tokens"),
         ({"token_ids": IDS, "loss_weight": [0, 0, 1, 1]}, "misspelt_field"),
     ],

@@ -59,9 +59,32 @@ def test_the_common_start_ends_with_a_question() -> None:
     assert len(found.chosen) == 3
 
 
+def test_the_system_text_begins_the_prompt() -> None:
+    for row in FORMS:
+        for name in ("system", "system_prompt"):
+            found = pair({**row, name: "Be terse."})
+            assert [(message.role, message.content) for message in found.prompt] == [
+                ("system", "Be terse."),
+                ("user", "a"),
+            ]
+    orca = {"system": "", "question": "a", "chosen": "b", "rejected": "c"}
+    parse = get_format("preference")
+    assert parse(orca, "source", "row:1", "group", {"prompt": "question"}) == pair(FORMS[1])
+    told = [{"role": "system", "content": "s"}, ASKED]
+    assert len(pair({**FORMS[0], "prompt": told, "system": "s"}).prompt) == 2
+
+
+def test_whole_conversations_that_begin_with_a_greeting() -> None:
+    greeting = {"role": "assistant", "content": "Welcome."}
+    found = pair({"chosen": [greeting, ASKED, GOOD], "rejected": [greeting, ASKED, BAD]})
+    assert [message.role for message in found.prompt] == ["assistant", "user"]
+    assert found.group == "user:a"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"system": "s", "prompt": [{"role": "system", "content": "t"}, ASKED]}, "ambiguous_system"),
         ({"chosen": None}, "no_messages"),
         ({"rejected": []}, "no_messages"),
         ({"chosen": ""}, "empty_assistant_turn"),
@@ -74,7 +97,7 @@ def test_the_common_start_ends_with_a_question() -> None:
         ({"prompt": "z", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, "prompts_differ"),
         ({"chosen": [ASKED], "rejected": [ASKED, BAD]}, "no_assistant_turn"),
         ({"chosen": [GOOD, ASKED]}, "no_assistant_turn"),
-        ({"chosen": [GOOD, GOOD]}, "roles_out_of_order"),
+        ({"chosen": [GOOD, GOOD]}, "assistant_after_assistant"),
         ({"chosen": [{**GOOD, "weight": 0.5}]}, "bad_weight"),
         ({"margin": "big"}, "bad_margin"),
         ({"margin": float("nan")}, "bad_margin"),
@@ -120,6 +143,8 @@ def test_prompts() -> None:
     assert [len(made.messages) for made in found] == [1, 3, 2]
     assert found[2].tools == (TOLD,)
     assert [made.group for made in found[:2]] == ["user:Two and two?", "group:g"]
+    assert prompt({"prompt": "a", "system_prompt": "s", "level": 1}).extra == {"level": 1}
+    assert prompt({"prompt": "a", "system_prompt": "s"}).messages[0].role == "system"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ def test_every_format_has_a_parser_and_fields(name: str) -> None:
     assert attribute == "parse"
     fields = importlib.import_module(module).FIELDS
     assert fields
+    assert set(importlib.import_module(module).NEEDED) <= set(fields)
     check_fields(name, {field: f"their_{field}" for field in fields})
 
 
@@ -37,3 +38,10 @@ def test_an_unknown_field_names_the_nearest() -> None:
 def test_two_fields_from_one() -> None:
     with pytest.raises(ConfigError, match=r"(?s)read from one.*not question for both"):
         check_fields("prompt_completion", {"prompt": "question", "completion": "question"})
+
+
+def test_a_field_that_every_row_needs_and_whose_name_is_another_s() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)needs completion.*what the rows call completion"):
+        check_fields("prompt_completion", {"prompt": "completion"})
+    check_fields("prompt_completion", {"prompt": "completion", "completion": "prompt"})
+    check_fields("alpaca", {"instruction": "input"})
