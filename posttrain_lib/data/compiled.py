@@ -82,6 +82,28 @@ def _highest(occupied: Any, limit: int) -> int:
 
 
 @_compiled
+def _append(slot: int, length: int, heads: Any, tails: Any, follower: Any, occupied: Any) -> None:
+    """Put a slot at the end of its length's list."""
+    if tails[length] >= 0:
+        follower[tails[length]] = slot
+    else:
+        heads[length] = slot
+        occupied[length >> 6] |= np.uint64(1) << np.uint64(length & 63)
+    tails[length] = slot
+
+
+@_compiled
+def _take_head(length: int, heads: Any, tails: Any, follower: Any, occupied: Any) -> int:
+    """Take the first slot of a length's list."""
+    slot: int = heads[length]
+    heads[length] = follower[slot]
+    if heads[length] < 0:
+        tails[length] = -1
+        occupied[length >> 6] &= ~(np.uint64(1) << np.uint64(length & 63))
+    return slot
+
+
+@_compiled
 def pack_loop(
     ids: Any,
     lengths: Any,
@@ -127,12 +149,7 @@ def pack_loop(
             else:
                 oldest = slot
             newest = slot
-            if tails[length] >= 0:
-                follower[tails[length]] = slot
-            else:
-                heads[length] = slot
-                occupied[length >> 6] |= np.uint64(1) << np.uint64(length & 63)
-            tails[length] = slot
+            _append(slot, length, heads, tails, follower, occupied)
             waiting += 1
             taken += 1
         ready = waiting >= buffer or (waiting >= look_ahead and tokens >= ROWS_AHEAD * row_tokens)
@@ -141,11 +158,7 @@ def pack_loop(
         # The oldest of all is the oldest of its length: every unit of the row is the head of a list.
         length, space = slot_length[oldest], row_tokens
         while length > 0:
-            slot = heads[length]
-            heads[length] = follower[slot]
-            if heads[length] < 0:
-                tails[length] = -1
-                occupied[length >> 6] &= ~(np.uint64(1) << np.uint64(length & 63))
+            slot = _take_head(length, heads, tails, follower, occupied)
             before, after = older[slot], newer[slot]
             if before >= 0:
                 newer[before] = after

@@ -17,6 +17,7 @@ import numpy as np
 
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.formats import get_format
+from posttrain_lib.data.formats.common import group_is_named
 from posttrain_lib.data.making import Made, MadeDocument, make
 from posttrain_lib.data.near_duplicates import signatures
 from posttrain_lib.data.oddities import Oddities
@@ -146,7 +147,7 @@ class RowEncoder:
             held_out=held_out,
             left_out=left_out,
             raw=raw.content if left_out or self.config.deduplicate else None,
-            notes=made.notes,
+            notes=made.notes + Counter([_grouped_by(parsed.group)]),
             prompt=self._prompt(parsed, made, held_out=held_out),
             answered=() if held_out else tuple(_prompts_answered(made)),
         )
@@ -263,6 +264,13 @@ def _prompts_answered(made: Made) -> list[bytes]:
     for document in made.documents:
         found += [prompt_digest(document.tokens.ids[:first]) for first, _ in document.tokens.answers]
     return found
+
+
+def _grouped_by(group: str | None) -> str:
+    """The receipt's note on what decides whether the row is held out."""
+    if group is None:
+        return "grouped_by_row"
+    return "grouped_by_field" if group_is_named(group) else "grouped_by_first_question"
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -292,6 +292,7 @@ class _Preparation:
                 expected=f"at most {limit:.2%} (data.max_refused_fraction)",
                 fix="mend or remove these rows in the source (the quarantine file has them all), or raise that limit",
             )
+        self._check_group_field()
         if len(receipt.kinds) > 1:
             raise DataError(
                 "the sources give rows of several kinds, and no training takes them together",
@@ -316,6 +317,21 @@ class _Preparation:
                 fix="raise data.held_out.fraction, change its seed, or give more groups of rows"
                 + (", or raise data.on_the_fly_sample" if self.config.on_the_fly else ""),
             )
+
+    def _check_group_field(self) -> None:
+        """A misspelt field would leave related rows on both sides of the split."""
+        field, notes = self.config.held_out.group_field, self.receipt.notes
+        # The default names a field that most data does not have.
+        if field in (None, "group") or notes["grouped_by_field"] or not self.receipt.total("examples"):
+            return
+        raise DataError(
+            "no row has the field by which rows are grouped",
+            where="data.held_out.group_field",
+            got=f"{field!r}; {notes['grouped_by_first_question']:,} rows were grouped by their first question, "
+            f"{notes['grouped_by_row']:,} each by itself",
+            expected="a field of the rows",
+            fix="name it as the rows do, or give null to group by the first question",
+        )
 
 
 def _open(stack: ExitStack, path: Path) -> IO[str]:

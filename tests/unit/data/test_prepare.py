@@ -362,3 +362,13 @@ def test_a_store_knows_what_made_it(preparation: Preparation) -> None:
         check_fingerprint(store, fingerprint(other))
     with pytest.raises(DataError, match="another tokenizer"):
         check_fingerprint(store, {**fingerprint(tokenizer), "tokenizer": "0" * 64})
+
+
+def test_a_misspelt_group_field_stops_the_preparation(preparation: Preparation) -> None:
+    preparation.write(*({**row(number), "conversation": f"c{number // 2}"} for number in range(60)))
+    receipt = preparation.run(held_out={"fraction": 0.2, "group_field": "conversation"})
+    assert receipt.notes["grouped_by_field"] == 60
+    preparation.out = preparation.folder / "again"
+    with pytest.raises(DataError, match="no row has the field") as caught:
+        preparation.run(held_out={"fraction": 0.2, "group_field": "conversation_id"})
+    assert "60 rows were grouped by their first question" in str(caught.value)

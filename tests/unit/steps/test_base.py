@@ -11,6 +11,7 @@ from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import DataError, StoreError
 from posttrain_lib.lineage.store import Store
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
+from steps import train
 from steps.base import Step, StepContext, StepResult, content_key, run_step
 
 RAW: dict[str, Any] = {
@@ -119,3 +120,26 @@ def test_a_full_disk_is_a_store_error_with_the_way_out(tmp_path: Path, config: R
 def test_the_manifest_survives_json(tmp_path: Path, config: RunConfig) -> None:
     manifest, _ = run(Recorder().step(), config, Store(tmp_path))
     assert StepManifest.from_dict(manifest.to_dict()) == manifest
+
+
+def test_interrupted_work_goes_on_under_settings_that_do_not_decide_it(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    step = dataclasses.replace(recorder.step(), work_settings=lambda config: {"steps": config.train.steps})
+    recorder.fail = DataError("stopped")
+    with pytest.raises(DataError):
+        run(step, config, store)
+    other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})})
+    assert content_key(step, config, {})[0] != content_key(step, other, {})[0]
+    (left,) = (tmp_path / "work" / "fake").iterdir()
+    recorder.fail = None
+    seen: list[bool] = []
+    body = step.body
+    step = dataclasses.replace(step, body=lambda c: (seen.append((c.work / "progress").exists()), body(c))[1])
+    run(step, other, store)
+    assert seen == [True] and not left.exists()
+
+
+def test_training_goes_on_with_another_number_of_workers(config: RunConfig) -> None:
+    two = config.model_copy(update={"compute": config.compute.model_copy(update={"workers": 2})})
+    assert train.settings(config) != train.settings(two)
+    assert train.work_settings(config) == train.work_settings(two)
