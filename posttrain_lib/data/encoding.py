@@ -116,8 +116,7 @@ class RowEncoder:
         )
         self._inspect = inspect
         self._sources = [(source.name, get_format(source.format), source.fields) for source in config.sources]
-        ids = self.tokenizer.special_ids
-        self._control_tokens = frozenset(self.tokenizer.decode([token], skip_special_tokens=False) for token in ids)
+        self._control_tokens = frozenset(self.tokenizer.markers)
 
     def encode(self, rows: Sequence[RawRow]) -> tuple[list[EncodedRow], Oddities]:
         """Each row, in order, and what was odd about their texts."""

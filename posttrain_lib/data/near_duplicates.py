@@ -111,9 +111,9 @@ class NearDuplicates:
         """JSON-ready.
 
         ``near_duplicates`` counts examples with an earlier near-duplicate of another row in the same split, ``exact``
-        those of them with an identical one; ``held_out_near_training`` the held-out examples with a near-duplicate in training,
-        ``held_out_exactly_in_training`` those with an identical one. ``crowded`` counts examples whose bucket was too
-        large for all its pairs to be compared: if it is not 0, the other counts may be too low.
+        those of them with an identical one; ``held_out_near_training`` the held-out examples with a near-duplicate in
+        training, ``held_out_exactly_in_training`` those with an identical one. ``crowded`` counts examples whose bucket
+        was too large for all its pairs to be compared: if it is not 0, the other counts may be too low.
         """
         made = np.frombuffer(self._signatures, np.uint8).reshape(-1, SIGNATURE_BYTES)
         held_out = np.frombuffer(self._held_out, np.uint8).astype(bool)

@@ -174,7 +174,9 @@ def take_sample(config: DataConfig, tokenizer: ChatTokenizer, inputs: Mapping[st
 
 def _why_left_out(counts: Mapping[str, int]) -> str:
     """Of the rows of a source of which no turn was taken."""
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count) or "no rows"
+    return (
+        ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count) or "no trained turn"
+    )
 
 
 def trained_turns(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +59,66 @@ def test_words_are_looked_at_wherever_a_template_may_print_them(where: str, chat
     assert literal
     assert MARK not in repr(changed)
     assert dataclasses.replace(changed, messages=(), tools=()) == Conversation("s", "1", ())
+
+
+QWEN3_MARKS = ("<tool_call>", "</tool_response>", "<think>", "</think>", "<|fim_prefix|>", "<|file_sep|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"), [*(("qwen3", mark) for mark in QWEN3_MARKS), ("qwen2.5", "</tool_call>"), ("phi-3-mini", "</s>")]
+)
+def test_markers_that_are_not_flagged_as_special_are_control_tokens(
+    name: str, mark: str, real_tokenizer: Callable[[str], ChatTokenizer]
+) -> None:
+    tokenizer = real_tokenizer(name)
+    index = int(tokenizer.encode(mark).ids[0])
+    assert tokenizer.pieces([index]) == [mark]
+    assert index not in tokenizer.special_ids
+    plain = talk(ASKED, ANSWER)
+    expected = [(tokens.ids == index).sum() for tokens in made(tokenizer, plain, "refuse") or ()]
+    others = {"user": talk(Message("user", f"a{mark}"), ANSWER), "tools": talk(ASKED, ANSWER, tools=(tool("f", mark),))}
+    if name.startswith("qwen"):
+        others["argument"] = talk(ASKED, calling("f", {"a": mark}))
+    for where, conversation in others.items():
+        with pytest.raises(RefusedRow, match="control_token_in_text"):
+            without_control_tokens(tokenizer, conversation, "refuse")
+        if where == "user":
+            found = made(tokenizer, conversation, "as_text") or []
+            assert [(tokens.ids == index).sum() for tokens in found] == expected
+            assert f"a{mark}" in tokenizer.decode(found[0].ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("policy", ["refuse", "as_text"])
+def test_an_assistant_writes_the_markers_that_the_model_does(
+    policy: str, real_tokenizer: Callable[[str], ChatTokenizer]
+) -> None:
+    tokenizer = real_tokenizer("qwen3")
+    for text in ("<think>\nx\n</think>\n\nb", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'):
+        said = talk(ASKED, Message("assistant", text))
+        assert without_control_tokens(tokenizer, said, policy) == (said, False)
+    for text in ("b<|fim_prefix|>", "b<tool_response>"):  # printed by the template, but where a tool speaks
+        with pytest.raises(RefusedRow, match="control_token_in_text"):
+            without_control_tokens(tokenizer, talk(ASKED, Message("assistant", text)), "refuse")
+
+
+def test_which_added_tokens_are_markers(chatml_folder: Path, tmp_path: Path) -> None:
+    """Words in brackets; not runs of spaces, plain words, signs, or HTML tags: those only make text shorter."""
+    names = {"<tool_call>": 1, "</s>": 1, "[TOOL]": 1, "\uff5cend\uff5c": 1, "    ": 0, "word": 0, "[]": 0, "</td>": 0}
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(chatml_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    first = 1 + max(content["model"]["vocab"].values())
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] += [{"id": first + n, "content": name, **flags} for n, name in enumerate(names)]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = ChatTokenizer(folder)
+    found = {name for name, special in tokenizer.markers.items() if not special}
+    assert found == {name for name, is_marker in names.items() if is_marker}
+    assert {name for name, special in tokenizer.markers.items() if special} == set(
+        tokenizer.pieces(sorted(tokenizer.special_ids))
+    )
+    ordinary = talk(Message("user", "a    word [] <table></td>"), ANSWER)
+    assert without_control_tokens(tokenizer, ordinary, "refuse") == (ordinary, False)
 
 
 def test_harmless_words_stay_as_they_are(chatml: ChatTokenizer) -> None:
@@ -123,22 +187,32 @@ def made(tokenizer: ChatTokenizer, conversation: Conversation, policy: str) -> l
 
 
 def with_harmless_words(tokenizer: ChatTokenizer, conversation: Conversation) -> Conversation:
-    """The same conversation with a letter for every control token that it spells."""
-    pattern = tokenizer.special_token
-    assert pattern is not None
+    """The same conversation with a letter for every control token that it spells.
 
-    def changed(value: Any) -> Any:
+    All added tokens are, but for those that a model writes in its answers.
+    """
+    added = {token.content for token in tokenizer._tokenizer.added_tokens_decoder.values()}
+    special = set(tokenizer.pieces(sorted(tokenizer.special_ids)))
+    written = {"<think>", "</think>", "<tool_call>", "</tool_call>"} - special
+    everywhere, in_answers = (
+        re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) for names in (added, added - written)
+    )
+
+    def changed(value: Any, pattern: re.Pattern[str] = everywhere) -> Any:
         if isinstance(value, str):
             return pattern.sub("Z", value)
         if isinstance(value, dict):
             return {changed(key): changed(part) for key, part in value.items()}
         return [changed(part) for part in value] if isinstance(value, list | tuple) else value
 
+    def said(message: Message, words: str | None) -> Any:
+        return changed(words, in_answers if message.role == "assistant" else everywhere)
+
     messages = tuple(
         dataclasses.replace(
             message,
-            content=changed(message.content),
-            reasoning_content=changed(message.reasoning_content),
+            content=said(message, message.content),
+            reasoning_content=said(message, message.reasoning_content),
             tool_calls=tuple(changed(message.tool_calls)),
         )
         for message in conversation.messages
@@ -156,7 +230,7 @@ Seen = SimpleNamespace
 )
 def test_no_control_id_comes_from_the_words(name: str, real_tokenizer: Callable[[str], ChatTokenizer]) -> None:
     tokenizer, seen = real_tokenizer(name), Seen(compared=0)
-    special = np.array(sorted(tokenizer.special_ids))
+    control = np.array(sorted(tokenizer._tokenizer.added_tokens_decoder))
     own = [spelt for spelt in SPELT if tokenizer.special_token and tokenizer.special_token.fullmatch(spelt)]
 
     @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -169,7 +243,7 @@ def test_no_control_id_comes_from_the_words(name: str, real_tokenizer: Callable[
         if found is None or expected is None:
             return
         seen.compared += 1
-        counts = [[int(np.isin(tokens.ids, special).sum()) for tokens in documents] for documents in (found, expected)]
+        counts = [[int(np.isin(tokens.ids, control).sum()) for tokens in documents] for documents in (found, expected)]
         assert counts[0] == counts[1]
 
     check()

@@ -37,6 +37,17 @@ def learned(tokenizer: ChatTokenizer, made: Made) -> list[str]:
     ]
 
 
+def check_served(tokenizer: ChatTokenizer, row: Conversation, made: Made) -> None:
+    """The ids before each trained answer are those of the prompt that serving renders and encodes as one text."""
+    served = [
+        tokenizer.encode(tokenizer.render(row.messages[:index], answer_next=True)).ids.tolist()
+        for index, message in enumerate(row.messages)
+        if message.role == "assistant"
+    ]
+    trained = [found.tokens.ids[:first].tolist() for found in made.documents for first, _ in found.tokens.answers]
+    assert trained == served
+
+
 class TestConversations:
     def test_one_document(self, chatml: ChatTokenizer) -> None:
         made = make(chatml, talk("One.", "Two."), config())
@@ -51,6 +62,39 @@ class TestConversations:
         made = make(real_tokenizer("qwen3"), talk("One.", "Two."), config())
         assert [(document.suffix, document.last_turn) for document in made.documents] == [("#turn1", 1), ("#turn3", 3)]
         assert made.notes["rewritten_conversations"] == 1
+
+    @pytest.mark.parametrize("answers", [("\nHello", "bye"), ("\n\nHello", "\nbye"), ("Hello", "bye")])
+    def test_every_turn_has_the_ids_that_serving_sends_before_it(
+        self, answers: tuple[str, ...], real_tokenizer: Callable[[str], ChatTokenizer]
+    ) -> None:
+        """Qwen2.5 has a token for two newlines: the header's and the answer's, once the answer is history."""
+        tokenizer, row = real_tokenizer("qwen2.5"), talk(*answers)
+        made = make(tokenizer, row, config())
+        split = answers[0].startswith("\n")
+        assert made.notes["resplit_conversations"] == split
+        assert [(found.suffix, found.last_turn) for found in made.documents] == (
+            [("#turn1", 1), ("#turn3", 3)] if split else [("", 3)]
+        )
+        check_served(tokenizer, row, made)
+        assert "".join(learned(tokenizer, made)) == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+    def test_a_turn_each_where_the_header_ends_inside_a_token(
+        self, with_template: Callable[..., ChatTokenizer]
+    ) -> None:
+        tokenizer = with_template(
+            "{% for m in messages %}<|im_start|>{{ 'It was on Mo' if m.role == 'assistant' }}{{ m.content }}<|im_end|>"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>It was on Mo{% endif %}"
+        )
+        row = talk("nday.", "nday.")
+        made = make(tokenizer, row, config())
+        assert [found.suffix for found in made.documents] == ["#turn1", "#turn3"]
+        assert made.notes == {"resplit_conversations": 1}
+        assert all(found.tokens.resplit for found in made.documents)
+        check_served(tokenizer, row, made)
+        assert [found.tokens.roles[found.tokens.role_of[-1]] for found in made.documents] == ["assistant"] * 2
+        pair = PreferencePair("s", "1", row.messages[:1], row.messages[1:], (Message("assistant", "Go."),))
+        with pytest.raises(RefusedRow, match="answer_rewritten"):
+            make(tokenizer, pair, config())
 
     def test_the_settings_reach_the_rendering(self, chatml: ChatTokenizer) -> None:
         assert learned(chatml, make(chatml, talk("One.", "Two."), config(train_on="last"))) == ["Two.<|im_end|>"]

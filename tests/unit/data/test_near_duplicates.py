@@ -242,7 +242,8 @@ REWRITING = (
 def receipt_of(folder: Path, template: Path, source_format: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Near-duplicates as the preparation counts them."""
     source = {"name": "s", "path": "x", "format": source_format}
-    config = DataConfig.model_validate({"sources": [source], "engine": "hf", "chat_template": str(template)})
+    settings = {"sources": [source], "engine": "hf", "chat_template": str(template), "max_example_tokens": 4096}
+    config = DataConfig.model_validate(settings)
     encoder, receipt = RowEncoder(config, folder), Receipt(0.0)
     encoded, _ = encoder.encode([RawRow(0, 0, number, f"a#b.jsonl:{number}", row) for number, row in enumerate(rows)])
     for row in encoded:

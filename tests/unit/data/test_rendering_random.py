@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.refusal import RefusedRow
-from posttrain_lib.data.rendering import Document, render_conversation
+from posttrain_lib.data.rendering import Document, render_conversation, trained_messages
 from posttrain_lib.data.tokenize import Tokens, tokenize
 from posttrain_lib.schema.examples import Conversation
 from tests.unit.data.conversations import HALVES, LOOKED_FOR, SPELT, conversations, words
@@ -47,6 +49,40 @@ def check_document(tokenizer: ChatTokenizer, name: str, document: Document, toke
         )
 
 
+def mark_of(kind: str, index: int) -> str:
+    """Letters that stand nowhere else, which no template or normaliser changes."""
+    return f"zq{kind}{index}qz"
+
+
+def signed(conversation: Conversation) -> Conversation:
+    """The conversation with a mark of its own in each message's content, reasoning and calls."""
+    messages = []
+    for index, message in enumerate(conversation.messages):
+        calls = tuple(
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "arguments": {**call["function"]["arguments"], "signed": mark_of("c", index)},
+                },
+            }
+            for call in message.tool_calls
+        )
+        reasoning = message.reasoning_content and message.reasoning_content + mark_of("r", index)
+        content = (message.content or "") + mark_of("m", index)
+        messages.append(dataclasses.replace(message, content=content, reasoning_content=reasoning, tool_calls=calls))
+    return dataclasses.replace(conversation, messages=tuple(messages))
+
+
+def check_marks(conversation: Conversation, trained: list[int], learned: str, last: int | None) -> set[int]:
+    """No words but those of trained messages are learned, the last one's are; the messages whose words are."""
+    found = {(kind, int(index)) for kind, index in re.findall(r"zq([mrc])(\d+)qz", learned)}
+    assert {index for _, index in found} <= set(trained)
+    assert last in trained
+    assert ("c" if conversation.messages[last].tool_calls else "m", last) in found
+    return {index for _, index in found}
+
+
 @pytest.mark.parametrize("name", EVERY_TEMPLATE)
 def test_a_random_conversation_is_refused_or_learned_exactly(
     name: str, real_tokenizer: Callable[[str], ChatTokenizer]
@@ -60,6 +96,7 @@ def test_a_random_conversation_is_refused_or_learned_exactly(
         st.sampled_from(["all", "last", "without_tools", "flagged"]),
     )
     def check(conversation: Conversation, trained_turns: str, train_on: str) -> None:
+        conversation, said = signed(conversation), set[int]()
         try:
             rendered = render_conversation(tokenizer, conversation, trained_turns, train_on)
         except RefusedRow as refusal:
@@ -70,9 +107,15 @@ def test_a_random_conversation_is_refused_or_learned_exactly(
                 tokens = tokenize(tokenizer, document)
             except RefusedRow as refusal:
                 seen[refusal.reason] += 1
-                continue
+                return
             seen["learned"] += 1
             check_document(tokenizer, name, document, tokens)
+            learned = tokenizer.decode(tokens.ids[tokens.weights > 0], skip_special_tokens=False)
+            said |= check_marks(conversation, trained_messages(conversation, train_on), learned, document.last_turn)
+        expected = trained_messages(conversation, train_on)
+        if trained_turns == "last" and rendered.notes["rewritten_conversations"]:
+            expected = expected[-1:]
+        assert said == set(expected)
 
     check()
     assert seen["learned"] > 3, f"nearly every example was refused: {seen}"

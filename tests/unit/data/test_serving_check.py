@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from posttrain_lib.data.serving_check import (
     client_request,
     compare,
     differing,
+    server_settings,
     take_sample,
     trained_turns,
     variants_of,
@@ -202,12 +204,109 @@ def test_a_prompt_that_needs_a_variable_is_counted_by_it(chatml: ChatTokenizer) 
     assert report.variants == {"enable_thinking=False": 1}
 
 
-def test_a_shared_header_needs_only_the_start_and_is_counted_apart(chatml: ChatTokenizer) -> None:
+def test_a_shared_header_needs_only_the_start_and_what_is_sent_beyond_is_named(chatml: ChatTokenizer) -> None:
     sample = sample_of(chatml, ASKED, ANSWERED)
     (ours,) = as_trained(sample)
     longer = served([[*ours, 5]])
     assert len(differing(sample, ["default"], longer)) == 1
     sample.turns[0] = dataclasses.replace(sample.turns[0], header_shared=True)
     report = compare(sample, ["default"], longer, chatml)
-    assert report.left_out == {"turns_compared_up_to_a_shared_header": 1}
+    more = chatml.decode([5], skip_special_tokens=False)
+    first = "source a, row rows:1, before message 1"
+    assert report.sent_beyond == {more: {"turns": 1, "first": first}} and report.left_out == {}
+    assert f"before 1 of them it also sends {more!r}, which training never has (first: {first})" in report.summary()
+    both = served([[*ours, 5], ours])  # by a variable it may be asked for without
+    assert compare(sample, ["default", "other"], both, chatml).variants == {"other": 1}
+    assert compare(sample, ["default", "other"], both, chatml).sent_beyond == {}
     assert len(differing(sample, ["default"], served([ours[:-1]]))) == 1
+
+
+OPENS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and m.reasoning_content %}<think>\n{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_only_the_turns_whose_header_is_shared_may_end_early(with_template: Callable[..., ChatTokenizer]) -> None:
+    """Serving opens a block; the turn that thought has it, the other one was never trained behind it."""
+    tokenizer = with_template(OPENS)
+    thought = Message("assistant", "Tom.", "Cups are his.")
+    sample = sample_of(tokenizer, ASKED, ANSWERED, Message("user", "And now?"), thought)
+    assert [(turn.message, turn.header_shared) for turn in sample.turns] == [(1, True), (3, False)]
+    rendered = [tokenizer.render(sample_messages, answer_next=True) for sample_messages in (
+        (ASKED,), (ASKED, ANSWERED, Message("user", "And now?")),
+    )]  # fmt: skip
+    prompts = [tokenizer.encode(text).ids.tolist() for text in rendered]
+    assert prompts[1] == sample.turns[1].prompt_ids
+    report = compare(sample, ["default"], served(prompts), tokenizer)
+    assert {text: found["turns"] for text, found in report.sent_beyond.items()} == {"<think>\n": 1}
+    with pytest.raises(DataError, match="1 of 2 trained turns"):
+        compare(sample, ["default"], served([prompts[0], [*prompts[1], 5]]), tokenizer)
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+SHORT = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Tom."}]}
+LONG = {"messages": [{"role": "user", "content": "Who? " * 200}, {"role": "assistant", "content": "Tom."}]}
+
+
+def sampled(tokenizer: ChatTokenizer, rows: int, **sources: tuple[str, str]) -> Sample:
+    """``sources``: name -> (format, path)."""
+    listed = [{"name": name, "format": kind, "path": path} for name, (kind, path) in sources.items()]
+    config = DataConfig.model_validate({"sources": listed, "max_example_tokens": 64})
+    return take_sample(config, tokenizer, {name: path for name, (_, path) in sources.items()}, rows)
+
+
+def test_every_source_gives_a_row_however_small_the_sample(chatml: ChatTokenizer, tmp_path: Path) -> None:
+    paths = {name: ("messages", write(tmp_path / f"{name}.jsonl", SHORT, SHORT)) for name in "abcd"}
+    sample = sampled(chatml, 2, **paths)
+    assert [turn.source for turn in sample.turns] == list("abcd") and sample.unchecked == {}
+
+
+def test_a_source_of_which_nothing_is_compared_is_named(chatml: ChatTokenizer, tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "good.jsonl", SHORT), write(tmp_path / "bad.jsonl", LONG, LONG, {"messages": []})
+    words = write(tmp_path / "words.jsonl", {"text": "words"}, {"text": 5})
+    sample = sampled(chatml, 9, a=("messages", good), b=("messages", bad), c=("text", words))
+    assert list(sample.unchecked) == ["b"]
+    assert "2 rows too long" in sample.unchecked["b"] and "1 rows refused" in sample.unchecked["b"]
+    assert "row bad.jsonl:1: too_long" in sample.unchecked["b"]
+    report = compare(sample, ["default"], served(as_trained(sample)), chatml)
+    assert report.unchecked == sample.unchecked and "source b UNCHECKED: " in report.summary()
+
+
+def test_nothing_to_compare_is_an_error_save_without_messages(chatml: ChatTokenizer, tmp_path: Path) -> None:
+    bad, words = write(tmp_path / "bad.jsonl", LONG, LONG), write(tmp_path / "words.jsonl", {"text": "words"})
+    with pytest.raises(DataError, match="nothing is proved") as caught:
+        sampled(chatml, 9, b=("messages", bad), c=("text", words))
+    assert "source b: 2 rows too long" in str(caught.value.got) and caught.value.where == "data.serving_check"
+    assert sampled(chatml, 9, c=("text", words)) == Sample(counts=Counter(rows_without_messages=1))
+
+
+def settings_of(tokenizer: ChatTokenizer, answer: Served, **data: Any) -> list[str]:
+    return server_settings(config_of(Path("x.jsonl"), **data), tokenizer, answer)
+
+
+def test_what_an_exported_folder_cannot_carry_is_asked_of_the_server(
+    chatml: ChatTokenizer, with_template: Callable[..., ChatTokenizer]
+) -> None:
+    by_template, harmony = served([]), served([], renderer="Harmony", by_template=False)
+    assert settings_of(chatml, by_template) == []
+    kwargs = {"enable_thinking": False, "mood": "it's"}
+    (given,) = settings_of(chatml, by_template, template_kwargs=kwargs)
+    flag, value = shlex.split(given)[-2:]
+    assert flag == "--default-chat-template-kwargs" and json.loads(value) == kwargs
+    dated = with_template("{{ strftime_now('%d %b %Y') }}" + REWRITING)
+    (day,) = settings_of(dated, by_template, template_date="2026-03-04")
+    assert "the template prints the day: 2026-03-04 in training" in day
+    assert settings_of(chatml, harmony, template_kwargs={"reasoning_effort": "low"}, template_date="2026-03-04") == [
+        "serve with VLLM_SYSTEM_START_DATE=2026-03-04",
+        "ask with reasoning_effort=low",
+    ]
+    sample = sample_of(chatml, ASKED, ANSWERED)
+    report = compare(sample, ["default"], served(as_trained(sample)), chatml, [day])
+    assert report.server_settings == [day] and day in report.summary()

@@ -12,6 +12,8 @@ import pytest
 from posttrain_lib.adapters import vllm_process
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import build_run_config
+from posttrain_lib.data.engine_gate import AutoDifferences, Difference
+from posttrain_lib.data.serving_check import Report
 from posttrain_lib.embedded.conversations import generate_rows
 from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import ConfigError, DataError, ModelError
@@ -142,13 +144,70 @@ def test_what_is_served_lies_as_an_export_lays_it(
         check_serving.serve_from({**found, "model": ArtifactRef(str(tmp_path), "model", "d")}, out)
 
 
+def test_a_run_that_compares_nothing_stops_before_vllm_is_asked(
+    model: Path, rows: Path, isolated_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_process, "is_available", lambda: True)
+    monkeypatch.setattr(vllm_process, "ask", lambda *_: pytest.fail("asked"))
+    with pytest.raises(DataError, match="nothing is proved") as caught:
+        run(config_of(model, rows, max_example_tokens=8), isolated_store)
+    assert "12 rows too long" in str(caught.value.got)
+    assert not list(isolated_store.glob("steps/check_serving/*/manifest.json"))
+
+
+def report_of(**figures: Any) -> Report:
+    counted = ("rows", "turns", "variants", "left_out", "ends_missing", "sent_beyond", "unchecked")
+    told: dict[str, Any] = {"renderer": "HfRenderer", "version": "1", "by_template": True}
+    told |= {"stop_ids": [], "server_settings": [], **{name: {} for name in counted}}
+    return Report(**{**told, **figures})
+
+
+@pytest.mark.parametrize(
+    ("figures", "failed"),
+    [
+        ({"turns": {"a": 3}}, []),
+        ({"left_out": {"rows_without_messages": 3}}, []),
+        ({}, ["training's ids are serving's"]),
+        ({"left_out": {"rows_too_long": 64}}, ["training's ids are serving's"]),
+        ({"turns": {"a": 3}, "ends_missing": {"x": 1}}, ["trained ends of turns end a generation"]),
+        (
+            {"turns": {"a": 3}, "sent_beyond": {"<think>\n": {"turns": 2, "first": "row 7"}}},
+            ["serving sends nothing that training never has"],
+        ),
+        ({"turns": {"a": 3}, "unchecked": {"b": "2 rows too long"}}, ["every source with messages is compared"]),
+    ],
+    ids=str,
+)
+def test_the_checks_say_what_was_proved(figures: dict[str, Any], failed: list[str]) -> None:
+    checks = check_serving._checks(report_of(**figures))
+    assert [check.name for check in checks if not check.passed] == failed
+    shown = "; ".join(str(check.value) for check in checks)
+    assert ("'<think>\\n' before 2 turns, first row 7" in shown) == ("sent_beyond" in figures)
+    assert ("b: 2 rows too long" in shown) == ("unchecked" in figures)
+
+
+def test_what_auto_tokenizer_makes_of_the_file_is_told_and_stops_nothing() -> None:
+    first = Difference("a b", "ids", tuple(range(20)), (1, 2))
+    found = {
+        "no tokenizer.json": None,
+        "equal ids of 9 texts": AutoDifferences("Llama", 9, 0, None),
+        "Llama gives other ids for 2 of 9 texts: 'a b' is [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...] by the file, "
+        "[1, 2] by it": AutoDifferences("Llama", 9, 2, first),
+    }
+    for said, rebuilt in found.items():
+        check = check_serving._tokenizer_check(rebuilt)
+        assert check.passed and said in str(check.value)
+
+
 class TestWithVllm:
     pytestmark = needs_vllm
 
     def test_equal_rows_pass_and_are_reused(self, model: Path, rows: Path, isolated_store: Path) -> None:
-        config = config_of(model, rows, serving_samples=8)
+        config = config_of(model, rows, serving_samples=8, template_kwargs={"mood": "calm"})
         manifest, said = run(config, isolated_store)
-        assert [check.passed for check in manifest.checks] == [True, True]
+        assert [check.passed for check in manifest.checks] == [True] * 5
+        assert manifest.metrics["autotokenizer"]["differing"] == 0 < manifest.metrics["autotokenizer"]["cases"]
+        assert any("serve with --default-chat-template-kwargs" in line for line in said)
         assert manifest.metrics["rows"] == {"a": 8}
         assert manifest.metrics["variants"] == {"default": manifest.metrics["turns"]["a"]}
         assert any("have the ids that HfRenderer of vLLM" in line for line in said)
@@ -179,5 +238,5 @@ class TestWithVllm:
             content.update({"eos_token": "<|im_start|>"} if name.startswith("tok") else {"eos_token_id": 1})
             (other / name).write_text(json.dumps(content))
         manifest, said = run(config_of(other, rows, serving_samples=4), isolated_store)
-        assert [check.passed for check in manifest.checks] == [True, False]
+        assert [check.passed for check in manifest.checks] == [True, False, True, True, True]
         assert any("FAILED trained ends of turns end a generation: <|im_end|>" in line for line in said)

@@ -1,13 +1,26 @@
-"""The gates of a run: each one holds, fails, or is not demanded."""
+"""The gates of a run: each one holds, fails, or is not demanded. And what the report card is given, and draws."""
 
+import dataclasses
+import json
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
+from metaflow.cards import Markdown, Table, VegaChart
 
+from posttrain_lib.adapters.metaflow_card import fill_report
 from posttrain_lib.config import load_run_config
+from posttrain_lib.config.data import DataConfig
+from posttrain_lib.data.prepare import RECEIPT, SAMPLES, prepare_dataset
+from posttrain_lib.embedded.conversations import generate_rows
+from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import TrainingError
+from posttrain_lib.schema.manifests import ArtifactRef, Check, StepManifest
+from posttrain_lib.schema.reports import StepReport
 from steps.pipeline import DEFAULT_CONFIG
-from steps.report import check_gates
+from steps.report import check_gates, collect
+from steps.train import shares, throughput
 
 SUMMARY: dict[str, Any] = {
     "held_out_before": 6.0,
@@ -52,3 +65,127 @@ def test_a_gate_on_what_was_not_measured_fails() -> None:
 
 def test_no_gates_demand_nothing() -> None:
     check_gates(config(), {**SUMMARY, "held_out_ratio": 2.0})
+
+
+# --- the report card ------------------------------------------------------------------------------------------------
+
+PICTURE = "\r\r![x](http://elsewhere.example/p.png)"
+
+
+def asked(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def messages() -> list[dict[str, Any]]:
+    """Rows with something of every kind of finding: like ones, markup, two Cyrillic letters' worth of a script."""
+    long = " ".join(str(number) for number in range(60))
+    odd = [asked("R&amp;B?" + PICTURE, "Yes."), asked("Что это такое, скажи?", "Кружка, конечно.")]
+    like = [asked(long, "One."), asked(long, "One"), asked(long, "One.")]
+    refused = [{"messages": [{"role": "robot", "content": "beep"}]}]
+    return [*generate_rows(60, 0), *odd, *like, *refused]
+
+
+def pairs() -> list[dict[str, Any]]:
+    draw = random.Random(0)
+    drawn = [" ".join(draw.choices(("red", "cup", "box", "Tom", "has"), k=8)) for _ in range(60)]
+    rows = [
+        {"prompt": one, "chosen": two, "rejected": two + " too"}
+        for one, two in zip(drawn[::2], drawn[1::2], strict=True)
+    ]
+    return [*rows, rows[0]]
+
+
+def manifest(step: str, metrics: dict[str, Any], /, **outputs: Path) -> StepManifest:
+    made = {name: ArtifactRef(str(path), name, "0" * 64) for name, path in outputs.items()}
+    plain = {"config": {}, "inputs": {}, "environment": {"python": "3"}, "code": {"commit": "c"}, "key_parts": {}}
+    checks = (Check(f"proof of {step}", True, f"row {PICTURE}", None, "because"),)
+    times = {"started_at": "2026-01-01T00:00:00", "seconds": 1.0}
+    return StepManifest(step, 1, "k" * 64, outputs=made, checks=checks, metrics=metrics, **plain, **times)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=["messages", "preference"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
+    """(run file, manifests): a real preparation, and what training and evaluation write, of a few figures."""
+    root = tmp_path_factory.mktemp("finished")
+    rows = messages() if request.param == "messages" else pairs()
+    (root / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    build_tokenizer((turn["content"] for row in generate_rows(50, 0) for turn in row["messages"]), 400, root / "tok")
+    sources = [{"name": "a", "path": "rows.jsonl", "format": request.param}]
+    settings = {"sources": sources, "max_refused_fraction": 0.5, "held_out": {"fraction": 0.2}, "engine": "hf"}
+    config = DataConfig.model_validate({**settings, "workers": 0})
+    inputs = {"a": str(root / "rows.jsonl")}
+    folders = {"tokenizer_folder": root / "tok", "out_dir": root, "rejects_dir": root / "rejects"}
+    prepare_dataset(config, inputs=inputs, progress=lambda _: None, **folders)
+    first = StepReport(
+        step=1, total_steps=2, loss=2.0, lr=0.1, grad_norm=1.0, trained_weight=50.0, real_tokens=90, slot_tokens=100,
+        tokens_seen=90, step_seconds=0.5, data_wait_seconds=0.0, model_flops=1e9, mfu=None, peak_memory_gib=1.0,
+        source_loss={"a": 2.0}, source_tokens={"a": 90, "late": 0}, source_units={"a": 3, "late": 0},
+    )  # fmt: skip
+    reports = [dataclasses.replace(first, step=0, loss=None, source_loss={}, held_out={"all": 3.0, "a": 3.0}), first]
+    reports.append(dataclasses.replace(first, step=2, loss=1.0, source_loss={"a": 1.0}))
+    lines = [json.dumps(dataclasses.asdict(report)) for report in reports]
+    (root / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    match = {"before": 0.0, "after": 0.5, "majority": 0.1, "majority_answer": PICTURE, "prompts": 4}
+    spoken = dict.fromkeys(("prompt", "expected", "before", "after"), PICTURE)
+    losses = {"held_out_before": {"all": 3.0, "a": 3.0}, "held_out_after": {"all": 1.0, "a": 1.0}}
+    return {"name": "small", "recipe": "sft"}, {
+        "prepare_data": manifest("prepare_data", {}, receipt=root / RECEIPT, samples=root / SAMPLES),
+        "train": manifest("train", {**throughput(reports), "sources": shares(reports)}, metrics=root / "metrics.jsonl"),
+        "evaluate": manifest("evaluate", {**losses, "exact_match": match, "generations": [spoken]}),
+    }
+
+
+def test_the_report_has_what_the_receipt_says(finished: tuple[dict[str, Any], Any]) -> None:
+    report = collect(*finished)
+    receipt = json.loads(Path(finished[1]["prepare_data"].outputs["receipt"].uri).read_text())
+    (row, *refused), counts = report["data"], receipt["sources"]["a"]
+    assert row == ["a", *(f"{counts[name]:,}" for name in ("rows", "examples", "tokens", "trained_tokens"))]
+    assert refused == [[f"refused: {why}", str(count), "", "", ""] for why, count in receipt["refused"].items()]
+    assert {role for _, role, _, _ in report["roles"]} == set(receipt["roles"]["a"])
+    assert report["lengths"] == receipt["length_histogram"] and report["samples"]
+    found = {name: (rows, first) for name, rows, first in report["findings"]}
+    if receipt["pairs"]:
+        assert found["pairs: prefix"][0] == "31" and "rows.jsonl:1" in found["pairs: prefix"][1]
+        assert found["near-duplicate examples"][0] == str(receipt["near_duplicates"]["near_duplicates"])
+    else:
+        assert found["a: html"][0] == "1" and "character" in found["a: html"][1]
+        assert (
+            found["a: unusual script, cyrillic"][0] == "1"
+            and "rows.jsonl:62" in found["a: unusual script, cyrillic"][1]
+        )
+        assert int(found["near-duplicate examples"][0]) >= 1 and " ~ " in found["near-duplicate examples"][1]
+
+
+def test_a_crowd_and_what_training_nearly_has_are_shown(finished: tuple[dict[str, Any], Any], tmp_path: Path) -> None:
+    run, manifests = finished
+    receipt = json.loads(Path(manifests["prepare_data"].outputs["receipt"].uri).read_text())
+    place = {"a": "a: 1", "b": "a: 2", "similarity": 0.9}
+    receipt["near_duplicates"].update(crowded=1234, held_out_near_training=1, first_held_out=[place])
+    (tmp_path / "receipt.json").write_text(json.dumps(receipt))
+    samples = Path(manifests["prepare_data"].outputs["samples"].uri)
+    prepared = manifest("prepare_data", {}, receipt=tmp_path / "receipt.json", samples=samples)
+    found = {row[0]: row[1:] for row in collect(run, {**manifests, "prepare_data": prepared})["findings"]}
+    assert found["examples too much like many others to be compared with all of them"][0] == "1,234"
+    assert found["held-out examples that training nearly has"] == ["1", "a: 1 ~ a: 2 (0.90)"]
+    plain = [row[0] for row in collect(run, manifests)["findings"]]
+    assert "examples too much like many others to be compared with all of them" not in plain
+
+
+def test_a_source_that_gave_nothing_yet_has_a_row_as_long_as_the_others(finished: tuple[dict[str, Any], Any]) -> None:
+    assert collect(*finished)["sources"] == [
+        ["a", "270", "100.00%", "100.00%", "2.0000", "1.0000"],
+        ["late", "0", "0.00%", "0.00%", "", ""],
+    ]
+
+
+def test_the_card_has_every_part_and_no_text_of_a_row_leaves_its_block(finished: tuple[dict[str, Any], Any]) -> None:
+    card: list[Any] = []
+    fill_report(card, collect(*finished), finished[1])
+    tables = [part for part in card if isinstance(part, Table)]
+    assert len(tables) >= 8 and sum(isinstance(part, VegaChart) for part in card) == 5
+    for table in tables:
+        assert table._data and {len(row) for row in table._data} == {len(table._headers)}
+    cells = [cell for table in tables for row in table._data for cell in row]
+    texts = [part._text for part in (*card, *cells) if isinstance(part, Markdown)]
+    assert not any("![x]" in cell for cell in cells if isinstance(cell, str))
+    assert sum("![x]" in text for text in texts) >= 6 and not any("\r" in text for text in texts)
