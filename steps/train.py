@@ -154,14 +154,15 @@ def _check_made_by_this_tokenizer(context: StepContext) -> dict[str, str]:
 
 def _live_spec(context: StepContext, made_by: dict[str, str]) -> LiveSpec:
     """What a live feed reads: the files as they are now, which must be those that the run's key was made of."""
-    from posttrain_lib.data.live_feed import LiveSpec, files_with_digests
+    from posttrain_lib.data.live_feed import LiveSpec
+    from posttrain_lib.data.sources import list_files
 
     prepare_data.check_unchanged(context)
     config, known = context.config.data, known_digests()
     if "chat_template" in context.inputs:
         config = config.model_copy(update={"chat_template": context.inputs["chat_template"].uri})
     paths = [context.inputs[f"source:{source.name}"].uri for source in config.sources]
-    files = tuple(files_with_digests(path, known) for path in paths)
+    files = tuple(tuple(list_files(path, known)) for path in paths)
     return LiveSpec(config, context.inputs["tokenizer"].uri, files, made_by)
 
 

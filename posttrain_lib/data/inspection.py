@@ -31,7 +31,7 @@ from posttrain_lib.data.making import make
 from posttrain_lib.data.prepare import HELD_OUT, QUARANTINE, TRAIN
 from posttrain_lib.data.readers import BadRow, Place
 from posttrain_lib.data.refusal import RefusedRow
-from posttrain_lib.data.sources import files_of, read_from
+from posttrain_lib.data.sources import files_of, names_of, read_from
 from posttrain_lib.data.token_store import INDEX_FILE, KINDS, TokenStore
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.schema.examples import ParsedRow
@@ -242,10 +242,11 @@ class Inspection:
     def _read_by_id(self, source: str, row_id: str) -> Any:
         """A row that the quarantine names without keeping it: a duplicate."""
         name = row_id.rpartition(":")[0]
-        for file in files_of(self._inputs[source]):
-            if not file.rstrip("/").endswith(name.rstrip("/")):
+        files = files_of(self._inputs[source])
+        for file, called in zip(files, names_of(files), strict=True):
+            if called != name:
                 continue
-            for _, found, row in read_from(file):
+            for _, found, row in read_from(file, name=called):
                 if found == row_id:
                     return row.raw if isinstance(row, BadRow) else row
         return None

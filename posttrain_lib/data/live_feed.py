@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from posttrain_lib.data.mixture import Mixer, Part
 from posttrain_lib.data.order import source_seed
 from posttrain_lib.data.packing import Row
 from posttrain_lib.data.planner import UnitFacts
-from posttrain_lib.data.sources import digest_rows, files_of, list_files
+from posttrain_lib.data.sources import names_of
 from posttrain_lib.data.store_feed import SourceShare, plain_mixture, schedule
 from posttrain_lib.data.workers import OrderedPool
 from posttrain_lib.errors import CheckpointError, DataError
@@ -34,7 +34,6 @@ from posttrain_lib.schema.batches import PackedBatch
 
 if TYPE_CHECKING:
     from posttrain_lib.config.data import DataConfig
-    from posttrain_lib.lineage.digests import FileDigests
 
 QUARANTINE = "live_quarantine.jsonl"
 #: names of this many examples are remembered for error messages
@@ -58,12 +57,6 @@ class LiveSpec:
     tokenizer_folder: str
     files: tuple[tuple[tuple[str, str], ...], ...]
     fingerprint: Mapping[str, str]
-
-
-def files_with_digests(path: str, known: FileDigests) -> tuple[tuple[str, str], ...]:
-    """The files of a pinned path as they are read, each with a digest of its content. A datasets folder is one."""
-    listed = dict(list_files(path, known))
-    return tuple((file, listed.get(file) or digest_rows(file, known)) for file in files_of(path))
 
 
 class LiveFeed:
@@ -105,12 +98,17 @@ class LiveFeed:
             workers, make_encoder, (spec.config, spec.tokenizer_folder, None, False), encode_rows, name_rows
         )
         files = [
-            [LiveFile(source, number, path, digest) for number, (path, digest) in enumerate(found)]
+            [
+                LiveFile(source, number, path, digest, name)
+                for number, ((path, digest), name) in enumerate(
+                    zip(found, names_of([path for path, _ in found]), strict=True)
+                )
+            ]
             for source, found in enumerate(spec.files)
         ]
         self._identity = {
             "files": {
-                f"{self.sources[file.source]} {file.number} {file.path.rsplit('/', 1)[-1]}": file.digest
+                f"{self.sources[file.source]} {file.number} {file.name}": file.digest
                 for found in files
                 for file in found
             },

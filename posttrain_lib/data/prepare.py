@@ -31,7 +31,7 @@ from posttrain_lib.data.formats import check_fields
 from posttrain_lib.data.oddities import Oddities
 from posttrain_lib.data.probes import check_maskable
 from posttrain_lib.data.receipt import Receipt
-from posttrain_lib.data.sources import files_of, read_from
+from posttrain_lib.data.sources import files_of, names_of, read_from
 from posttrain_lib.data.token_store import TokenStoreWriter
 from posttrain_lib.data.workers import OrderedPool
 from posttrain_lib.errors import DataError
@@ -136,6 +136,7 @@ class _Preparation:
         self.receipt = Receipt(config.max_refused_fraction)
         self._names = [source.name for source in config.sources]
         self._files = files
+        self._called = {name: names_of(files[name]) for name in self._names}
         self._rows_read = {name: [0] * len(files[name]) for name in self._names}
         made_by = fingerprint(encoder.tokenizer)
         self._stores = {
@@ -157,8 +158,8 @@ class _Preparation:
                 yield chunk
 
     def _rows_of(self, source: int, name: str) -> Iterator[RawRow]:
-        for file, path in enumerate(self._files[name]):
-            for place, row_id, content in read_from(path):
+        for file, (path, called) in enumerate(zip(self._files[name], self._called[name], strict=True)):
+            for place, row_id, content in read_from(path, name=called):
                 self._rows_read[name][file] += 1
                 yield RawRow(source, file, place.row, row_id, content)
             if not self._rows_read[name][file]:
@@ -199,9 +200,8 @@ class _Preparation:
         """Write the small files, and stop where training would be in vain."""
         self._quarantine.flush()
         for name in self._names:
-            files = [path.rsplit("/", 1)[-1] for path in self._files[name]]
             for store in self._stores.values():
-                store.state_files(name, list(zip(files, self._rows_read[name], strict=True)))
+                store.state_files(name, list(zip(self._called[name], self._rows_read[name], strict=True)))
         engine = {name: value for name, value in self.tokenizer.engine_report.items() if name != "fallbacks"}
         self.receipt.made_by = {**fingerprint(self.tokenizer), "engine": engine}
         ordered = [prompt for _, prompt in sorted(self._prompts, key=lambda item: -item[0])]

@@ -111,9 +111,9 @@ class TokenStoreWriter:
             raise DataError("no such prefix to share", where=f"{example.source}: {example.row_id}", got=shared)
         self._kinds.append(KINDS.index(kind))
         self._shared.append(shared)
-        file, number = row or (0, len(self._row_index))
+        file, row_number = row or (0, len(self._row_index))
         self._file_index.append(file)
-        self._row_index.append(number)
+        self._row_index.append(row_number)
         self._largest_id = max(self._largest_id, int(tokens.max()))
         counted = weights[1:]
         self._lengths.append(len(tokens))
@@ -124,7 +124,7 @@ class TokenStoreWriter:
         for text in (example.source, example.row_id):
             encoded = text.encode()
             self._content.update(len(encoded).to_bytes(8, "little") + encoded)
-        for number in (len(tokens), self._kinds[-1], shared, file, number):
+        for number in (len(tokens), self._kinds[-1], shared, file, row_number):
             self._content.update(int(number).to_bytes(8, "little"))
         self._content.update(tokens.astype("<i4", copy=False).data)
         self._content.update(weights.astype("<f4", copy=False).data)

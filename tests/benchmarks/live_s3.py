@@ -46,8 +46,8 @@ def one_round(url: str, tokenizer: Path, workers: int) -> dict[str, float]:
     """Seconds from the start of reading to the first row and to the first step; and steps after it, per second."""
     seen: list[float] = []
 
-    def noted(file: str, place: Any) -> Any:
-        for row in read_from(file, place):
+    def noted(file: str, place: Any, name: str | None = None) -> Any:
+        for row in read_from(file, place, name):
             seen.append(time.perf_counter())
             yield row
 

@@ -18,10 +18,10 @@ import pytest
 from posttrain_lib.config.data import DataConfig
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.fingerprint import fingerprint
-from posttrain_lib.data.live_feed import QUARANTINE, LiveFeed, LiveSpec, files_with_digests
+from posttrain_lib.data.live_feed import QUARANTINE, LiveFeed, LiveSpec
 from posttrain_lib.data.loader import LoadedStep, PackedLoader
 from posttrain_lib.data.prepare import prepare_dataset
-from posttrain_lib.data.sources import pinned
+from posttrain_lib.data.sources import list_files, pinned
 from posttrain_lib.data.store_feed import MixtureSpec, SourceShare, StoreFeed
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import CheckpointError, DataError
@@ -73,7 +73,7 @@ class Data:
 
     def spec(self) -> LiveSpec:
         known = FileDigests()
-        files = tuple(files_with_digests(path, known) for path in self.paths.values())
+        files = tuple(tuple(list_files(path, known)) for path in self.paths.values())
         tokenizer = ChatTokenizer(self.tokenizer, chat_template=self.config.chat_template)
         return LiveSpec(self.config, str(self.tokenizer), files, fingerprint(tokenizer))
 
@@ -282,7 +282,7 @@ def test_other_settings_are_another_run(data: Data) -> None:
 def test_a_datasets_folder_is_read_as_one(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([_row("a", number) for number in range(1, 4)]).save_to_disk(str(tmp_path / "saved"))
-    found = files_with_digests(str(tmp_path / "saved"), FileDigests())
+    found = list_files(str(tmp_path / "saved"), FileDigests())
     assert len(found) == 1 and found[0][0].endswith("saved") and len(found[0][1]) == 64
 
 
@@ -325,3 +325,19 @@ def test_documents_are_named(data: Data) -> None:
     assert all(name.startswith(("one: a.jsonl:", "one: b.jsonl.gz:", "two: two.jsonl:")) for name in names)
     assert np.all([batch.document_sources.max() < 2 for batch in step.micro_batches])
     assert dataclasses.asdict(data.spec())["fingerprint"].keys() == {"tokenizer", "template"}
+
+
+def test_rows_of_files_of_one_name_are_told_apart(data: Data) -> None:
+    for folder, rows in (("x", range(1, 4)), ("y", range(6, 9))):
+        (data.folder / folder).mkdir()
+        (data.folder / folder / "same.jsonl").write_text("".join(json.dumps(_row(folder, n)) + "\n" for n in rows))
+    data.paths["two"] = pinned(str(data.folder / "[xy]" / "same.jsonl"))
+    feed = data.live(epochs=1)
+    names = {
+        feed.name_example(int(example))
+        for step in _take(_loader(feed), 100)
+        for batch in step.micro_batches
+        for example in batch.document_ids
+        if example >= 0
+    }
+    assert {"two: x/same.jsonl:1", "two: y/same.jsonl:1"} <= names
