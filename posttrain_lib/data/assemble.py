@@ -12,6 +12,9 @@ from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.data.units import Units
 from posttrain_lib.schema.batches import PackedBatch
 
+#: longest document of padding
+PADDING_TOKENS = 128
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -30,7 +33,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class PackedArrays:
-    """The arrays on T of a batch that is being filled: int32, int32, float32, int32, zeros to begin with."""
+    """The arrays on T of a batch that is being filled: int32, int32, float32, int32."""
 
     token_ids: np.ndarray
     target_ids: np.ndarray
@@ -39,10 +42,17 @@ class PackedArrays:
 
     @classmethod
     def empty(cls, total: int) -> PackedArrays:
-        """Zeros [total], in one piece of memory: numpy asks for huge pages from 4 MiB on, and page faults cost more
-        here than copying."""
-        block = np.zeros((4, total), np.int32)
+        """Arrays [total] of whatever the memory holds, in one piece: numpy asks for huge pages from 4 MiB on, and page
+        faults cost more here than copying."""
+        block = np.empty((4, total), np.int32)
         return cls(block[0], block[1], block[2].view(np.float32), block[3])
+
+    def pad(self, begin: int, end: int) -> None:
+        """Make this range a document of zeros."""
+        self.token_ids[begin:end] = 0
+        self.target_ids[begin:end] = 0
+        self.loss_weights[begin:end] = 0.0
+        self.positions[begin:end] = np.arange(end - begin, dtype=np.int32)
 
     def lay_out(
         self,
@@ -90,9 +100,10 @@ def store_filler(store: TokenStore, segments: Segments) -> Fill:
 def assemble(segments: Segments, fill: Fill, row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
     """Lay the rows end to end and part them into batches of ``rows_per_batch``: T = rows * ``row_tokens`` in each.
 
-    What a row leaves free becomes a last document of the row, with positions from 0, weight 0 and source -1, so that
-    it sees no real token and none sees it. Weights move from the predicted token to the position that predicts it;
-    that of a document's first token, which nothing predicts, falls away. The batches are views of common arrays.
+    What a row leaves free becomes documents of its own behind the others, short ones (attention is quadratic), with
+    positions from 0, weight 0 and source -1, so that they see no real token and none sees them. Weights move from the
+    predicted token to the position that predicts it; that of a document's first token, which nothing predicts, falls
+    away. The batches are views of common arrays.
     """
     rows = len(segments.per_row)
     total = rows * row_tokens
@@ -102,11 +113,13 @@ def assemble(segments: Segments, fill: Fill, row_tokens: int, rows_per_batch: in
     places = row_of * row_tokens + before - (np.cumsum(used) - used)[row_of]
     arrays = PackedArrays.empty(total)
     fill(places, arrays)
-    free = np.flatnonzero(used < row_tokens)
-    padding = free * row_tokens + used[free]
-    for begin, end in zip(padding.tolist(), ((free + 1) * row_tokens).tolist(), strict=True):
-        arrays.positions[begin:end] = np.arange(end - begin, dtype=np.int32)
-    starts = np.concatenate([places, padding])
+    padding = []
+    for row in np.flatnonzero(used < row_tokens).tolist():
+        end = (row + 1) * row_tokens
+        for begin in range(row * row_tokens + int(used[row]), end, PADDING_TOKENS):
+            arrays.pad(begin, min(end, begin + PADDING_TOKENS))
+            padding.append(begin)
+    starts = np.concatenate([places, np.array(padding, np.int64)])
     order = np.argsort(starts)
     padded = np.full(len(padding), -1)
     whole = _Whole(

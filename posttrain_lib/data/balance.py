@@ -6,7 +6,8 @@ import numpy as np
 
 
 def deal_out(costs: np.ndarray, ranks: int) -> list[list[int]]:
-    """Row numbers of each rank: equally many, of as equal a summed cost as a greedy deal finds; dearest first.
+    """Row numbers of each rank: equally many, of as equal a summed cost as a greedy deal finds; of several ranks, each
+    one's dearest first.
 
     The step's rows stay the step's rows: only who computes them is decided here, so the global order stands for any
     number of ranks. Longest processing time first (Graham 1969) with a limit on the rows of a rank, then swaps between
@@ -19,7 +20,7 @@ def deal_out(costs: np.ndarray, ranks: int) -> list[list[int]]:
     if rest:
         raise ValueError(f"{len(costs)} rows cannot be dealt out evenly to {ranks} ranks")
     if ranks == 1:
-        return [np.argsort(-costs, kind="stable").tolist()]
+        return [list(range(len(costs)))]  # nothing to even out
     loads = np.zeros(ranks)
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for row in np.argsort(-costs, kind="stable").tolist():

@@ -49,6 +49,8 @@ def lay_out_loop(
             weighing[t] = weighed[t + 1]
         for t in range(length):
             counted[t] = first + t
+        targets[length - 1] = 0
+        weighing[length - 1] = 0.0
 
 
 @_compiled

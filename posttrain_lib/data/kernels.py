@@ -61,7 +61,7 @@ def lay_out_plain(
     Args:
         tokens: int32 flat. weights: float32 flat, target-aligned.
         begins, places: int64 [n]. lengths, firsts: int32 [n].
-        token_ids, target_ids, positions: int32 [T], loss_weights: float32 [T]; zeros, filled in place.
+        token_ids, target_ids, positions: int32 [T], loss_weights: float32 [T]; filled in place.
     """
     longest = int((firsts + lengths).max()) if len(lengths) else 0
     count = np.arange(longest, dtype=np.int32)
@@ -72,4 +72,5 @@ def lay_out_plain(
         token_ids[place:end] = tokens[begin : begin + length]
         target_ids[place : end - 1] = tokens[begin + 1 : begin + length]
         loss_weights[place : end - 1] = weights[begin + 1 : begin + length]
+        target_ids[end - 1], loss_weights[end - 1] = 0, 0.0
         positions[place:end] = count[first : first + length]

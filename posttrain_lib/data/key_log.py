@@ -23,9 +23,3 @@ class KeyLog:
     def __getitem__(self, index: int) -> str:
         begin = self._ends[index - 1] if index else 0
         return self._text[begin : self._ends[index]].decode("utf-8", "surrogatepass")
-
-    def extend(self, other: KeyLog) -> None:
-        """Add the other's strings behind these."""
-        begin = len(self._text)
-        self._text += other._text
-        self._ends.extend(begin + end for end in other._ends)

@@ -23,7 +23,7 @@ class PackedBatch:
         loss_weights     float32 [T] weight of predicting ``target_ids[t]`` at position t; 0 = not trained
         positions        int64* [T]  places in the document: restart at 0 with each whole document, go on from the
                                      length of the shared beginning in a segment with a parent
-        cu_seqlens       int32 [n+1] segment boundaries; padding, if any, is a last document of its own
+        cu_seqlens       int32 [n+1] segment boundaries; padding, if any, lies behind them in documents of its own
         supervised_index int64 [N]   positions with a non-zero weight, found on the CPU so that the head never syncs
         document_sources int32 [n]   index into the store's source names; -1 for padding
         document_ids     int64 [n]   example index in the token store; -1 for padding
