@@ -129,7 +129,9 @@ class LiveFeed:
         self._streams: list[LiveStream] = []
         for number, (name, members) in enumerate(groups):
             share = SourceShare(weight=1.0, epochs=epochs) if mixture is None else mixture.sources[name]
-            policy = "stop" if mixture is None else share.exhausted or mixture.exhausted
+            policy = (
+                ("repeat" if epochs is None else "stop") if mixture is None else share.exhausted or mixture.exhausted
+            )
             passes = share.epochs if policy == "repeat" or mixture is None else share.epochs or 1
             stream = make(
                 members,

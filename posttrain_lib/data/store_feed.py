@@ -89,7 +89,8 @@ class StoreFeed:
         }
         if mixture is None:
             stream = self._stream(np.arange(len(self._units)), seed, epochs)
-            self.mixer = Mixer([Part(stream, ((1, 1.0),), "stop")], by="samples")
+            policy = "repeat" if epochs is None else "stop"
+            self.mixer = Mixer([Part(stream, ((1, 1.0),), policy)], by="samples")
         else:
             self.mixer = Mixer([self._part(name, mixture) for name in self.sources], by=mixture.by)
 

@@ -181,3 +181,5 @@ def test_whether_a_mixture_ends(store: TokenStore) -> None:
     assert ends(sources={"small": SourceShare(exhausted="stop")})
     never_drawn = {"big": SourceShare(1.0), "mid": SourceShare(1.0), "small": SourceShare(0.0, exhausted="stop")}
     assert not ends(sources=never_drawn)
+    assert not StoreFeed(store, row_tokens=LONGEST).mixer.ends()
+    assert StoreFeed(store, row_tokens=LONGEST, epochs=0.5).mixer.ends()
