@@ -32,6 +32,7 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 #: characters between the place that the decoder blames and the end of a text, where more text may mend it: it blames
 #: the start of a token, of which "\\ud83d\\ude00" is the longest, and of a string, which is told from its message
 _LONGEST_TOKEN = 12
+_ENDS = (",", "]")
 _UNFINISHED = "Unterminated string"
 _BLANK = re.compile(r"[ \t\n\r]*")
 
@@ -232,7 +233,9 @@ class _Window:
                 if self._ended or not near_end:
                     raise self.broken(str(error)) from error
             else:
-                if self._ended or _end_of_blank(self._text, end) < len(self._text):
+                behind = _end_of_blank(self._text, end)
+                # "5." is 5 and the start of 5.3: what follows must end an element, unless it cannot be a number's rest.
+                if self._ended or self._text[behind : behind + 1] in _ENDS or len(self._text) - end > _LONGEST_TOKEN:
                     self._at = end
                     return value
             self._grow()
