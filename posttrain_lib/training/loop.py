@@ -23,7 +23,7 @@ from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.data.live_feed import LiveFeed
 from posttrain_lib.data.loader import LoadedStep, PackedLoader, count_steps
-from posttrain_lib.data.store_feed import feed_for
+from posttrain_lib.data.store_feed import StoreFeed, feed_for
 from posttrain_lib.data.token_store import KINDS, TokenStore
 from posttrain_lib.errors import ConfigError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
@@ -116,9 +116,8 @@ def build_loader(
     )
 
 
-def planned_steps(store: TokenStore, config: TrainConfig) -> int:
+def planned_steps(feed: StoreFeed, store: TokenStore, config: TrainConfig) -> int:
     """Optimiser steps of the whole run: as configured, or as many as there are until the data ends."""
-    feed = feed_for(store, config)
     if not feed.mixer.ends():
         if config.steps is None:
             raise ConfigError(
@@ -128,7 +127,7 @@ def planned_steps(store: TokenStore, config: TrainConfig) -> int:
             )
         return int(config.steps)
     counted = count_steps(
-        feed,
+        feed_for(store, config),  # counting uses one up
         row_tokens=config.row_tokens,
         rows_per_step=config.rows_per_step,
         packing_buffer=config.packing_buffer,
@@ -194,11 +193,15 @@ class Trainer:
         check_vocabulary(self.spec, self.store, self.held_out)
         self.loss = build_loss(config.loss, config.loss_options)
         check_kind(self.store, self.loss)
-        # A live feed starts its processes: they load the tokenizer while this one loads the model.
-        self.total_steps = planned_steps(self.store, config) if job.live is None else int(config.steps or 0)
-        check_warmup(config, self.total_steps)
-        self.feed: Feed = feed_for(self.store, config) if job.live is None else live_feed(job.live, job)
+        self.feed: Feed
+        if job.live is None:
+            self.feed = stored = feed_for(self.store, config)
+            self.total_steps = planned_steps(stored, self.store, config)
+        else:
+            # It starts its processes: they load the tokenizer while this one loads the model.
+            self.feed, self.total_steps = live_feed(job.live, job), int(config.steps or 0)
         try:
+            check_warmup(config, self.total_steps)
             model = load_sharded_model(self.spec, job, device)
         except BaseException:
             self.feed.close()
