@@ -117,11 +117,6 @@ class ChatTokenizer:
         """Ids of exactly this text: nothing is added before or behind, markers in it become their tokens."""
         return self._engine_for(len(text)).encode_with_offsets(text)
 
-    def encode_many(self, texts: Sequence[str]) -> list[Encoded]:
-        """Each text by itself, in their order."""
-        engine = self._engine_for(sum(map(len, texts)))
-        return [engine.encode_with_offsets(text) for text in texts]
-
     def gate_verdict(self) -> GateReport | None:
         """Whether a faster engine gives the same; asks where that has not been done. None with ``engine="hf"``."""
         if self._engine is None:

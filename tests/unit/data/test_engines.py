@@ -332,15 +332,6 @@ def test_the_engine_is_made_once_there_is_enough_text(chatml_folder: Path, monke
     assert reference.gate_verdict() is None
 
 
-def test_many_texts_keep_their_order(chatml_folder: Path) -> None:
-    tokenizer = ChatTokenizer(chatml_folder)
-    texts = ["one", "", "two caf\u00e9", "<|im_start|>three"]
-    for _ in range(2):
-        for text, found in zip(texts, tokenizer.encode_many(texts), strict=True):
-            assert_equal(tokenizer.encode(text), found, text)
-        tokenizer.gate_verdict()  # from here on by the other engine
-
-
 def test_a_worker_takes_over_the_verdict(chatml_folder: Path) -> None:
     tokenizer = ChatTokenizer(chatml_folder)
     verdict = tokenizer.gate_verdict()
