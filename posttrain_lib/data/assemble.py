@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from posttrain_lib.data.kernels import lay_out, nonzero
+from posttrain_lib.data.kernels import lay_out, nonzero, pad, place_rows
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.data.units import Units
 from posttrain_lib.schema.batches import PackedBatch
@@ -47,12 +48,9 @@ class PackedArrays:
         block = np.empty((4, total), np.int32)
         return cls(block[0], block[1], block[2].view(np.float32), block[3])
 
-    def pad(self, begin: int, end: int) -> None:
-        """Make this range a document of zeros."""
-        self.token_ids[begin:end] = 0
-        self.target_ids[begin:end] = 0
-        self.loss_weights[begin:end] = 0.0
-        self.positions[begin:end] = np.arange(end - begin, dtype=np.int32)
+    def pad(self, bounds: np.ndarray, segments: np.ndarray) -> None:
+        """Make what no segment fills documents of zeros; see ``kernels.pad_plain``."""
+        pad()(bounds, segments, self.token_ids, self.target_ids, self.loss_weights, self.positions)
 
     def lay_out(
         self,
@@ -76,7 +74,7 @@ Fill = Callable[[np.ndarray, PackedArrays], None]
 
 def segments_of(store: TokenStore, units: Units, rows: Sequence[Sequence[int]]) -> Segments:
     """The segments of rows of unit ids."""
-    flat = np.fromiter((unit for row in rows for unit in row), np.int64)
+    flat = np.fromiter(chain.from_iterable(rows), np.int64)
     examples = units.examples(flat)
     skipped = units.skipped[examples]
     row_of_unit = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
@@ -106,30 +104,17 @@ def assemble(segments: Segments, fill: Fill, row_tokens: int, rows_per_batch: in
     away. The batches are views of common arrays.
     """
     rows = len(segments.per_row)
-    total = rows * row_tokens
-    row_of = np.repeat(np.arange(rows), segments.per_row)
-    before = np.cumsum(segments.lengths, dtype=np.int64) - segments.lengths
-    used = np.bincount(row_of, weights=segments.lengths, minlength=rows).astype(np.int64)
-    places = row_of * row_tokens + before - (np.cumsum(used) - used)[row_of]
-    arrays = PackedArrays.empty(total)
-    fill(places, arrays)
-    padding = []
-    for row in np.flatnonzero(used < row_tokens).tolist():
-        end = (row + 1) * row_tokens
-        for begin in range(row * row_tokens + int(used[row]), end, PADDING_TOKENS):
-            arrays.pad(begin, min(end, begin + PADDING_TOKENS))
-            padding.append(begin)
-    starts = np.concatenate([places, np.array(padding, np.int64)])
-    order = np.argsort(starts)
-    padded = np.full(len(padding), -1)
+    bounds, order = place_rows()(segments.lengths, segments.per_row, row_tokens, PADDING_TOKENS)
+    arrays = PackedArrays.empty(rows * row_tokens)
+    fill(bounds[:-1][order >= 0], arrays)
+    arrays.pad(bounds, order)
     whole = _Whole(
         arrays=arrays,
-        bounds=np.append(starts[order], total),
-        supervised=nonzero()(arrays.loss_weights),
-        sources=np.concatenate([segments.sources, padded])[order].astype(np.int32),
-        ids=np.concatenate([segments.examples, padded])[order].astype(np.int64),
+        bounds=bounds,
+        # The -1 at the end is what an index of -1, padding, finds.
+        sources=np.append(segments.sources, np.int32(-1))[order],
+        ids=np.append(segments.examples, -1)[order],
         parents=_parents(segments.firsts, order) if segments.firsts.any() else None,
-        used=used,
     )
     return [
         whole.part(first, min(rows, first + rows_per_batch), row_tokens) for first in range(0, rows, rows_per_batch)
@@ -138,41 +123,41 @@ def assemble(segments: Segments, fill: Fill, row_tokens: int, rows_per_batch: in
 
 @dataclass(frozen=True)
 class _Whole:
-    """All rows of a step: ``bounds`` int64 [n+1] of the segments, padding among them; ``used`` int64 [rows]."""
+    """All rows of a step: ``bounds`` int64 [n+1] of the segments, padding among them."""
 
     arrays: PackedArrays
     bounds: np.ndarray
-    supervised: np.ndarray
     sources: np.ndarray
     ids: np.ndarray
     parents: np.ndarray | None
-    used: np.ndarray
 
     def part(self, first: int, end: int, row_tokens: int) -> PackedBatch:
         """Rows ``first`` to ``end`` as a batch. Every row begins with a segment of its own and ends with one."""
         begin, stop = first * row_tokens, end * row_tokens
         left, right = np.searchsorted(self.bounds, (begin, stop))
-        low, high = np.searchsorted(self.supervised, (begin, stop))
+        ids = self.ids[left:right]
         cu_seqlens = (self.bounds[left : right + 1] - begin).astype(np.int32)
         parents = None if self.parents is None else self.parents[left:right]
         if parents is not None:
             parents = None if (parents < 0).all() else np.where(parents < 0, -1, parents - left).astype(np.int32)
+        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+        weights = self.arrays.loss_weights[begin:stop]
         return PackedBatch(
             token_ids=self.arrays.token_ids[begin:stop],
             target_ids=self.arrays.target_ids[begin:stop],
-            loss_weights=self.arrays.loss_weights[begin:stop],
+            loss_weights=weights,
             positions=self.arrays.positions[begin:stop],
             cu_seqlens=cu_seqlens,
-            supervised_index=self.supervised[low:high] - begin,
+            supervised_index=nonzero()(weights),
             document_sources=self.sources[left:right],
-            document_ids=self.ids[left:right],
-            max_seqlen=int(np.diff(cu_seqlens).max()),
-            real_tokens=int(self.used[first:end].sum()),
+            document_ids=ids,
+            max_seqlen=int(lengths.max()),
+            real_tokens=int(lengths[ids >= 0].sum()),
             parents=parents,
         )
 
 
 def _parents(firsts: np.ndarray, order: np.ndarray) -> np.ndarray:
     """int64: a segment with shared tokens goes on from the one before it; padding stands alone."""
-    shares = np.append(firsts > 0, np.zeros(len(order) - len(firsts), bool))[order]
+    shares = np.append(firsts > 0, False)[order]
     return np.where(shares, np.arange(len(order)) - 1, -1)

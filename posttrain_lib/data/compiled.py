@@ -54,6 +54,39 @@ def lay_out_loop(
 
 
 @_compiled
+def place_loop(lengths: Any, per_row: Any, row_tokens: int, longest_padding: int) -> tuple[Any, Any]:
+    free = row_tokens * len(per_row) - lengths.sum()
+    most = len(lengths) + free // longest_padding + len(per_row)
+    bounds, segments = np.empty(most + 1, np.int64), np.empty(most, np.int64)
+    count, segment = 0, 0
+    for row in range(len(per_row)):
+        place, end = row * row_tokens, (row + 1) * row_tokens
+        for _ in range(per_row[row]):
+            bounds[count], segments[count] = place, segment
+            place += lengths[segment]
+            segment += 1
+            count += 1
+        while place < end:
+            bounds[count], segments[count] = place, -1
+            place = min(end, place + longest_padding)
+            count += 1
+    bounds[count] = row_tokens * len(per_row)
+    return bounds[: count + 1], segments[:count]
+
+
+@_compiled
+def pad_loop(bounds: Any, segments: Any, token_ids: Any, target_ids: Any, loss_weights: Any, positions: Any) -> None:
+    for i in range(len(segments)):
+        if segments[i] < 0:
+            begin, end = bounds[i], bounds[i + 1]
+            token_ids[begin:end] = 0
+            target_ids[begin:end] = 0
+            loss_weights[begin:end] = 0.0
+            for t in range(begin, end):
+                positions[t] = t - begin
+
+
+@_compiled
 def nonzero_loop(values: Any) -> Any:
     """int64: the places of values that are not 0, in order."""
     places = np.empty(len(values), np.int64)

@@ -32,6 +32,26 @@ def lay_out() -> LayOut:
 
 
 @functools.cache
+def place_rows() -> Callable[[np.ndarray, np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]:
+    """The fastest version of :func:`place_rows_plain` that this machine has."""
+    if not has_numba():
+        return place_rows_plain
+    from posttrain_lib.data import compiled
+
+    return compiled.place_loop
+
+
+@functools.cache
+def pad() -> Callable[..., None]:
+    """The fastest version of :func:`pad_plain` that this machine has."""
+    if not has_numba():
+        return pad_plain
+    from posttrain_lib.data import compiled
+
+    return compiled.pad_loop
+
+
+@functools.cache
 def nonzero() -> Callable[[np.ndarray], np.ndarray]:
     """``numpy.flatnonzero``, or the compiled version of it, which takes a third of the time."""
     if not has_numba():
@@ -39,6 +59,52 @@ def nonzero() -> Callable[[np.ndarray], np.ndarray]:
     from posttrain_lib.data import compiled
 
     return compiled.nonzero_loop
+
+
+def place_rows_plain(
+    lengths: np.ndarray, per_row: np.ndarray, row_tokens: int, longest_padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the segments of rows lie, rows end to end, and the padding behind those of each row.
+
+    Args:
+        lengths: int32 [n] tokens of the segments, in order. per_row: int64 [rows] segments of each row.
+        longest_padding: what a row leaves free is parted into documents of so many tokens at most.
+
+    Returns:
+        bounds int64 [m+1] of all that lies in the rows, from 0 to ``rows * row_tokens``, and segments int64 [m]: the
+        number of the segment between two bounds, -1 for padding.
+    """
+    bounds: list[int] = []
+    segments: list[int] = []
+    sizes, segment = lengths.tolist(), 0
+    for row, count in enumerate(per_row.tolist()):
+        place, end = row * row_tokens, (row + 1) * row_tokens
+        for segment in range(segment, segment + count):  # noqa: B020 - goes on where the last row stopped
+            bounds.append(place)
+            segments.append(segment)
+            place += sizes[segment]
+        segment += count > 0
+        padding = range(place, end, longest_padding)
+        bounds.extend(padding)
+        segments.extend([-1] * len(padding))
+    return np.array([*bounds, len(per_row) * row_tokens], np.int64), np.array(segments, np.int64)
+
+
+def pad_plain(
+    bounds: np.ndarray,
+    segments: np.ndarray,
+    token_ids: np.ndarray,
+    target_ids: np.ndarray,
+    loss_weights: np.ndarray,
+    positions: np.ndarray,
+) -> None:
+    """Make everything of segment -1 a document of zeros; see :func:`place_rows_plain`."""
+    for i in np.flatnonzero(segments < 0).tolist():
+        begin, end = int(bounds[i]), int(bounds[i + 1])
+        token_ids[begin:end] = 0
+        target_ids[begin:end] = 0
+        loss_weights[begin:end] = 0.0
+        positions[begin:end] = np.arange(end - begin, dtype=np.int32)
 
 
 def lay_out_plain(

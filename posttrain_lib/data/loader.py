@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -230,7 +231,7 @@ class PackedLoader:
             return _Ended(error)
 
     def _build(self, step: int, rows: list[Row]) -> LoadedStep:
-        units = np.fromiter((unit for row in rows for unit in row), np.int64)
+        units = np.fromiter(chain.from_iterable(rows), np.int64)
         facts = self._feed.facts(units)
         # Every rank gets equally many rows: what is missing is padding, of weight 0.
         rows = rows + [()] * (-(-self._rows_per_step // self._world) * self._world - len(rows))

@@ -36,6 +36,33 @@ def test_the_compiled_loop_is_the_plain_one(segments: list[tuple[int, int, int]]
         assert results[0][3][place : place + length].tolist() == list(range(first, first + length))
 
 
+@given(
+    rows=st.lists(st.lists(st.integers(1, 9), max_size=4).filter(lambda row: sum(row) <= 20), max_size=6),
+    longest=st.integers(1, 8),
+)
+def test_rows_are_placed_and_padded_as_the_plain_version_does(rows: list[list[int]], longest: int) -> None:
+    lengths = np.array([length for row in rows for length in row], np.int32)
+    per_row = np.array([len(row) for row in rows], np.int64)
+    results = []
+    for place, pad in ((kernels.place_rows_plain, kernels.pad_plain), (kernels.place_rows(), kernels.pad())):
+        bounds, segments = place(lengths, per_row, 20, longest)
+        arrays = [np.full(20 * len(rows), 7, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)]
+        pad(bounds, segments, *arrays)
+        results.append((bounds, segments, *arrays))
+    for plain, compiled in zip(*results, strict=True):
+        assert plain.dtype == compiled.dtype and np.array_equal(plain, compiled)
+    bounds, segments, token_ids, *_, positions = results[0]
+    sizes = np.diff(bounds)
+    assert bounds[0] == 0 and bounds[-1] == 20 * len(rows) and (sizes > 0).all()
+    assert segments[segments >= 0].tolist() == list(range(len(lengths))) and np.array_equal(
+        sizes[segments >= 0], lengths
+    )
+    assert (sizes[segments < 0] <= longest).all()
+    for begin, end, segment in zip(bounds, bounds[1:], segments, strict=False):
+        assert (token_ids[begin:end] == (7 if segment >= 0 else 0)).all()
+        assert positions[begin:end].tolist() == ([7] * (end - begin) if segment >= 0 else list(range(end - begin)))
+
+
 @given(values=st.lists(st.sampled_from([0.0, -0.0, 0.5, 1.0, 1e-30]), max_size=50))
 def test_places_that_are_not_zero(values: list[float]) -> None:
     array = np.array(values, np.float32)
