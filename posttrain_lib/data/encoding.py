@@ -186,6 +186,14 @@ def make_encoder(config: Any, tokenizer_folder: str, verdict: GateReport | None,
     return RowEncoder(config, tokenizer_folder, verdict, inspect=inspect)
 
 
+def make_live_encoder(config: Any, tokenizer_folder: str) -> RowEncoder:
+    """What a worker process of a training run makes once. It will read on: the faster engine is asked for at once,
+    while the model loads, and not when enough has been read to be worth it."""
+    encoder = RowEncoder(config, tokenizer_folder, inspect=False)
+    encoder.tokenizer.gate_verdict()
+    return encoder
+
+
 def encode_rows(encoder: RowEncoder, rows: Sequence[RawRow]) -> tuple[list[EncodedRow], Oddities]:
     """What a worker process does with each item."""
     return encoder.encode(rows)

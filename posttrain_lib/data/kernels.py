@@ -61,6 +61,25 @@ def nonzero() -> Callable[[np.ndarray], np.ndarray]:
     return compiled.nonzero_loop
 
 
+def warm() -> None:
+    """Load what is compiled, or compile it: half a second to some seconds that a first step need not wait for."""
+    if not has_numba():
+        return
+    from posttrain_lib.data.packing import make_packer
+
+    one, length = np.zeros(1, np.int64), np.ones(1, np.int32)
+    packer = make_packer(4, 1)
+    packer.feed(one, length, 1)
+    arrays = [np.zeros(4, kind) for kind in (np.int32, np.int32, np.float32, np.int32)]
+    bounds, segments = place_rows()(length, np.ones(1, np.int64), 4, 4)
+    pad()(bounds, segments, *arrays)
+    nonzero()(arrays[2])
+    for writeable in (False, True):  # a store's files are mapped read-only; rows read live are not
+        tokens, weights = np.zeros(1, np.int32), np.zeros(1, np.float32)
+        tokens.flags.writeable = weights.flags.writeable = writeable
+        lay_out()(tokens, weights, one, length, np.zeros(1, np.int32), one, *arrays)
+
+
 def place_rows_plain(
     lengths: np.ndarray, per_row: np.ndarray, row_tokens: int, longest_padding: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain_lib.data.assemble import PackedArrays, Segments, assemble
-from posttrain_lib.data.encoding import EncodedRow, encode_rows, make_encoder, name_rows
+from posttrain_lib.data.encoding import EncodedRow, encode_rows, make_live_encoder, name_rows
 from posttrain_lib.data.live_rows import At, LiveFile
 from posttrain_lib.data.live_stream import LiveStream, LiveUnit, Pool
 from posttrain_lib.data.mixture import Mixer, Part
@@ -95,7 +95,7 @@ class LiveFeed:
         self._names: OrderedDict[int, str] = OrderedDict()
         self._next_example = 0
         self._pool: Pool = OrderedPool(
-            workers, make_encoder, (spec.config, spec.tokenizer_folder, None, False), encode_rows, name_rows
+            workers, make_live_encoder, (spec.config, spec.tokenizer_folder), encode_rows, name_rows
         )
         files = [
             [

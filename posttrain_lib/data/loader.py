@@ -27,6 +27,7 @@ import numpy as np
 
 from posttrain_lib.data.assemble import assemble, segments_of, store_filler
 from posttrain_lib.data.balance import deal_out
+from posttrain_lib.data.kernels import warm
 from posttrain_lib.data.packing import Row, make_packer
 from posttrain_lib.data.planner import Feed, Planner
 from posttrain_lib.data.store_feed import StoreFeed, check_trainable
@@ -90,7 +91,8 @@ class PackedLoader:
         packing_buffer: units that the packer may choose from.
         rank, world: a step's rows are dealt out so that all ranks have equally many and about the same cost.
         pair_cost: cost of a query-key pair of attention in units of a token's other cost; see ``training.flops``.
-        background: make steps in a thread, ahead of time; else when they are asked for.
+        background: make steps in a thread, ahead of time; else when they are asked for. Make the loader early: its
+            compiled parts are loaded beside what the caller does next.
     """
 
     def __init__(
@@ -116,6 +118,8 @@ class PackedLoader:
         self._rank, self._world = rank, world
         self._pair_cost = pair_cost
         self._background = background
+        if background:
+            threading.Thread(target=warm, daemon=True).start()
         self._planner = Planner(feed, row_tokens=row_tokens, packing_buffer=packing_buffer)
         self._state = self._snapshot(0)
         self._planned_state: dict[str, Any] | None = self._state  # where the planner stands; None: it is ahead

@@ -200,13 +200,7 @@ class Trainer:
         else:
             # It starts its processes: they load the tokenizer while this one loads the model.
             self.feed, self.total_steps = live_feed(job.live, job), int(config.steps or 0)
-        try:
-            check_warmup(config, self.total_steps)
-            model = load_sharded_model(self.spec, job, device)
-        except BaseException:
-            self.feed.close()
-            raise
-        loader = build_loader(
+        loader = build_loader(  # before the model: both load side by side
             self.feed,
             config,
             rank=job.rank,
@@ -214,6 +208,12 @@ class Trainer:
             pair_cost=relative_pair_cost(self.spec),
             background=job.loader_workers > 0,
         )
+        try:
+            check_warmup(config, self.total_steps)
+            model = load_sharded_model(self.spec, job, device)
+        except BaseException:
+            loader.close()
+            raise
         self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory_of(config))
         self.settings = StepSettings(
             device=device,

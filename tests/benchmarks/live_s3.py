@@ -3,8 +3,8 @@
     python -m tests.benchmarks.live_s3 --output tests/benchmarks/results/live_s3.json
 
 The server (moto's) and the proxy before it, which adds the latency, are a process of their own. Rows are generated
-conversations in gzipped JSON lines. The tokenizer is loaded before the clock starts, as it is in a run: while the
-model is being loaded. Every round is a process of its own, so that nothing is cached.
+conversations in gzipped JSON lines. The tokenizer and the compiled kernels are loaded before the clock starts, as in
+a run: while the model is being loaded. Every round is a process of its own, so that nothing is cached.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from posttrain_lib.config.data import DataConfig
-from posttrain_lib.data import live_rows
+from posttrain_lib.data import kernels, live_rows
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.fingerprint import fingerprint
 from posttrain_lib.data.live_feed import LiveFeed, LiveSpec
@@ -57,8 +57,9 @@ def one_round(url: str, tokenizer: Path, workers: int) -> dict[str, float]:
         files = (tuple(list_files(PATH, FileDigests())),)
         spec = LiveSpec(config, str(tokenizer), files, fingerprint(ChatTokenizer(tokenizer)))
         feed = LiveFeed(spec, row_tokens=ROW_TOKENS, window=WINDOW, workers=workers)
-        feed.warm(wait=True)
         with PackedLoader(feed, row_tokens=ROW_TOKENS, rows_per_step=ROWS_PER_STEP, packing_buffer=BUFFER) as loader:
+            feed.warm(wait=True)
+            kernels.warm()  # waits for what the loader began
             begun = time.perf_counter()
             loader.next_step()
             first = time.perf_counter()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain_lib.data import kernels
+from posttrain_lib.data.packing import make_packer
 
 
 @given(
@@ -75,3 +76,21 @@ def test_a_machine_without_numba_uses_the_plain_one(monkeypatch: pytest.MonkeyPa
     kernels.lay_out.cache_clear()
     assert kernels.lay_out() is kernels.lay_out_plain
     kernels.lay_out.cache_clear()
+
+
+def test_warming_leaves_nothing_to_compile() -> None:
+    """Another signature would be compiled at the first step of every run."""
+    if not kernels.has_numba():
+        pytest.skip("numba is not installed")
+    from posttrain_lib.data import compiled
+
+    kernels.warm()
+    known = {name: len(getattr(compiled, name).signatures) for name in ("lay_out_loop", "pack_loop", "place_loop")}
+    tokens, weights = np.arange(9, dtype=np.int32), np.ones(9, np.float32)
+    tokens.flags.writeable = weights.flags.writeable = False
+    arrays = [np.zeros(9, kind) for kind in (np.int32, np.int32, np.float32, np.int32)]
+    lengths, places = np.array([3, 2], np.int32), np.array([0, 3])
+    kernels.lay_out()(tokens, weights, places, lengths, np.zeros(2, np.int32), places, *arrays)
+    kernels.place_rows()(lengths, np.array([2]), 9, 4)
+    make_packer(9, 4).feed(np.arange(2), lengths, 1)
+    assert known == {name: len(getattr(compiled, name).signatures) for name in known}
