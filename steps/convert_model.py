@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -24,11 +25,15 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 def body(context: StepContext) -> StepResult:
     """Check the folder, load it into our definition, compare with transformers; raise on the first disagreement."""
     from posttrain_lib.checkpoint.verify import verify_model
+    from posttrain_lib.checkpoint.verify_sharded import check_sharded
+    from posttrain_lib.models.families import spec_from_folder
 
     wanted = context.config.model.verification
     limit = None if wanted.memory_limit_gib is None else int(wanted.memory_limit_gib * 2**30)
     folder = context.inputs["model"].uri
     report = verify_model(folder, tier=wanted.tier, memory_limit_bytes=limit, seed=0)
+    if wanted.sharded:
+        report = dataclasses.replace(report, checks=(*report.checks, *check_sharded(spec_from_folder(folder))))
     (context.out / "verification.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
     for check in report.checks:
         context.say(f"convert_model: {'passed' if check.passed else 'FAILED'} {check.name} ({check.reason})")
@@ -37,9 +42,9 @@ def body(context: StepContext) -> StepResult:
         raise VerificationError(
             f"our definition disagrees with the reference implementation: {failed.name}",
             where=f"{folder}: first wrong module {report.first_wrong_module or 'not found'}",
-            got=failed.value,
+            got=f"{failed.value} ({failed.reason})",
             expected=f"at most {failed.limit}",
-            fix="compare that module with the transformers one; the model is not trained",
+            fix=f"{report.detail or 'compare it with the transformers one'}; the model is not trained",
         )
     return StepResult(
         outputs={"model": context.inputs["model"], "verification": ("verification.json", "verification")},

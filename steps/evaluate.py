@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The evaluation section without its gates, the loss, and which checkpoint is looked at."""
+    """The evaluation section without its gates, the loss, which checkpoint is looked at, and how it is padded."""
     return {
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"gates"}),
         "loss": [config.train.loss, config.train.loss_options],
         "row_tokens": config.train.row_tokens,
         "checkpoint": config.export.checkpoint,
+        "pad_vocabulary_to": config.model.vocabulary.pad_to_multiple_of,
+        **config.model.model_dump(mode="json", include={"lora"}),
         "template": [config.data.template_date, config.data.template_kwargs],
     }
 
@@ -44,15 +46,18 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 
 def body(context: StepContext) -> StepResult:
     """Evaluate the starting model, then the trained weights in the same module."""
+    from posttrain_lib.checkpoint.adapters import trained_weights
     from posttrain_lib.checkpoint.manager import load_model_state
     from posttrain_lib.evaluation.model import load_model
 
     tokenizer = load_tokenizer(context.config, context.inputs)
     prompts = read_prompts(Path(context.inputs["prompts"].uri))
-    model = load_model(context.inputs["model"].uri)
+    multiple = context.config.model.vocabulary.pad_to_multiple_of
+    model = load_model(context.inputs["model"].uri, pad_vocabulary_to=multiple)
     context.say("evaluate: the model before training")
     before = _evaluate(context, model, tokenizer, prompts)
-    model.load_state_dict(load_model_state(context.inputs["checkpoint"].uri))
+    state = load_model_state(context.inputs["checkpoint"].uri)
+    model.load_state_dict(trained_weights(model, state, context.config.model.lora))
     context.say("evaluate: the model after training")
     after = _evaluate(context, model, tokenizer, prompts)
     metrics: dict[str, Any] = {

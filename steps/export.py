@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,22 @@ from steps import evaluate
 from steps.base import Manifests, Step, StepContext, StepResult
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from posttrain_lib.adapters.vllm_check import Answer
     from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.models.spec import ModelSpec
 
 #: the template file that transformers and vLLM prefer over one inside tokenizer_config.json
 TEMPLATE_FILE = "chat_template.jinja"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The export section, and the template's date and variables."""
+    """The export section, the checkpoint's padding and adapters, and the template's date and variables."""
     return {
         "export": config.export.model_dump(mode="json"),
+        "pad_vocabulary_to": config.model.vocabulary.pad_to_multiple_of,
+        **config.model.model_dump(mode="json", include={"lora"}),
         "template": [config.data.template_date, config.data.template_kwargs],
     }
 
@@ -36,23 +42,29 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 
 
 def body(context: StepContext) -> StepResult:
-    """Write the folder, then load it back in transformers and in vLLM and compare with the trained model."""
+    """Write the folder, adapters merged, then load it back in transformers and in vLLM and compare with the trained
+    model. The adapters are written beside it, in PEFT's format."""
     import torch
 
+    from posttrain_lib.checkpoint.adapters import trained_weights
     from posttrain_lib.checkpoint.exported import compare_with_reference, exported_dtype
     from posttrain_lib.checkpoint.hf import copy_side_files, save_hf_folder
     from posttrain_lib.checkpoint.manager import load_model_state
     from posttrain_lib.evaluation.model import load_model
     from posttrain_lib.models.families import spec_from_folder
+    from posttrain_lib.models.vocabulary import with_padded_vocabulary
 
     source, folder = Path(context.inputs["model"].uri), context.out / "hf"
-    state = load_model_state(context.inputs["checkpoint"].uri)
-    dtype = exported_dtype(source, context.config.export.dtype)
-    save_hf_folder(state, spec_from_folder(source), source, folder, dtype)
+    dtype, lora = exported_dtype(source, context.config.export.dtype), context.config.model.lora
+    multiple = context.config.model.vocabulary.pad_to_multiple_of
+    spec = with_padded_vocabulary(spec_from_folder(source), multiple)
+    model = load_model(source, pad_vocabulary_to=multiple)
+    trained = load_model_state(context.inputs["checkpoint"].uri)
+    state = trained_weights(model, trained, lora)
+    save_hf_folder(state, spec, source, folder, dtype)
     names = copy_side_files(Path(context.inputs["tokenizer"].uri), folder)
     if "chat_template" in context.inputs:
         shutil.copyfile(context.inputs["chat_template"].uri, folder / TEMPLATE_FILE)
-    model = load_model(source)
     # Comparisons are with the weights as exported: rounding to the export's dtype is a choice of the run file.
     model.load_state_dict({name: value.to(getattr(torch, dtype)).float() for name, value in state.items()})
     checks = [_same_tokenizer(context, folder, names), *compare_with_reference(model, folder, _prompts(context, 1024))]
@@ -69,14 +81,32 @@ def body(context: StepContext) -> StepResult:
             expected=f"at most {failed[0].limit}",
             fix=failed[0].reason,
         )
+    outputs: dict[str, tuple[str, str] | ArtifactRef] = {
+        "hf": ("hf", "hf_model"),
+        "verification": ("verification.json", "verification"),
+    }
+    if lora is not None:
+        _export_adapter(context, load_model(source, pad_vocabulary_to=multiple), spec, trained)
+        outputs["adapter"] = ("adapter", "adapter")
     found = json.dumps([vars(check) for check in checks], indent=1)
     (context.out / "verification.json").write_text(found, encoding="utf-8")
     return StepResult(
-        outputs={"hf": ("hf", "hf_model"), "verification": ("verification.json", "verification")},
+        outputs=outputs,
         checks=checks,
         metrics={"dtype": dtype},
         summary=f"{len(checks)} checks passed",
     )
+
+
+def _export_adapter(context: StepContext, model: Decoder, spec: ModelSpec, trained: Mapping[str, Tensor]) -> None:
+    """The adapters alone, for whoever has the base; what a reader cannot do with them is said."""
+    from posttrain_lib.checkpoint.adapters import save_adapter
+    from posttrain_lib.models.lora import apply_lora
+
+    adapted = apply_lora(model, context.config.model.lora)
+    adapted.load_state_dict(trained, strict=False)
+    for remark in save_adapter(adapted, spec, context.out / "adapter", context.config.model.path):
+        context.say(f"export: adapter: {remark}")
 
 
 def show(check: Check) -> str:

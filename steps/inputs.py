@@ -1,12 +1,14 @@
 """Step ``inputs``: everything the run starts from, made or found, with its digest.
 
 What the run file asks to be generated (rows, tokenizer, model) is made here, so that the embedded default enters the
-rest of the pipeline as files, the same way as downloaded data and a downloaded model do.
+rest of the pipeline as files, the same way as downloaded data and a downloaded model do. So is a model with new tokens:
+all later steps see a plain folder, its tokenizer grown with it.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     return {
         "sources": [{"name": s.name, "generate": _plain(s.generate), "path": s.path} for s in config.data.sources],
         "model": {"path": config.model.path, "from_scratch": _plain(config.model.from_scratch)},
+        "vocabulary": config.model.vocabulary.model_dump(mode="json", exclude={"pad_to_multiple_of"}),
         "tokenizer": config.data.tokenizer,
         "chat_template": config.data.chat_template,
     }
@@ -73,12 +76,46 @@ def body(context: StepContext) -> StepResult:
 
 
 def _model(context: StepContext, generated: list[Path]) -> tuple[str, str] | ArtifactRef:
-    scratch = context.config.model.from_scratch
-    if scratch is None:
-        return context.inputs["model"]
+    """The model folder that all later steps see: found, made, or a copy of either with new tokens."""
+    new_tokens = context.config.model.vocabulary.new_tokens()
+    if context.config.model.from_scratch is None:
+        if not new_tokens:
+            return context.inputs["model"]
+        _grow(context, Path(context.inputs["model"].uri))
+    elif new_tokens:
+        with tempfile.TemporaryDirectory(dir=context.out) as folder:
+            _write_scratch(context, generated, Path(folder))
+            _grow(context, Path(folder))
+    else:
+        _write_scratch(context, generated, context.out / "model")
+    return "model", "hf_model"
+
+
+def _grow(context: StepContext, source: Path) -> None:
+    from posttrain_lib.models.growth import grow_folder
+    from posttrain_lib.models.growth_tokenizer import NewToken
+
+    wanted = context.config.model.vocabulary
+    grown = grow_folder(
+        source,
+        context.out / "model",
+        [NewToken(token.token, token.special, token.description) for token in wanted.new_tokens()],
+        initialise=wanted.initialise,
+        noise=wanted.noise,
+        seed=wanted.seed,
+    )
+    context.say(
+        f"inputs: {grown.count} new tokens have ids from {grown.first_id} on; the vocabulary went from "
+        f"{grown.vocab_size_before} to {grown.vocab_size} rows"
+    )
+
+
+def _write_scratch(context: StepContext, generated: list[Path], out: Path) -> None:
     from posttrain_lib.embedded.tokenizer import build_tokenizer
     from posttrain_lib.models.scratch import write_scratch_model
 
+    scratch = context.config.model.from_scratch
+    assert scratch is not None
     if scratch.tokenizer is not None:
         tokenizer = Path(context.inputs["scratch_tokenizer"].uri)
     else:
@@ -90,8 +127,7 @@ def _model(context: StepContext, generated: list[Path]) -> tuple[str, str] | Art
             )
         tokenizer = context.out / "tokenizer"
         build_tokenizer(_texts(generated), scratch.tokenizer_vocab_size, tokenizer)
-    write_scratch_model(scratch.family, scratch.architecture, tokenizer, scratch.seed, context.out / "model")
-    return "model", "hf_model"
+    write_scratch_model(scratch.family, scratch.architecture, tokenizer, scratch.seed, out)
 
 
 def _write_rows(path: Path, generate: GeneratedConversations) -> None:
@@ -150,6 +186,8 @@ def _describe(context: StepContext) -> str:
     parts = [f"generated rows for {', '.join(made)}"] if made else []
     if context.config.model.from_scratch is not None:
         parts.append("wrote a new model as a Hugging Face folder")
+    if added := len(context.config.model.vocabulary.new_tokens()):
+        parts.append(f"gave the model {added} new tokens")
     return "; ".join(parts) or "every input was found"
 
 

@@ -10,11 +10,19 @@ from typing import Any
 import yaml
 
 from posttrain_lib.config import RunConfig, load_run_config
+from posttrain_lib.config.model import Lora
 from posttrain_lib.data.formats import check_fields
 from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.models.families import get_family, spec_from_config
-from posttrain_lib.models.spec import ModelSpec, matmul_parameters, parameter_count
+from posttrain_lib.models.spec import (
+    ExpertsConfig,
+    MLPConfig,
+    ModelSpec,
+    check_prefixes,
+    matmul_parameters,
+    parameter_count,
+)
 from posttrain_lib.registry import resolve
 from steps.pipeline import add_config_arguments, plain_errors
 
@@ -90,27 +98,44 @@ def _check_names(config: RunConfig) -> None:
 
 
 def memory_estimate(spec: ModelSpec, config: RunConfig) -> dict[str, float]:
-    """GiB in one worker: weights, gradients and optimiser state in fp32, and activations of one micro-batch.
+    """GiB in one worker: weights, gradients and optimiser state of what is trained, activations of one micro-batch.
 
     Activations count what a decoder block keeps for its backward (about 16 hidden-sized and 4 feed-forward-sized
     values a token; one hidden-sized with checkpointing). An estimate: allocator slack and the runtime come on top.
     """
     decoder, train = spec.config, config.train
     parameters = parameter_count(decoder) / config.compute.workers
+    lora = config.model.lora
+    trained = parameters if lora is None else adapter_count(spec, lora) / config.compute.workers
+    bytes_each = 2 if lora is not None and lora.base_dtype == "bfloat16" else _FLOAT32_BYTES
     tokens = train.micro_batch_rows * train.row_tokens
-    kept = (
-        decoder.hidden_size
-        if train.activation_checkpointing
-        else 16 * decoder.hidden_size + 4 * decoder.intermediate_size
-    )
+    widths = sum(4 * _forward_width(layer.mlp) for layer in decoder.layers)
+    kept = decoder.num_hidden_layers * (1 if train.activation_checkpointing else 16) * decoder.hidden_size
+    kept += 0 if train.activation_checkpointing else widths
     states = 2 if train.optimizer.name == "adamw" else 1
     estimate = {
-        "weights": parameters * _FLOAT32_BYTES,
-        "gradients": parameters * _FLOAT32_BYTES,
-        "optimiser": parameters * _FLOAT32_BYTES * states,
-        "activations": tokens * decoder.num_hidden_layers * kept * _FLOAT32_BYTES,
+        "weights": parameters * bytes_each + (0 if lora is None else trained * _FLOAT32_BYTES),
+        "gradients": trained * _FLOAT32_BYTES,
+        "optimiser": trained * _FLOAT32_BYTES * states,
+        "activations": tokens * kept * _FLOAT32_BYTES,
     }
     return {name: value / 2**30 for name, value in estimate.items()}
+
+
+def _forward_width(mlp: MLPConfig | ExpertsConfig) -> int:
+    """Feed-forward entries that a token goes through in a layer."""
+    if isinstance(mlp, MLPConfig):
+        return mlp.intermediate_size
+    return mlp.top_k * mlp.intermediate_size + (0 if mlp.shared is None else mlp.shared.intermediate_size)
+
+
+def adapter_count(spec: ModelSpec, lora: Lora) -> int:
+    """Parameters of the low-rank adapters that are trained in place of the weights."""
+    from posttrain_lib.models.decoder import build_model
+    from posttrain_lib.models.lora import apply_lora
+
+    model = apply_lora(build_model(spec, device="meta"), lora)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _model_lines(config: RunConfig) -> list[str]:
@@ -118,6 +143,7 @@ def _model_lines(config: RunConfig) -> list[str]:
     if spec is None:
         return [f"  model      {config.model.path} (fetched when the run starts)"]
     _check_positions(spec, config)
+    check_prefixes(spec.config, config.train.share_prefixes)
     body, _ = matmul_parameters(spec)
     memory = memory_estimate(spec, config)
     total = sum(memory.values())

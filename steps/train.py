@@ -25,10 +25,17 @@ QUARANTINE = "live_quarantine.jsonl"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The train section, and from compute what can change the result's bits: workers, threads, device."""
+    """The train section, the vocabulary's padding, the adapters, and from compute what can change the result's bits:
+    workers, threads, device."""
     compute = config.compute.model_dump(mode="json", include={"workers", "threads_per_worker", "device"})
     live = prepare_data.settings(config) if config.data.on_the_fly else None
-    return {"train": config.train.model_dump(mode="json"), "compute": compute, "on_the_fly": live}
+    return {
+        "train": config.train.model_dump(mode="json"),
+        "compute": compute,
+        "on_the_fly": live,
+        "pad_vocabulary_to": config.model.vocabulary.pad_to_multiple_of,
+        **config.model.model_dump(mode="json", include={"lora"}),
+    }
 
 
 def work_settings(config: RunConfig) -> dict[str, Any]:
@@ -65,6 +72,8 @@ def body(context: StepContext) -> StepResult:
         work_dir=str(context.work),
         train=context.config.train,
         live=_live_spec(context, made_by) if context.config.data.on_the_fly else None,
+        pad_vocabulary_to=context.config.model.vocabulary.pad_to_multiple_of,
+        lora=context.config.model.lora,
     )
     result, reports = _watch(launch(job, context.config.compute), context)
     checkpoints = Path(result.last_checkpoint).parent

@@ -4,7 +4,7 @@ import os
 import random
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,4 +64,18 @@ def real_data() -> Path:
     folder = Path(os.environ.get("POSTTRAIN_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (POSTTRAIN_DATA names another folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """case in tests.support.tiny_models -> its folder, written by transformers once per session. Do not change it."""
+    from tests.support.tiny_models import write_tiny_model
+
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(case: str) -> Path:
+        path = root / case.replace(", ", "-").replace(" ", "-")
+        return path if path.is_dir() else write_tiny_model(case, path)
+
     return folder

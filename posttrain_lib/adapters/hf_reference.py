@@ -12,8 +12,8 @@ from torch import Tensor
 
 from posttrain_lib.errors import ModelError
 
-# Every attention implementation computes the same thing; eager is the definition, without fused kernels.
-_ATTENTION = "eager"
+# Every implementation computes the same thing; eager is the definition, without fused kernels.
+_IMPLEMENTATION = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 def architecture_config(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def build_reference(hf_config: Mapping[str, Any], *, dtype: torch.dtype, **chang
     from transformers import AutoModelForCausalLM
 
     config = _reference_config(hf_config, **changes)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **_IMPLEMENTATION).eval()
 
 
 def load_reference(folder: str | Path, *, dtype: torch.dtype, hf_config: Mapping[str, Any] | None = None) -> Any:
@@ -76,7 +76,7 @@ def load_reference(folder: str | Path, *, dtype: torch.dtype, hf_config: Mapping
     loader: Any = AutoModelForCausalLM
     try:
         model, info = loader.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=_ATTENTION, output_loading_info=True
+            folder, config=config, dtype=dtype, output_loading_info=True, **_IMPLEMENTATION
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError("transformers cannot load the model folder", where=folder, got=error) from error

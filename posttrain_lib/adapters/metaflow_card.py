@@ -151,15 +151,28 @@ def block(inner: str) -> Markdown:
 
 
 def checks_table(checks: Iterable[tuple[str, Check]]) -> Table:
-    """Every check of every step, with value and limit."""
+    """Every check of every step, with value and limit, and a bar of how much of the limit is taken up."""
     rows = []
     for step, check in checks:
         colour, word = (_PASSED, "passed") if check.passed else (_FAILED, "FAILED")
         verdict = block(f"<b style='color:{colour}'>{word}</b>")
         # Values quote rows, as a token or a text that differs.
         value, limit = (_text(show(said)) for said in (check.value, check.limit))
-        rows.append([step, check.name, verdict, value, limit, _text(check.reason)])
-    return Table(rows, headers=["step", "check", "result", "measured", "limit", "why this limit"])
+        rows.append([step, check.name, verdict, value, limit, _share(check), _text(check.reason)])
+    return Table(rows, headers=["step", "check", "result", "measured", "limit", "of the limit", "why this limit"])
+
+
+def _share(check: Check) -> Any:
+    """A bar, for a number that is to be at most another one."""
+    value, limit = check.value, check.limit
+    if not isinstance(value, float) or not isinstance(limit, float) or not limit > 0:
+        return ""
+    if check.passed != (value <= limit):
+        return ""  # a limit from below
+    width = 80 * min(1.0, value / limit) if not math.isnan(value) else 80
+    colour = _PASSED if check.passed else _FAILED
+    bar = f"<div style='height:8px;width:{width:.0f}px;background:{colour}'></div>"
+    return block(f"<div style='width:80px;background:#ddd'>{bar}</div>")
 
 
 def show(value: Any) -> str:

@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from posttrain_lib.adapters.hf_reference import load_reference, reference_logits
-from posttrain_lib.checkpoint.hf import read_headers
-from posttrain_lib.checkpoint.verify_modules import Documents, largest, noise_limit
+from posttrain_lib.checkpoint.hf_files import read_headers
+from posttrain_lib.checkpoint.verify_documents import Documents, largest, noise_limit
+from posttrain_lib.checkpoint.verify_roundtrip import source_dtype
+from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.schema.manifests import Check
 
 if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
-
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def exported_dtype(source: Path, wanted: str) -> str:
     """``wanted``, or for "source" the dtype of the input's weights (float32 where it mixes several)."""
     if wanted != "source":
         return wanted
-    found = {entry.dtype for entry in read_headers(source).values()}
-    return _DTYPES[found.pop()] if len(found) == 1 else "float32"
+    return str(source_dtype(read_headers(source), spec_from_folder(source))).removeprefix("torch.")
 
 
 def compare_with_reference(model: Decoder, folder: Path, prompts: Sequence[Sequence[int]]) -> list[Check]:
@@ -36,7 +35,7 @@ def compare_with_reference(model: Decoder, folder: Path, prompts: Sequence[Seque
     documents = Documents(torch.tensor([token for prompt in prompts for token in prompt]), lengths)
     exact = torch.cat(_reference(folder, torch.float64, documents))
     theirs = torch.cat(_reference(folder, torch.float32, documents))
-    ours = documents.packed_logits(model)
+    ours = documents.packed_logits(model)[:, : model.config.vocab_size]
     floor, apart = largest(theirs.double() - exact), largest(ours.double() - exact)
     limit = noise_limit(floor, exact)
     return [

@@ -1,133 +1,40 @@
-"""Hugging Face folders in and out: safetensors, one tensor at a time, nothing dropped and nothing guessed."""
+"""Hugging Face folders in and out: safetensors, region by region, nothing dropped and nothing guessed."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from posttrain_lib.checkpoint.hf_files import (
+    DTYPES,
+    INDEX_FILE,
+    WEIGHT_SUFFIXES,
+    WEIGHTS_FILE,
+    StoredTensors,
+    TensorEntry,
+    read_headers,
+)
 from posttrain_lib.errors import ModelError
 from posttrain_lib.lineage.digests import digest_file
 from posttrain_lib.models.families import spec_from_folder
-from posttrain_lib.models.spec import ModelSpec
+from posttrain_lib.models.spec import VOCABULARY_WEIGHTS, ModelSpec
+from posttrain_lib.models.weights import Piece, clipped, stored_shapes
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-# Old Llama files carry the rotary table, which is computed from the configuration.
-_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: its shard, dtype as safetensors spells it, and shape."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_headers(folder: str | Path) -> dict[str, TensorEntry]:
-    """HF tensor name -> place, from the shards' headers alone.
-
-    Raises:
-        ModelError: no safetensors, a missing or truncated shard, a broken header or index.
-    """
-    folder = Path(folder)
-    index = _read_index(folder)
-    files = sorted(set(index.values())) if index is not None else [WEIGHTS_FILE]
-    entries: dict[str, TensorEntry] = {}
-    for name in files:
-        for tensor, meta in _read_header(folder / name).items():
-            if tensor in entries:
-                raise ModelError(
-                    "a tensor is in two shards",
-                    where=f"{folder / name}: {tensor}",
-                    got=entries[tensor].file,
-                    fix="fetch the folder again",
-                )
-            entries[tensor] = TensorEntry(name, meta["dtype"], tuple(meta["shape"]))
-    for tensor, name in (index or {}).items():
-        if tensor not in entries or entries[tensor].file != name:
-            raise ModelError(
-                "the index names a tensor that its shard does not hold",
-                where=f"{folder / name}: {tensor}",
-                fix="fetch the folder again",
-            )
-    return entries
-
-
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor -> shard file name, None where there is a single file."""
-    path = folder / INDEX_FILE
-    if (folder / WEIGHTS_FILE).is_file() and not path.is_file():
-        return None
-    if not path.is_file():
-        other = sorted(item.name for item in folder.glob("*") if item.suffix in _WEIGHT_SUFFIXES)
-        raise ModelError(
-            "the model folder has no safetensors weights",
-            where=folder,
-            got=", ".join(other) or "no weight file",
-            expected=f"{WEIGHTS_FILE} or {INDEX_FILE}",
-            fix="convert the weights to safetensors (transformers: model.save_pretrained)" if other else "fetch them",
-        )
-    try:
-        return {str(tensor): str(name) for tensor, name in json.loads(path.read_text("utf-8"))["weight_map"].items()}
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError("the weight index is broken", where=path, got=error, fix="fetch the folder again") from error
-
-
-def _read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of one safetensors file, checked against the file's size."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise ModelError("a shard of the model is missing", where=path, fix="fetch the missing file") from error
-    broken = "the file does not start like safetensors"
-    with open(path, "rb") as handle:
-        start = handle.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise ModelError(
-                "a shard of the model is truncated or no safetensors file",
-                where=path,
-                got=f"{size} bytes",
-                expected=f"a header of {length} bytes and the tensors behind it",
-                fix="fetch the file again (a Git LFS pointer is no weight file)",
-            )
-        try:
-            header = json.loads(handle.read(length))
-            tensors = {name: meta for name, meta in header.items() if name != "__metadata__"}
-            end = max((meta["data_offsets"][1] for meta in tensors.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(broken, where=path, got=error, fix="fetch the file again") from error
-    if size != 8 + length + end:
-        raise ModelError(
-            "a shard of the model is truncated" if size < 8 + length + end else "a shard has bytes that belong nowhere",
-            where=path,
-            got=f"{size} bytes",
-            expected=f"{8 + length + end} bytes by its own header",
-            fix="fetch the file again",
-        )
-    return tensors
 
 
 def check_entries(entries: Mapping[str, TensorEntry], spec: ModelSpec, folder: str | Path) -> None:
     """ModelError unless the files hold exactly the spec's tensors, in shapes and dtypes that can be loaded."""
     folder = Path(folder)
-    shapes, names = spec.parameter_shapes(), spec.hf_names()
-    expected = {names[ours]: shape for ours, shape in shapes.items()}
+    expected = stored_shapes(spec.pieces)
     missing = sorted(set(expected) - set(entries))
     if missing:
         raise ModelError(
@@ -138,14 +45,14 @@ def check_entries(entries: Mapping[str, TensorEntry], spec: ModelSpec, folder: s
         )
     for tensor, entry in sorted(entries.items()):
         where = f"{folder / entry.file}: {tensor}"
-        if tensor.endswith(_IGNORED_SUFFIX):
+        if is_left_alone(tensor, spec):
             continue
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise ModelError(
                 "a tensor has a dtype that cannot be trained",
                 where=where,
                 got=entry.dtype,
-                expected="one of " + ", ".join(_DTYPES),
+                expected="one of " + ", ".join(DTYPES),
                 fix="use the unquantised weights",
             )
         if tensor not in expected and not _is_tied_head(tensor, spec):
@@ -155,7 +62,7 @@ def check_entries(entries: Mapping[str, TensorEntry], spec: ModelSpec, folder: s
                 got=f"{entry.dtype} {list(entry.shape)}",
                 fix="check that config.json belongs to these weights",
             )
-        shape = expected.get(tensor, shapes["embed_tokens.weight"])
+        shape = expected.get(tensor, spec.unpadded_shapes()["embed_tokens.weight"])
         if entry.shape != shape:
             raise ModelError(
                 "a tensor has another shape than config.json says",
@@ -166,9 +73,21 @@ def check_entries(entries: Mapping[str, TensorEntry], spec: ModelSpec, folder: s
             )
 
 
+def is_left_alone(tensor: str, spec: ModelSpec) -> bool:
+    """A stored tensor that this decoder neither trains nor needs: Llama's old rotary table, which is computed from the
+    configuration, and what the family names (layers for multi-token prediction)."""
+    named = spec.left_alone is not None and re.match(spec.left_alone, tensor) is not None
+    return named or tensor.endswith(".rotary_emb.inv_freq")
+
+
+def stored_name(spec: ModelSpec, ours: str) -> str:
+    """The Hugging Face name of a parameter outside the layers."""
+    return next(rule.theirs for rule in spec.rules if rule.ours == (ours,))
+
+
 def _is_tied_head(tensor: str, spec: ModelSpec) -> bool:
     """A stored copy of a tied head: allowed where it equals the embedding, which check_hf_folder sees to."""
-    return spec.config.tie_word_embeddings and tensor == dict(spec.weight_map)["lm_head.weight"]
+    return spec.config.tie_word_embeddings and tensor == stored_name(spec, "lm_head.weight")
 
 
 def check_hf_folder(folder: str | Path) -> dict[str, str]:
@@ -187,7 +106,9 @@ def check_hf_folder(folder: str | Path) -> dict[str, str]:
     spec = spec_from_folder(folder)
     entries = read_headers(folder)
     check_entries(entries, spec, folder)
-    for tensor, value in _read_tensors(folder, entries):
+    stored = StoredTensors(folder, entries)
+    for tensor in (name for name in entries if not is_left_alone(name, spec)):
+        value = stored.read(tensor)
         if not _is_finite(value):
             count = int((~torch.isfinite(value)).sum())
             raise ModelError(
@@ -198,71 +119,97 @@ def check_hf_folder(folder: str | Path) -> dict[str, str]:
                 fix="fetch the file again, or go back to a checkpoint from before the model broke",
             )
         if _is_tied_head(tensor, spec):
-            _check_tied_copy(folder, entries, tensor, value, spec)
+            _check_tied_copy(stored, tensor, value, spec)
     return {path.relative_to(folder).as_posix(): digest_file(path) for path in _files(folder)}
 
 
-def _check_tied_copy(
-    folder: Path, entries: Mapping[str, TensorEntry], tensor: str, value: Tensor, spec: ModelSpec
-) -> None:
-    name = spec.hf_names()["embed_tokens.weight"]
-    with safe_open(folder / entries[name].file, framework="pt") as shard:
-        if not torch.equal(shard.get_tensor(name), value):
-            raise ModelError(
-                "config.json ties the output head to the embedding, but the stored head is another one",
-                where=f"{folder / entries[tensor].file}: {tensor}",
-                expected=f"the values of {name}",
-                fix="set tie_word_embeddings to false if the head is meant to differ",
-            )
-
-
-def _read_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
-    """(HF name, tensor) shard by shard; each tensor is a view of the mapped file, freed when the next is asked for."""
-    by_file: dict[str, list[str]] = {}
-    for tensor, entry in entries.items():
-        if not tensor.endswith(_IGNORED_SUFFIX):
-            by_file.setdefault(entry.file, []).append(tensor)
-    for file, tensors in by_file.items():
-        with safe_open(folder / file, framework="pt") as shard:
-            for tensor in tensors:
-                yield tensor, shard.get_tensor(tensor)
+def _check_tied_copy(stored: StoredTensors, tensor: str, value: Tensor, spec: ModelSpec) -> None:
+    name = stored_name(spec, "embed_tokens.weight")
+    if not torch.equal(stored.read(name), value):
+        raise ModelError(
+            "config.json ties the output head to the embedding, but the stored head is another one",
+            where=f"{stored.folder / stored.entries[tensor].file}: {tensor}",
+            expected=f"the values of {name}",
+            fix="set tie_word_embeddings to false if the head is meant to differ",
+        )
 
 
 def iter_hf_weights(spec: ModelSpec, folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(our parameter name, tensor in the file's dtype) for every parameter, without a second full copy.
+    """(our parameter name, tensor in the file's dtype) for every parameter, one after the other; rows that pad the
+    vocabulary are zero.
 
     Raises:
         ModelError: the files do not hold exactly the spec's tensors.
     """
     entries = read_headers(folder)
     check_entries(entries, spec, folder)
-    ours = {theirs: name for name, theirs in spec.hf_names().items()}
-    for tensor, value in _read_tensors(Path(folder), entries):
-        if tensor in ours:  # a stored copy of a tied head is not
-            yield ours[tensor], value
+    stored = StoredTensors(folder, entries)
+    shapes = spec.parameter_shapes()
+    for name, pieces in pieces_by_parameter(spec).items():
+        value = torch.empty(shapes[name], dtype=DTYPES[entries[pieces[0].theirs].dtype])
+        fill_from(stored, pieces, value)
+        _zero_padding(spec, name, value)
+        yield name, value
+
+
+def pieces_by_parameter(spec: ModelSpec) -> dict[str, list[Piece]]:
+    """Our parameter name -> its pieces."""
+    found: dict[str, list[Piece]] = {}
+    for piece in spec.pieces:
+        found.setdefault(piece.ours, []).append(piece)
+    return found
+
+
+def fill_from(
+    stored: StoredTensors, pieces: Sequence[Piece], local: Tensor, offset: Sequence[int] | None = None
+) -> None:
+    """Copy a parameter, or the block of it that begins at ``offset``, out of the files into ``local``, in place.
+
+    Only the block's own regions are read.
+    """
+    begin = tuple(offset) if offset is not None else (0,) * local.dim()
+    for whole in pieces:
+        part = clipped(whole, begin, tuple(local.shape))
+        if part is None:
+            continue
+        stored.copy(part.theirs, part.their_index, local[part.our_index], transposed=part.transposed)
 
 
 def load_hf_weights(model: nn.Module, spec: ModelSpec, folder: str | Path) -> None:
-    """Fill the model's parameters, in place and in their own dtype and on their own device.
+    """Fill the model's parameters, in place and in their own dtype and on their own device; rows that pad the
+    vocabulary become zero.
 
-    ``model`` may be sharded (DTensor parameters): every rank reads each tensor and keeps its share.
+    ``model`` may be sharded (DTensor parameters): a rank reads the regions of its own share and no other byte.
 
     Raises:
         ModelError: as :func:`iter_hf_weights`.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    parameters = dict(model.named_parameters())
+    entries = read_headers(folder)
+    check_entries(entries, spec, folder)
+    stored, parameters = StoredTensors(folder, entries), dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in iter_hf_weights(spec, folder):
-            parameter = parameters[name]
-            if isinstance(parameter, DTensor):
-                whole = value.to(device=parameter.device, dtype=parameter.dtype)
-                # Every rank has read the same file: no broadcast from rank 0.
-                share = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.copy_(share)
-            else:
-                parameter.copy_(value)
+        for name, pieces in pieces_by_parameter(spec).items():
+            local, offset = local_block(parameters[name])
+            if local.numel():
+                fill_from(stored, pieces, local, offset)
+                _zero_padding(spec, name, local, offset)
+
+
+def _zero_padding(spec: ModelSpec, name: str, local: Tensor, offset: Sequence[int] = (0,)) -> None:
+    """Zero the rows of a parameter's block that stand for no token; ``offset``: where in the parameter it begins."""
+    if name in VOCABULARY_WEIGHTS:
+        local[max(0, spec.config.vocab_size - offset[0]) :].zero_()
+
+
+def local_block(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """(this rank's block of a parameter, where in the whole it begins)."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.dim()
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), tuple(offset)
 
 
 def save_hf_folder(
@@ -289,7 +236,7 @@ def save_hf_folder(
     """
     source, out = Path(source_folder), Path(out_folder)
     kind = _dtype(dtype)
-    shapes, names = spec.parameter_shapes(), spec.hf_names()
+    shapes = spec.parameter_shapes()
     given = {name: tuple(value.shape) for name, value in state_dict.items()}
     if given != shapes:
         differing = sorted(dict(set(given.items()) ^ set(shapes.items())))
@@ -301,28 +248,72 @@ def save_hf_folder(
         )
     out.mkdir(parents=True, exist_ok=True)
     copy_side_files(source, out)
-    shards = _plan_shards(shapes, kind.itemsize, max_shard_bytes)
+    stored = {name: (shape, _stored_dtype(name, spec, kind)) for name, shape in stored_shapes(spec.pieces).items()}
+    shards = _plan_shards({name: _bytes(*facts) for name, facts in stored.items()}, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {names[name]: _writable(names[name], state_dict[name], kind) for name in shard}
+        tensors = dict(_stored_values(shard, spec, state_dict, stored))
         # transformers refuses files without this entry.
         save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
-        total = sum(_bytes(shape, kind.itemsize) for shape in shapes.values())
+        total = sum(_bytes(*facts) for facts in stored.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (out / "config.json").write_text(config_with_dtype(spec.hf_config, kind), encoding="utf-8")
 
 
-def _writable(name: str, value: Tensor, kind: torch.dtype) -> Tensor:
-    written = value.detach().to("cpu", kind).contiguous()
+def _stored_dtype(name: str, spec: ModelSpec, kind: torch.dtype) -> torch.dtype:
+    """Some tensors stay float32 whatever the rest is written in, as transformers keeps them."""
+    wide = any(piece.theirs == name and piece.float32 for piece in spec.pieces)
+    return torch.float32 if wide else kind
+
+
+def _stored_values(
+    names: Sequence[str],
+    spec: ModelSpec,
+    state_dict: Mapping[str, Tensor],
+    stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) to write, made of our parameters."""
+    wanted: dict[str, list[Piece]] = {name: [] for name in names}
+    for piece in spec.pieces:
+        if piece.theirs in wanted:
+            wanted[piece.theirs].append(piece)
+    for name, pieces in wanted.items():
+        shape, kind = stored[name]
+        yield name, _writable(name, to_stored(pieces, state_dict, shape, kind), state_dict, pieces)
+
+
+def stored_tensors(spec: ModelSpec, state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Hugging Face name -> tensor of a whole model, made of our parameters.
+
+    Raises:
+        ModelError: a weight is NaN or infinite, or would be in ``dtype``.
+    """
+    facts = {name: (shape, _stored_dtype(name, spec, dtype)) for name, shape in stored_shapes(spec.pieces).items()}
+    return dict(_stored_values(list(facts), spec, state_dict, facts))
+
+
+def to_stored(
+    pieces: Sequence[Piece], parameters: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """A stored tensor, made of the parameters that it holds."""
+    value = torch.empty(tuple(shape), dtype=dtype)
+    for piece in pieces:
+        part = parameters[piece.ours].detach()[piece.our_index]
+        value[piece.their_index].copy_(part.transpose(-1, -2) if piece.transposed else part)
+    return value
+
+
+def _writable(name: str, written: Tensor, state_dict: Mapping[str, Tensor], pieces: Sequence[Piece]) -> Tensor:
     if not _is_finite(written):
+        given = state_dict[pieces[0].ours].detach()
         raise ModelError(
             "a weight is NaN or infinite in the dtype that it is to be written in",
             where=name,
-            got=f"{value.dtype} with largest magnitude {value.detach().abs().max().item():g}, written as {kind}",
+            got=f"{given.dtype} with largest magnitude {given.abs().max().item():g}, written as {written.dtype}",
             expected="finite weights",
             fix="write bfloat16 or float32, or go back to a checkpoint from before the model broke",
         )
@@ -343,7 +334,7 @@ def copy_side_files(source: Path, out: Path) -> list[str]:
     copied = []
     for path in _files(source):
         name = path.relative_to(source).as_posix()
-        if path.suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json") or name == "config.json":
+        if path.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or name == "config.json":
             continue
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -360,11 +351,10 @@ def config_with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
+def _plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, shape in shapes.items():
-        size = _bytes(shape, itemsize)
+    for name, size in sizes.items():
         if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
@@ -373,13 +363,13 @@ def _plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: in
     return shards
 
 
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    return torch.Size(shape).numel() * itemsize
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if kind is None or kind not in _DTYPES.values():
+    if kind is None or kind not in DTYPES.values():
         raise ModelError(
             "weights cannot be written in this dtype",
             got=dtype,

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     from posttrain_lib.training.state import TrainState
 
-FORMAT_VERSION = 1
+#: 2: parameters have the names that all families share (norms by their place)
+FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 
 
@@ -105,7 +106,7 @@ class CheckpointManager:
         for name, value in state.trajectory.items():
             if raw["trajectory"].get(name) != value:
                 raise CheckpointError(
-                    f"the checkpoint is of another run: train.{name} differs",
+                    f"the checkpoint is of another run: {name} differs",
                     where=path,
                     got=raw["trajectory"].get(name),
                     expected=value,
@@ -179,7 +180,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Reads them all: a flipped bit must not train on.
 
     Raises:
-        CheckpointError: it is of a format newer than this code reads.
+        CheckpointError: it is of another format than this code reads.
     """
     manifest = path / MANIFEST
     try:
@@ -189,12 +190,12 @@ def damage(path: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            "the checkpoint is of a newer format",
+            f"the checkpoint is of {'a newer' if version > FORMAT_VERSION else 'an older'} format",
             where=path,
             got=version,
-            expected=f"at most {FORMAT_VERSION}",
+            expected=FORMAT_VERSION,
             fix="read it with the version of this project that wrote it",
         )
     for name, (size, digest) in files.items():

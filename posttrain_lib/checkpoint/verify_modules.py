@@ -1,186 +1,158 @@
-"""Module by module: what each computes in ours and in transformers', in order of execution."""
+"""Module by module: what each computes in ours and in transformers', in transformers' order of execution.
+
+The steps follow from the specification: a module of ours and the module that has its stored tensors, whatever that is
+called. Where one of theirs holds several of ours, its features are compared in slices. What has no module of its own
+(attention between its projections, the product of a feed-forward) is what goes into the module behind it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from posttrain_lib.adapters.hf_reference_parts import layer_kinds
+from posttrain_lib.checkpoint.verify_comparison import Comparison
+from posttrain_lib.checkpoint.verify_documents import largest, noise_limit, places
+from posttrain_lib.checkpoint.verify_parameters import parameter_fault
 from posttrain_lib.checkpoint.verify_report import ModuleDifference
-from posttrain_lib.models.decoder import Decoder
-from posttrain_lib.models.spec import ModelSpec
-from posttrain_lib.ops.attention import DocumentLayout
+from posttrain_lib.checkpoint.verify_routing import dense
+from posttrain_lib.checkpoint.verify_subject import Subject
+from posttrain_lib.models.spec import GatedDeltaConfig, Mixer, ModelSpec, layer_number
 
-# Two valid float32 orders of summation differ from the exact result by errors of one size but not of one value; the
-# largest of some 10^5 such errors varies between runs by less than a factor of 2, a fused attention kernel
-# (ours) and separate products (the reference's) by another. 8 leaves room for both. The faults that the gate is for
-# (a wrong constant, tensor or order) are above it by a factor of 100 and more; tests measure that.
-NOISE_FACTOR = 8.0
-# Where the reference's float32 happens to be exact (an embedding lookup), one rounding is still allowed.
-_ROUNDING = 2.0**-23
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Random documents, laid end to end. ``token_ids`` int64 [T]."""
-
-    token_ids: Tensor
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def random(cls, spec: ModelSpec, lengths: tuple[int, ...], seed: int) -> Documents:
-        """Uniform token ids; lengths are cut to what the model's positions allow."""
-        fitting = tuple(min(length, spec.config.max_position_embeddings) for length in lengths)
-        generator = torch.Generator().manual_seed(seed)
-        return cls(torch.randint(spec.config.vocab_size, (sum(fitting),), generator=generator), fitting)
-
-    @staticmethod
-    def places(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(positions int64 [T], cu_seqlens int32 [n+1])."""
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        ends = [0, *itertools.accumulate(lengths)]
-        return positions, torch.tensor(ends, dtype=torch.int32)
-
-    @property
-    def positions(self) -> Tensor:
-        """int64 [T], from 0 in each document."""
-        return self.places(self.lengths)[0]
-
-    def alone(self, index: int) -> Documents:
-        """One of the documents by itself."""
-        return Documents(self.token_ids.split(self.lengths)[index], (self.lengths[index],))
-
-    def packed_logits(self, model: Decoder) -> Tensor:
-        """[T, V] of ours, all documents in one row."""
-        positions, cu_seqlens = self.places(self.lengths)
-        with torch.no_grad():
-            return model(self.token_ids, positions, cu_seqlens, max(self.lengths))
-
-    def reference_logits(self, reference: nn.Module) -> Tensor:
-        """[T, V] of transformers', each document by itself."""
-        from posttrain_lib.adapters.hf_reference import reference_logits
-
-        return torch.cat([reference_logits(reference, part) for part in self.token_ids.split(self.lengths)])
-
-
-def largest(values: Tensor) -> float:
-    """Largest magnitude; NaN where there is one."""
-    return float(values.abs().max()) if values.numel() else 0.0
-
-
-def noise_limit(floor: float, exact: Tensor) -> float:
-    """The largest difference that rounding explains, given the reference's own."""
-    return NOISE_FACTOR * floor + _ROUNDING * largest(exact)
-
-
-def one_layer_spec(spec: ModelSpec, layer: int) -> ModelSpec:
-    """The spec of a decoder that has only this layer, and no vocabulary to speak of."""
-    config = dataclasses.replace(
-        spec.config, num_hidden_layers=1, windows=(spec.config.windows[layer],), vocab_size=1, tie_word_embeddings=True
-    )
-    return dataclasses.replace(spec, config=config)
-
-
-def run_block(decoder: Decoder, hidden_TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[T, D] through the decoder's only layer, as the decoder itself would run it."""
-    positions, cu_seqlens = Documents.places(lengths)
-    cosine, sine = decoder.rope_tables(positions)
-    return decoder.layers[0](hidden_TD, cosine, sine, DocumentLayout.of(cu_seqlens, max(lengths)))
-
-
-# In order of execution. "input" looks at what goes into the module: the result of what has no module of its own.
-_LAYER_STEPS = (
-    ("input_norm", "input_norm", "output"),
-    ("attention.q_proj", "attention.q_proj", "output"),
-    ("attention.k_proj", "attention.k_proj", "output"),
-    ("attention.v_proj", "attention.v_proj", "output"),
-    ("attention.q_norm", "attention.q_norm", "output"),
-    ("attention.k_norm", "attention.k_norm", "output"),
-    ("attention", "attention.o_proj", "input"),
-    ("attention.o_proj", "attention.o_proj", "output"),
-    ("post_attention_norm", "post_attention_norm", "output"),
-    ("mlp.gate_proj", "mlp.gate_proj", "output"),
-    ("mlp.up_proj", "mlp.up_proj", "output"),
-    ("mlp", "mlp.down_proj", "input"),
-    ("mlp.down_proj", "mlp.down_proj", "output"),
-)
-_BETWEEN = {
-    "attention": "its projections agree: rotary embedding, head grouping, scale or mask",
-    "mlp": "its projections agree: activation or product",
+# What goes into these is the result of what has no module: in words, where it is wrong and its parameters are not.
+_BEHIND = {
+    "attention.o_proj": "rotary embedding, head grouping, scale, soft cap, sinks, gate or mask differs",
+    "attention.out_proj": "the norm's gate differs",
+    "mlp.down_proj": "activation or product differs",
+    "mlp.shared.down_proj": "activation or product differs",
 }
+_RECURRENCE = "convolution, decay, beta or recurrence differs"
+_NORM = "a constant of the norm (eps, 1 + weight, order) differs"
+_LINEAR = "what goes in differs: a norm before it, or its place"
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
+    """A module of ours, the module of theirs, and what of the two is compared: ``rows`` of their features.
+
+    ``name`` is what a report calls it; ``hint`` what can be wrong where no parameter is. ``experts``: how many a router
+    chooses from.
+    """
+
     name: str
     ours: str
     theirs: str
-    side: str
+    side: Literal["input", "output", "choices"] = "output"
+    rows: slice | None = None
+    experts: int = 0
+    hint: str = _NORM
 
 
-def _steps(spec: ModelSpec) -> list[_Step]:
-    names = {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for ours, theirs in spec.weight_map}
-    steps = [
-        _Step("embed_tokens", "embed_tokens", names["embed_tokens"], "output"),
-        _Step("rotary_embedding", "", "model.rotary_emb", "rotary"),
-    ]
-    for layer in range(spec.config.num_hidden_layers):
-        for name, module, side in _LAYER_STEPS:
-            theirs = names.get(f"layers.{{n}}.{module}")
-            if theirs is not None:
-                prefix = f"layers.{layer}."
-                steps.append(_Step(prefix + name, prefix + module, theirs.format(n=layer), side))
-    steps.append(_Step("norm", "norm", names["norm"], "output"))
-    steps.append(_Step("lm_head", "", names["lm_head"], "logits"))
-    return steps
+def steps_of(spec: ModelSpec, in_memory: Mapping[str, str]) -> list[Step]:
+    """The steps of a decoder. ``in_memory``: stored name -> name of the reference's parameter; what it lacks has no
+    counterpart and no step."""
+    found: dict[tuple[str, str], Step] = {}
+    layers: dict[int, str] = {}
+    for piece in spec.pieces:
+        if piece.theirs not in in_memory:
+            continue
+        module, _, kind = piece.ours.rpartition(".")
+        theirs = in_memory[piece.theirs].rpartition(".")[0]
+        layer = layer_number(module + ".")
+        if layer is not None and ".layers." in theirs:
+            layers.setdefault(layer, theirs[: theirs.index(".layers.")] + f".layers.{layer}")
+        if layer is None:
+            steps = [Step(module, module, theirs)] if module == "norm" else []
+        elif module.endswith(".mlp.experts"):
+            steps = list(_of_experts(module, theirs, spec.parameter_shapes()[piece.ours][0]))
+        elif kind == "weight" and not module.endswith(".mlp.router"):  # which is seen by what it gives the experts
+            rows = piece.their_index[0]
+            mixer = spec.config.layers[layer].attention
+            steps = list(_of_weight(module, theirs, rows if isinstance(rows, slice) else None, mixer))
+        else:
+            steps = []
+        for step in steps:
+            found.setdefault((step.ours, step.side), step)
+    for layer, theirs in layers.items():
+        found[f"layers.{layer}", "output"] = Step(
+            f"layers.{layer}",
+            f"layers.{layer}",
+            theirs,
+            hint="its parts agree: residual scale or order of the parts differs",
+        )
+    # What the first module behind the embedding is given: families scale it in one place or another.
+    behind = found.get(("norm", "output")) if not layers else Step("", "layers.0", layers.get(0, ""))
+    if behind is not None:
+        hint = "the embedding's scale differs"
+        found[behind.ours, "input"] = Step("embed_tokens", behind.ours, behind.theirs, "input", hint=hint)
+    return list(found.values())
 
 
-def compare_modules(
-    model: Decoder,
-    spec: ModelSpec,
-    reference: Callable[[torch.dtype], nn.Module],
-    run_ours: Callable[[Decoder], Tensor | None],
-    run_theirs: Callable[[nn.Module], object],
-    positions: Tensor,
-) -> list[ModuleDifference]:
-    """Differences of every module that runs, in order of execution.
-
-    Args:
-        reference: makes the reference in a dtype; called for one at a time.
-        run_ours: runs our model on packed documents; returns logits [T, V] or None where no head runs.
-        run_theirs: runs the reference on the same tokens, in the same order.
-        positions: int64 [T] of the documents.
-    """
-    steps = _steps(spec)
-    with _recorded(model, [(step.name, step.ours, step.side) for step in steps], batched=False) as ours:
-        logits = run_ours(model)
-    ours["rotary_embedding"] = [_whole_tables(*model.rope_tables(positions))]
-    if logits is not None:
-        ours["lm_head"] = [logits]
-    records, parameters = [], {}
-    for dtype in (torch.float32, torch.float64):
-        theirs = reference(dtype)
-        parameters = {name: value.detach() for name, value in theirs.named_parameters(remove_duplicate=False)}
-        with _recorded(theirs, [(step.name, step.theirs, step.side) for step in steps], batched=True) as record:
-            run_theirs(theirs)
-        records.append(record)
-        del theirs
-    ran = [step for step in steps if step.name in records[1] or step.name in ours]
-    return [_explain(_compare(step, ours, *records), model, parameters) for step in ran]
+def _of_experts(module: str, theirs: str, experts: int) -> Iterator[Step]:
+    router = module.removesuffix("experts") + "router"
+    yield Step(router, module, theirs, "choices", experts=experts, hint="scores, choice or scale differ")
+    yield Step(module, module, theirs, hint="activation or order of the experts' products differs")
 
 
-def _compare(step: _Step, ours: dict[str, list[Tensor]], coarse: Any, fine: Any) -> ModuleDifference:
+def _of_weight(module: str, theirs: str, rows: slice | None, mixer: Mixer) -> Iterator[Step]:
+    """The steps of a module with one weight: what goes in, where nothing else shows it, and what comes out."""
+    layer, inside = module.split(".", 2)[1:]
+    prefix = f"layers.{layer}."
+    if inside == "attention.norm" and isinstance(mixer, GatedDeltaConfig):
+        yield Step(f"{prefix}attention", module, theirs, "input", hint=_RECURRENCE)
+        return  # theirs is gated, ours is not
+    if inside == "pre_mlp_norm":
+        hint = "residual scale, or the order of norms, differs"
+        yield Step(f"{prefix}after_attention", module, theirs, "input", hint=hint)
+    if inside in _BEHIND:
+        name = "attention.norm" if inside == "attention.out_proj" else inside.rpartition(".")[0]
+        yield Step(prefix + name, module, theirs, "input", hint=_BEHIND[inside])
+    hint = _NORM if module.endswith("norm") else _LINEAR
+    yield Step(module, module, theirs, rows=rows, hint=hint)
+
+
+def compare_modules(it: Comparison) -> list[ModuleDifference]:
+    """Differences of every module that runs, in order of execution, under names of the whole model."""
+    subject = it.subject
+    steps = steps_of(subject.spec, it.in_memory)
+    if subject.layer is not None:
+        steps = [step for step in steps if step.name not in ("norm", "embed_tokens")]
+    told = it.coarse.routing.choices
+    with _recorded(subject.model, [(step, step.ours) for step in steps], (sum(subject.lengths),)) as ours:
+        last = it.run(subject.model, told=told).output
+    records = []
+    for reference in (it.coarse_reference, it.fine_reference):
+        with _recorded(reference, [(step, step.theirs) for step in steps], subject.lengths) as record:
+            result = it.theirs(reference, told=told).output
+        records.append((record, result))
+    (coarse, coarse_last), (fine, fine_last) = records
+    by_name = {step.name: step for step in steps}
+    ran = [by_name[name] for name in fine] + [step for step in steps if step.name in ours and step.name not in fine]
+    found = [_compare(step, ours, coarse, fine) for step in ran]
+    if subject.layer is None:
+        head = Step("lm_head", "lm_head", "lm_head", hint="scale or soft cap of the logits differs")
+        by_name["lm_head"] = head
+        found.append(_compare(head, {"lm_head": last}, {"lm_head": coarse_last}, {"lm_head": fine_last}))
+    found = _rotary(it) + found
+    return [_explained(item, by_name.get(item.name), subject) for item in found]
+
+
+def _compare(
+    step: Step, ours: Mapping[str, Tensor], coarse: Mapping[str, Tensor], fine: Mapping[str, Tensor]
+) -> ModuleDifference:
     if step.name not in ours or step.name not in fine:
         side = "transformers has" if step.name in fine else "ours has"
         return ModuleDifference(step.name, step.theirs, math.inf, 0.0, False, f"only {side} this module")
-    exact, rounded, got = torch.cat(fine[step.name]), torch.cat(coarse[step.name]), torch.cat(ours[step.name])
+    exact, rounded, got = fine[step.name], coarse[step.name], ours[step.name]
+    if step.rows is not None and got.shape != exact.shape:
+        exact, rounded = exact[:, step.rows], rounded[:, step.rows]
     if got.shape != exact.shape:
         detail = f"shape {list(got.shape)}, transformers' is {list(exact.shape)}"
         return ModuleDifference(step.name, step.theirs, math.inf, 0.0, False, detail)
@@ -188,70 +160,117 @@ def _compare(step: _Step, ours: dict[str, list[Tensor]], coarse: Any, fine: Any)
     return ModuleDifference(step.name, step.theirs, difference, limit, difference <= limit)
 
 
-def _explain(item: ModuleDifference, model: Decoder, theirs: dict[str, Tensor]) -> ModuleDifference:
-    """Where a module is wrong, look at its parameters: a missing one, other values, a transposed one."""
-    if item.passed or item.detail is not None:
-        return item
-    kind = item.name.split(".")[-1]
-    detail = _BETWEEN.get(kind) or _parameter_fault(item, dict(model.named_parameters()), theirs)
-    return ModuleDifference(item.name, item.reference, item.difference, item.limit, False, detail)
+def _explained(item: ModuleDifference, step: Step | None, subject: Subject) -> ModuleDifference:
+    """Under its name in the whole model; and where a module is wrong, look at its parameters first."""
+    detail = item.detail
+    if not item.passed and detail is None and step is not None:
+        tied = step.name == "lm_head" and subject.spec.config.tie_word_embeddings
+        module = "embed_tokens" if tied else step.name
+        detail = parameter_fault(module, subject) or f"its parameters agree: {step.hint}"
+    return dataclasses.replace(
+        item, name=subject.named(item.name), reference=subject.named(item.reference), detail=detail
+    )
 
 
-def _parameter_fault(item: ModuleDifference, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
-    for kind in ("weight", "bias"):
-        name = f"{item.name}.{kind}"
-        if item.name == "lm_head" and name not in ours and kind == "weight":
-            name = "embed_tokens.weight"
-        left, right = ours.get(name), theirs.get(f"{item.reference}.{kind}")
-        if left is None and right is None:
+def _rotary(it: Comparison) -> list[ModuleDifference]:
+    """The tables of cosine and sine, of each rotary embedding that the specification has."""
+    subject, config = it.subject, it.subject.spec.config
+    calls = _rotary_calls(it)
+    tables = subject.model.rope_tables(places(subject.lengths[:1])[0])
+    kinds = layer_kinds(it.coarse_reference)
+    found: dict[str, ModuleDifference] = {}
+    for number, layer in enumerate(config.layers):
+        rope, own = layer.attention.rope, subject.model.config.layers[number].attention.rope
+        key = kinds[number] if kinds and kinds[number] in calls else None
+        if rope is None or own is None or key not in calls:
             continue
-        if left is None or right is None:
-            return f"parameter {name} exists only in {'transformers' if left is None else 'ours'}"
-        left = left.detach().to(right.dtype)
-        if left.shape != right.shape:
-            return f"parameter {name} has shape {list(left.shape)}, transformers' {list(right.shape)}"
-        if torch.equal(left, right):
-            continue
-        turned = left.dim() == 2 and left.shape[0] == left.shape[1] and torch.equal(left.t(), right)
-        return f"parameter {name} is transposed" if turned else f"parameter {name} has other values"
-    return "its parameters agree: a constant of the module (eps, angle, order of operations) does not"
+        name = "rotary_embedding" + (f".{config.ropes.index(rope)}" if len(config.ropes) > 1 else "")
+        mine = torch.cat(tables[subject.model.config.ropes.index(own)], dim=-1).squeeze(1)
+        found.setdefault(name, _compare_rotary(name, mine, calls[key], rope.dims))
+    return list(found.values())
 
 
-def _whole_tables(cosine: Tensor, sine: Tensor) -> Tensor:
-    """Our half-width tables as transformers keeps them: [T, 2 H], cosine and sine, each half repeated."""
-    return torch.cat([cosine, cosine, sine, sine], dim=-1).squeeze(1)
+def _rotary_calls(it: Comparison) -> dict[str | None, tuple[Tensor, Tensor]]:
+    """Kind of layer -> (cosine, sine) [S, dims] of the first document, by transformers; None: for all layers."""
+    module = getattr(it.coarse_reference.model, "rotary_emb", None)
+    calls: dict[str | None, tuple[Tensor, Tensor]] = {}
+    if module is None or not it.subject.spec.config.ropes:
+        return calls
+
+    def keep(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: tuple[Tensor, Tensor]) -> None:
+        kind = next((value for value in (*args, *kwargs.values()) if isinstance(value, str)), None)
+        calls.setdefault(kind, (result[0][0], result[1][0]))
+
+    handle = module.register_forward_hook(
+        lambda _module, args, kwargs, result: keep(args, kwargs, result), with_kwargs=True
+    )
+    try:
+        it.theirs(it.coarse_reference, documents=1)
+    finally:
+        handle.remove()
+    return calls
+
+
+def _compare_rotary(name: str, mine: Tensor, theirs: tuple[Tensor, Tensor], dims: int) -> ModuleDifference:
+    # transformers keeps each half twice, save in gpt-oss.
+    whole = torch.cat([part[:, : dims // 2] if part.shape[-1] == dims else part for part in theirs], dim=-1)
+    if mine.shape != whole.shape:
+        turned = f"{mine.shape[-1]} entries of a head turn, transformers turns {whole.shape[-1]}"
+        return ModuleDifference(name, "model.rotary_emb", math.inf, 0.0, False, turned)
+    # Both are float32: one rounding of a frequency, times the position.
+    off, limit = largest(mine - whole), noise_limit(0.0, whole) * len(mine)
+    detail = None if off <= limit else "a frequency, or the factor on cosine and sine, differs"
+    return ModuleDifference(name, "model.rotary_emb", off, limit, off <= limit, detail)
 
 
 @contextmanager
 def _recorded(
-    model: nn.Module, steps: list[tuple[str, str, str]], *, batched: bool
-) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what the named modules compute, as [tokens, features], while the block runs.
+    model: nn.Module, wanted: Iterable[tuple[Step, str]], lengths: tuple[int, ...]
+) -> Iterator[dict[str, Tensor]]:
+    """Collect what goes into or comes out of the named modules, as [tokens, features] by step, in order of execution.
 
-    ``batched``: the model carries a batch of one, as transformers' does. Heads follow their token on both sides, so
-    that flattening them is the same.
+    ``lengths``: tokens of each call of the model; heads follow their token, or stand before it.
     """
-    record: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
+    record: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
-    def keep(name: str, side: str, args: Any, result: Any) -> None:
-        if side == "rotary":
-            value = torch.cat(result, dim=-1)
-        else:
-            value = args if side == "input" else result
-            value = value[0] if isinstance(value, tuple) else value
-        rows = value.detach()[0] if batched else value.detach()
-        record.setdefault(name, []).append(rows.flatten(1))
+    def keep(step: Step, value: Any) -> None:
+        if isinstance(value, tuple):
+            value = value[0]
+        parts.setdefault(step.name, []).append(value.detach().clone())  # theirs may go on in place (OLMoE's clipping)
 
-    handles = [
-        modules[module].register_forward_hook(
-            lambda _module, args, result, name=name, side=side: keep(name, side, args, result)
-        )
-        for name, module, side in steps
-        if module and module in modules
-    ]
+    def before(step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        values = (*args, *kwargs.values())
+        if step.side == "choices":
+            parts.setdefault(step.name, []).append(dense((values[1], values[2]), step.experts))
+        elif step.side == "input":
+            keep(step, args[0] if args else kwargs.get("hidden_states", values[0]))
+
+    handles = []
+    for step, name in wanted:
+        if name not in modules:
+            continue
+        if step.side == "output":
+            handles.append(modules[name].register_forward_hook(lambda _m, _a, result, step=step: keep(step, result)))
+        else:
+            handles.append(
+                modules[name].register_forward_pre_hook(
+                    lambda _m, args, kwargs, step=step: before(step, args, kwargs), with_kwargs=True
+                )
+            )
     try:
         yield record
     finally:
         for handle in handles:
             handle.remove()
+    record.update({name: _by_token(values, lengths) for name, values in parts.items()})
+
+
+def _by_token(values: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+    """[T, features] of one value per call: tokens first, or behind a batch of one, or behind the heads."""
+    calls = list(zip(values, lengths, strict=True))
+    calls = [(value[0] if value.dim() > 2 and len(value) == 1 else value, length) for value, length in calls]
+    if any(value.dim() > 2 and len(value) != length for value, length in calls):
+        calls = [(value.transpose(0, 1) if value.dim() > 2 else value, length) for value, length in calls]
+    return torch.cat([value.reshape(length, -1) for value, length in calls])

@@ -12,6 +12,42 @@ from posttrain_lib.schema.manifests import Check
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What one check found on one part of a model: ``value`` is to be at most ``limit``. ``module``: where, or what it
+    is about (a parameter, a norm, a document's layer)."""
+
+    name: str
+    value: float
+    limit: float
+    reason: str
+    module: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN."""
+        return self.value <= self.limit
+
+    @property
+    def share(self) -> float:
+        """How much of the limit is taken up; infinite for NaN."""
+        share = self.value / self.limit if self.limit > 0 else (0.0 if self.value == 0 else math.inf)
+        return math.inf if math.isnan(share) else share
+
+
+def merged(findings: list[Finding]) -> list[Check]:
+    """One check of each name, in order: the first part that fails, else the one nearest to its limit."""
+    by_name: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_name.setdefault(finding.name, []).append(finding)
+    checks = []
+    for name, found in by_name.items():
+        worst = next((item for item in found if not item.passed), None) or max(found, key=lambda item: item.share)
+        where = "" if worst.module is None else f"{worst.module}: "
+        checks.append(Check(name, worst.passed, worst.value, worst.limit, where + worst.reason))
+    return checks
+
+
+@dataclass(frozen=True)
 class ModuleDifference:
     """One module: largest absolute difference between ours and the reference's float64, and what was allowed."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain_lib.config.base import Section
 
@@ -31,6 +33,94 @@ class VerificationConfig(Section):
     memory_limit_gib: float | None = Field(
         None, gt=0, description="above this estimate 'light' goes block by block; default: half of what is free"
     )
+    sharded: bool = Field(False, description="also compare two processes with one; takes some ten seconds")
+
+
+class AddedToken(Section):
+    """One new token."""
+
+    token: str = Field(min_length=1)
+    special: bool = Field(True, description="a control token: decoding leaves it out; false: it is text")
+    description: str | None = Field(
+        None, min_length=1, description="text whose tokens' mean its rows begin as; default: as model.vocabulary says"
+    )
+
+
+class TokenBlock(Section):
+    """New tokens that differ in a number, as semantic ids do."""
+
+    format: str = Field(description="their text, {n} standing for the number, counted from 0: <item_{n}>")
+    count: int = Field(ge=1)
+    special: bool = Field(False, description="control tokens: decoding leaves them out; false: they are text")
+    description: str | None = Field(
+        None, min_length=1, description="as of a single token; {n} in it stands for the number, too"
+    )
+
+    @field_validator("format")
+    @classmethod
+    def _has_a_number(cls, value: str) -> str:
+        if "{n}" not in value:
+            raise ValueError("a block's format needs {n}, which becomes the number, as <item_{n}>")
+        return value
+
+    def tokens(self) -> Iterator[AddedToken]:
+        """The block's tokens in order."""
+        for number in range(self.count):
+            text = self.description and self.description.replace("{n}", str(number))
+            name = self.format.replace("{n}", str(number))
+            yield AddedToken(token=name, special=self.special, description=text)
+
+
+class Vocabulary(Section):
+    """The model's vocabulary: its size in memory, and tokens that it gains before anything else happens to it."""
+
+    pad_to_multiple_of: int = Field(
+        64, ge=1, description="rows of embedding and head in memory; never in files. 1: no padding"
+    )
+    add_tokens: tuple[AddedToken, ...] = Field((), description="new tokens; a plain string is a special token")
+    add_blocks: tuple[TokenBlock, ...] = Field((), description="numbered tokens, behind the single ones")
+    initialise: Literal["mean", "normal"] = Field(
+        "mean", description="new rows: mean of the used ones with noise (Hewitt 2021), or as new weights of the model"
+    )
+    noise: float = Field(1e-5, ge=0, description="share of the rows' covariance that the noise on a mean has")
+    seed: int = 0
+
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _plain_strings(cls, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        return [{"token": item} if isinstance(item, str) else item for item in value]
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Vocabulary:
+        names = Counter(token.token for token in self.new_tokens())
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"new tokens are named twice: {', '.join(twice[:4])}")
+        return self
+
+    def new_tokens(self) -> list[AddedToken]:
+        """All that are added, in the order of their ids."""
+        return [*self.add_tokens, *(token for block in self.add_blocks for token in block.tokens())]
+
+
+class Lora(Section):
+    """Low-rank adapters on a frozen base. Groups of targets: attention, mlp, experts, head, embedding; or names of
+    projections, as q_proj or layers.3.mlp.up_proj."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, description="the adapter's product is multiplied by alpha / rank")
+    targets: tuple[str, ...] = Field(("attention", "mlp"), min_length=1)
+    rslora: bool = Field(False, description="alpha / sqrt(rank) in place of alpha / rank")
+    dora: bool = Field(False, description="train the lengths of rows by themselves; vLLM serves it merged only")
+    seed: int = 0
+    base_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights in memory")
+
+    @model_validator(mode="after")
+    def _dora_has_projections(self) -> Lora:
+        if self.dora and (without := sorted({"experts", "head", "embedding"} & set(self.targets))):
+            raise ValueError(f"DoRA is for the projections of attention and mlp: take {without} out of targets")
+        return self
 
 
 class ModelConfig(Section):
@@ -39,6 +129,8 @@ class ModelConfig(Section):
     path: str | None = Field(None, description="Hugging Face folder or hub id")
     from_scratch: FromScratch | None = None
     verification: VerificationConfig = VerificationConfig()
+    vocabulary: Vocabulary = Vocabulary()
+    lora: Lora | None = Field(None, description="train low-rank adapters; default: train all weights")
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

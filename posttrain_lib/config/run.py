@@ -85,6 +85,11 @@ class RunConfig(Section):
             _check_on_the_fly(data, train)
         if self.compute.launcher == "in_process" and self.compute.workers > 1:
             raise ValueError("compute.launcher 'in_process' runs one worker; use 'ray' for more")
+        if self.data.tokenizer is not None and self.model.vocabulary.new_tokens():
+            raise ValueError(
+                "model.vocabulary adds tokens to the model's own tokenizer, and data.tokenizer names another one; "
+                "leave data.tokenizer out, or add the tokens to its files and to the model yourself"
+            )
         if self.data.tokenizer is not None and self.model.from_scratch is not None:
             raise ValueError(
                 "data.tokenizer and model.from_scratch both name a tokenizer; "

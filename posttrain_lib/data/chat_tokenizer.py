@@ -67,6 +67,7 @@ class ChatTokenizer:
         verdict: GateReport | None = None,
     ) -> None:
         self._tokenizer = _load(folder)
+        self._words = _added_words(folder)
         self._reference = HfEngine(self._tokenizer)
         self._reference_only = engine == "hf"
         self._engine: Engine | None = self._reference if self._reference_only else None
@@ -200,8 +201,12 @@ class ChatTokenizer:
         All special tokens, and every other whose text is a word in brackets and no HTML tag. Runs of spaces and plain
         words, which some vocabularies add to spell them in fewer tokens, are text.
         """
-        added = self._tokenizer.added_tokens_decoder.values()
-        return {token.content: token.special for token in added if token.special or _is_marker(token.content)}
+        added, words = self._tokenizer.added_tokens_decoder.values(), self._words
+        return {
+            token.content: token.special
+            for token in added
+            if token.special or (_is_marker(token.content) and token.content not in words)
+        }
 
     @cached_property
     def marker(self) -> re.Pattern[str] | None:
@@ -309,6 +314,13 @@ def _load(folder: Path | str) -> Any:
         )
     tokenizer.model_max_length = 2**31  # how long an example may be is the run file's matter: no warnings
     return tokenizer
+
+
+def _added_words(folder: Path | str) -> frozenset[str]:
+    """Tokens that were added to the folder as text, by the record that ``models.growth`` leaves beside them."""
+    path = Path(folder) / "added_vocabulary.json"
+    records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return frozenset(token["token"] for record in records for token in record["tokens"] if not token["special"])
 
 
 def _read_template(path: Path | str) -> str:

@@ -297,7 +297,14 @@ def count_steps(feed: StoreFeed, *, row_tokens: int, rows_per_step: int, packing
 
 
 def held_out_batches(
-    store: TokenStore, *, row_tokens: int, rank: int = 0, world: int = 1, batch_rows: int = 1, packing_buffer: int = 256
+    store: TokenStore,
+    *,
+    row_tokens: int,
+    rank: int = 0,
+    world: int = 1,
+    batch_rows: int = 1,
+    packing_buffer: int = 256,
+    share_prefixes: bool = True,
 ) -> Iterator[PackedBatch]:
     """Every example once, in the store's order, packed; rows are dealt out over the ranks.
 
@@ -308,7 +315,7 @@ def held_out_batches(
         DataError: the store has nothing to evaluate on, or an example is longer than a row.
     """
     check_trainable(store)
-    units = units_of(store, row_tokens, share_prefixes=True)
+    units = units_of(store, row_tokens, share_prefixes=share_prefixes)
     packer = make_packer(row_tokens, packing_buffer)
     everything = len(units) + 1
     rows = packer.feed(np.arange(len(units)), units.lengths, everything)[1] + packer.flush(everything)

@@ -1,7 +1,7 @@
-"""Greedy generation and token log-probs over our own definitions, packed and uncached.
+"""Greedy generation and token log-probs over our own definitions.
 
-Every step runs all unfinished sequences again as packed documents. That costs a forward of the whole prefix per new
-token, which short answers on small models do not feel, and it uses the very path that trains.
+Prompts are packed into one forward and fill a cache of keys, values and recurrent states; every further step runs one
+token of each unfinished sequence. It is the forward that trains, for every family.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from posttrain_lib.ops import linear_cross_entropy as head
+from posttrain_lib.ops import linear_cross_entropy as ops
+from posttrain_lib.ops.cache import KeyValueCache
 
 if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.ops.output_head import OutputHead
 
 #: tokens in one packed forward; bounds memory
 _TOKENS_PER_FORWARD = 8192
@@ -30,22 +31,48 @@ def greedy_generate(
 
     Ties go to the smaller id, so the result depends on the weights alone.
     """
-    stops = set(stop_ids)
-    sequences = [list(prompt) for prompt in prompts]
+    stops = frozenset(stop_ids)
     completions: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        finished = set()
-        for group in _groups(active, sequences):
-            for index, token in zip(group, _next_tokens(model, [sequences[i] for i in group]), strict=True):
-                sequences[index].append(token)
-                completions[index].append(token)
-                if token in stops:
-                    finished.add(index)
-        active = [index for index in active if index not in finished]
-        if not active:
-            break
+    # Like lengths together: every sequence of a group gets as much room as the longest.
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for group in _groups(by_length if max_new_tokens > 0 else (), prompts):
+        _generate(model, [prompts[index] for index in group], max_new_tokens, stops, [completions[i] for i in group])
     return completions
+
+
+def _generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    stops: frozenset[int],
+    completions: Sequence[list[int]],
+) -> None:
+    """Extend each completion in place."""
+    cache = KeyValueCache(len(prompts), max(map(len, prompts)) + most)
+    active, new = list(completions), [list(prompt) for prompt in prompts]
+    for _ in range(most):
+        tokens = _next_tokens(model, new, cache)
+        for completion, token in zip(active, tokens, strict=True):
+            completion.append(token)
+        keep = [place for place, token in enumerate(tokens) if token not in stops]
+        if not keep:
+            break
+        if len(keep) < len(active):
+            cache.drop(keep)
+        active, new = [active[place] for place in keep], [[tokens[place]] for place in keep]
+
+
+def _next_tokens(model: Decoder, new: Sequence[Sequence[int]], cache: KeyValueCache) -> list[int]:
+    """The most likely token behind the ``new`` tokens of each sequence, which the cache keeps from now on."""
+    tokens, positions, boundaries, longest = _pack(new, model)
+    counts = [len(each) for each in new]
+    positions = positions + cache.lengths.to(positions.device).repeat_interleave(
+        torch.tensor(counts, device=positions.device)
+    )
+    last = boundaries[1:].long() - 1
+    logits = model(tokens, positions, boundaries, longest, lambda hidden, head: head.logits(hidden[last]), cache=cache)
+    cache.advance(counts)
+    return logits.argmax(dim=-1).tolist()
 
 
 @torch.no_grad()
@@ -58,8 +85,8 @@ def token_logprobs(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[l
         last = set((boundaries[1:] - 1).tolist())
         index = torch.tensor([t for t in range(len(tokens)) if t not in last], device=tokens.device)
 
-        def score(hidden: Tensor, weight: Tensor, targets: Tensor = targets, index: Tensor = index) -> Tensor:
-            return head.token_logprobs(hidden, weight, targets, index)[0]
+        def score(hidden: Tensor, head: OutputHead, targets: Tensor = targets, index: Tensor = index) -> Tensor:
+            return ops.token_logprobs(hidden, head, targets, index)[0]
 
         values = model(tokens, positions, boundaries, longest, score).tolist()
         for i in group:
@@ -67,13 +94,6 @@ def token_logprobs(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[l
             results.append(values[:count])
             values = values[count:]
     return results
-
-
-def _next_tokens(model: Decoder, sequences: list[Sequence[int]]) -> list[int]:
-    tokens, positions, boundaries, longest = _pack(sequences, model)
-    last = boundaries[1:].long() - 1
-    logits = model(tokens, positions, boundaries, longest, lambda hidden, weight: linear(hidden[last], weight))
-    return logits.argmax(dim=-1).tolist()
 
 
 def _pack(sequences: Sequence[Sequence[int]], model: Decoder) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -7,15 +7,19 @@ from pathlib import Path
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.models.vocabulary import with_padded_vocabulary
 
 
-def load_model(folder: str | Path) -> Decoder:
+def load_model(folder: str | Path, *, pad_vocabulary_to: int = 1) -> Decoder:
     """The decoder of a Hugging Face folder, in fp32 on the CPU, without gradients.
+
+    ``pad_vocabulary_to``: embedding and head have rows in multiples of it, as those of a checkpoint that is to be
+    loaded into it.
 
     Raises:
         ModelError: the folder is incomplete, damaged or of an unsupported architecture.
     """
-    spec = spec_from_folder(folder)
+    spec = with_padded_vocabulary(spec_from_folder(folder), pad_vocabulary_to)
     model = build_model(spec)
     load_hf_weights(model, spec, folder)
     return model.requires_grad_(False).eval()

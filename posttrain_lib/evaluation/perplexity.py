@@ -56,7 +56,10 @@ def held_out_loss(
     """
     device = device or next(model.parameters()).device
     sums = torch.zeros(len(store.sources), 2, dtype=torch.float64, device=device)
-    for arrays in held_out_batches(store, row_tokens=row_tokens, rank=rank, world=world, batch_rows=batch_rows):
+    shared = not model.config.is_recurrent
+    for arrays in held_out_batches(
+        store, row_tokens=row_tokens, rank=rank, world=world, batch_rows=batch_rows, share_prefixes=shared
+    ):
         batch = to_torch(arrays, device)
         with autocast(device, precision):
             output = loss(model, batch)

@@ -11,6 +11,7 @@ from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.ops.output_head import OutputHead
     from posttrain_lib.schema.batches import PackedBatch
 
 
@@ -24,12 +25,10 @@ class SFTLoss:
     def __call__(self, model: Decoder, batch: PackedBatch) -> LossOutput:
         """One forward; logits exist only in chunks of supervised rows, inside the head."""
 
-        def head(hidden_TD: Tensor, head_weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-            return linear_cross_entropy(
-                hidden_TD, head_weight_VD, batch.target_ids, batch.loss_weights, batch.supervised_index
-            )
+        def output(hidden_TD: Tensor, head: OutputHead) -> tuple[Tensor, Tensor]:
+            return linear_cross_entropy(hidden_TD, head, batch.target_ids, batch.loss_weights, batch.supervised_index)
 
         local_sum, nll = model(
-            batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, head, prefixes=batch.prefixes
+            batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, output, prefixes=batch.prefixes
         )
         return LossOutput(local_sum, nll)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from posttrain_lib.errors import ModelError
-from posttrain_lib.models.blocks import DecoderBlock, RMSNorm
+from posttrain_lib.models.attention import RopeTables
+from posttrain_lib.models.blocks import DecoderBlock
 from posttrain_lib.models.heads import Output, full_logits
+from posttrain_lib.models.norm import RMSNorm
 from posttrain_lib.models.spec import DecoderConfig, ModelSpec
 from posttrain_lib.ops.attention import DocumentLayout, attention_dtype, has_fused_varlen
+from posttrain_lib.ops.local import local
+from posttrain_lib.ops.output_head import OutputHead, VocabularyShard
 from posttrain_lib.ops.rope import inverse_frequencies, rope_tables
 
 if TYPE_CHECKING:
+    from posttrain_lib.ops.cache import KeyValueCache
     from posttrain_lib.schema.shared_prefix import SharedPrefixes
 
 
@@ -28,24 +33,47 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocabulary_rows, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm)
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocabulary_rows, bias=False)
         )
-        # No buffer: a cast to bf16 would round it and a meta-device build would lose it. It is H/2 numbers.
+        self.vocabulary_shard: VocabularyShard | None = None  # set where rows of the head lie over ranks
+        # No buffers: a cast to bf16 would round them and a meta-device build would lose them. They are H/2 numbers.
         with torch.device("cpu"):
-            self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+            self._frequencies = [inverse_frequencies(rope) for rope in config.ropes]
 
     @property
     def head_weight(self) -> Tensor:
         """[V, D] weight of the output head; the embedding's where they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cosine, sine) float32 [T, 1, H/2] for int64 positions [T]."""
-        return rope_tables(positions, self._frequencies.to(positions.device))
+    @property
+    def output_head(self) -> OutputHead:
+        """The head as losses and samplers use it."""
+        config = self.config
+        return OutputHead(
+            local(self.head_weight),
+            vocab_size=config.vocab_size,
+            scale=config.logit_scale,
+            softcap=config.logit_softcap,
+            shard=self.vocabulary_shard,
+        )
+
+    def rope_tables(self, positions: Tensor) -> RopeTables:
+        """(cosine, sine) float32 [T, 1, H/2] for int64 positions [T], of each rotary embedding in use."""
+        return tuple(
+            rope_tables(positions, frequencies.to(positions.device), rope.attention_factor)
+            for frequencies, rope in zip(self._frequencies, self.config.ropes, strict=True)
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T, D] of int64 [T]."""
+        hidden = self.embed_tokens(token_ids)
+        if self.config.embedding_scale == 1.0:
+            return hidden
+        return hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype).item()
 
     def forward(
         self,
@@ -56,27 +84,36 @@ class Decoder(nn.Module):
         output: Output = full_logits,
         *,
         prefixes: SharedPrefixes | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Any:
         """Run the decoder and hand the normed hidden states to ``output``.
 
         Args:
             token_ids: int64 [T]. positions: int64 [T], places in the document.
             cu_seqlens: int32 [n+1] boundaries of the segments. max_seqlen: longest segment, tokens.
-            output: called as ``output(hidden_TD, head_weight_VD)`` *inside* this forward, while sharded weights are
+            output: called as ``output(hidden_TD, head)`` *inside* this forward, while sharded weights are
                 whole; a loss closes over its targets. Default: logits [T, V].
+            cache: keys, values and states of the tokens before these, which these are added to; for generation.
             prefixes: where segments find the beginning of their documents, arrays on the model's device; None: every
                 segment is a whole document.
 
         Returns:
             what ``output`` returns.
         """
-        hidden = self.embed_tokens(token_ids)
+        hidden = self.embed(token_ids)
         fused = has_fused_varlen(hidden.device, attention_dtype(hidden))
-        layout = DocumentLayout.of(cu_seqlens, max_seqlen, fused=fused, prefixes=prefixes)
-        cosine, sine = self.rope_tables(positions)
+        layout = DocumentLayout.of(cu_seqlens, max_seqlen, fused=fused, prefixes=prefixes, cache=cache)
+        tables = self.rope_tables(positions)
         for layer in self.layers:
-            hidden = layer(hidden, cosine, sine, layout)
-        return output(self.norm(hidden), self.head_weight)
+            hidden = layer(hidden, tables, layout)
+        return output(self.norm(hidden), self.output_head)
+
+
+@cache
+def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of a configuration's decoder, in order; nothing is allocated. Do not change it."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
 def build_model(spec: ModelSpec, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
@@ -84,16 +121,13 @@ def build_model(spec: ModelSpec, dtype: torch.dtype = torch.float32, device: str
 
     Weights are NaN until they are loaded (``checkpoint.hf.load_hf_weights``) or initialised
     (``models.scratch.init_weights``), so that a forgotten parameter shows in the first loss.
-
-    Raises:
-        ModelError: the definition and the spec disagree on parameters (a mistake in a family file).
     """
     with torch.device("meta"):
         model = Decoder(spec.config).to(dtype)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if shapes != spec.parameter_shapes():
-        differing = sorted(set(shapes.items()) ^ set(spec.parameter_shapes().items()))
-        raise ModelError("the decoder's parameters are not those of its spec", where=spec.family, got=differing[:4])
+    wide = {piece.ours for piece in spec.pieces if piece.float32}
+    for name, parameter in model.named_parameters():
+        if name in wide:  # as transformers keeps it whatever the rest is in
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""What happens to the last hidden states: an *output* is called as ``output(hidden_TD, head_weight_VD)``."""
+"""What happens to the last hidden states: an *output* is called as ``output(hidden_TD, head)``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import linear
 
-Output = Callable[[Tensor, Tensor], Any]
+from posttrain_lib.ops.output_head import OutputHead
 
-
-def full_logits(hidden_TD: Tensor, head_weight_VD: Tensor) -> Tensor:
-    """[T, D] x [V, D] -> [T, V]. For comparison and generation: a loss never builds this tensor."""
-    return linear(hidden_TD, head_weight_VD)
+Output = Callable[[Tensor, OutputHead], Any]
 
 
-def hidden_states(hidden_TD: Tensor, head_weight_VD: Tensor) -> Tensor:
+def full_logits(hidden_TD: Tensor, head: OutputHead) -> Tensor:
+    """[T, D] -> [T, V]. For comparison and generation: a loss never builds this tensor."""
+    return head.logits(hidden_TD)
+
+
+def hidden_states(hidden_TD: Tensor, head: OutputHead) -> Tensor:
     """The normed hidden states themselves, [T, D]."""
     return hidden_TD

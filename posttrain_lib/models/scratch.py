@@ -19,6 +19,7 @@ from posttrain_lib.errors import ModelError
 from posttrain_lib.models.families import get_family, spec_from_config
 from posttrain_lib.models.spec import ModelSpec
 
+_INTO_THE_STREAM = ("o_proj", "down_proj", "out_proj")
 # Set from the tokenizer or by this project; a run file that sets them as well would contradict itself.
 _NOT_THEIRS = ("model_type", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 
@@ -42,7 +43,8 @@ def write_scratch_model(
     from safetensors.torch import save_file
 
     from posttrain_lib.adapters.hf_reference import architecture_config, tokenizer_facts
-    from posttrain_lib.checkpoint.hf import WEIGHTS_FILE, copy_side_files
+    from posttrain_lib.checkpoint.hf import copy_side_files, stored_tensors
+    from posttrain_lib.checkpoint.hf_files import WEIGHTS_FILE
 
     kind = get_family(family, where="model.from_scratch.family")
     for name in _NOT_THEIRS:
@@ -71,8 +73,7 @@ def write_scratch_model(
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     copy_side_files(Path(tokenizer_dir), out)
-    names = spec.hf_names()
-    weights = {names[name]: tensor for name, tensor in initial_weights(spec, seed)}
+    weights = stored_tensors(spec, dict(initial_weights(spec, seed)), torch.float32)
     save_file(weights, out / WEIGHTS_FILE, metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     generation = {"_from_model_config": True, **{key: value for key, value in facts.items() if value is not None}}
@@ -82,26 +83,36 @@ def write_scratch_model(
 def initial_weights(spec: ModelSpec, seed: int) -> list[tuple[str, Tensor]]:
     """(our name, float32 tensor) for every parameter.
 
-    Normal with standard deviation ``initializer_range`` (0.02 by default), for the two projections that write into
-    the residual stream divided by sqrt(2 L), so that the stream's variance does not grow with depth (GPT-2's rule).
-    Norm weights are 1, biases 0. Each tensor has its own generator, seeded by seed and name: a wider or deeper model
-    leaves the others' values alone, and no order or thread count enters.
+    Normal with standard deviation ``initializer_range`` (0.02 by default), for the projections that write into the
+    residual stream divided by sqrt(2 L), so that the stream's variance does not grow with depth (GPT-2's rule). Norms
+    multiply by 1, biases and sinks are 0; the decay of linear attention is spread as Mamba's is (logarithm of uniform
+    in (0, 16), time bias 1). Each tensor has its own generator, seeded by seed and name: a wider or deeper model leaves
+    the others' values alone, and no order or thread count enters.
     """
     deviation = float(spec.hf_config.get("initializer_range", 0.02))
     residual = deviation / math.sqrt(2 * spec.config.num_hidden_layers)
     weights = []
     for name, shape in spec.parameter_shapes().items():
-        if name.endswith("bias"):
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if name.endswith("dt_bias"):
+            tensor = torch.ones(shape)
+        elif name.endswith("A_log"):
+            tensor = torch.empty(shape).uniform_(1e-3, 16.0, generator=generator).log_()
+        elif name.endswith(("bias", "sinks")):
             tensor = torch.zeros(shape)
         elif len(shape) == 1:
-            tensor = torch.ones(shape)
+            tensor = torch.full(shape, 0.0 if spec.config.norm.plus_one and not _is_plain_norm(name) else 1.0)
         else:
-            scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else deviation
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            scale = residual if name.removesuffix(".weight").endswith(_INTO_THE_STREAM) else deviation
             tensor = torch.empty(shape).normal_(0.0, scale, generator=generator)
         weights.append((name, tensor))
     return weights
+
+
+def _is_plain_norm(name: str) -> bool:
+    """The norm inside linear attention multiplies by its weight whatever the others do."""
+    return name.endswith("attention.norm.weight")
 
 
 def init_weights(model: nn.Module, spec: ModelSpec, seed: int) -> None:

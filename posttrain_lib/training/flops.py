@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from posttrain_lib.models.spec import matmul_parameters
+from posttrain_lib.models.spec import GatedDeltaConfig, LatentAttentionConfig, Mixer, matmul_parameters
 
 if TYPE_CHECKING:
     from posttrain_lib.models.spec import ModelSpec
@@ -42,17 +42,50 @@ def causal_pairs(lengths: np.ndarray, window: int | None, contexts: np.ndarray |
     return float((short**2 / 2 + (lengths - short) * window).sum())
 
 
-def batch_flops(spec: ModelSpec, batch: PackedBatch) -> float:
-    """Forward and backward FLOPs of one packed batch (numpy), padding left out."""
+def batch_flops(spec: ModelSpec, batch: PackedBatch, *, adapter_parameters: int | None = None) -> float:
+    """Forward and backward FLOPs of one packed batch (numpy), padding left out.
+
+    ``adapter_parameters``: those of low-rank adapters where they alone are trained; the frozen weights then have no
+    gradient of their own, 4 FLOPs a parameter in place of 6.
+    """
     config = spec.config
     body, head = matmul_parameters(spec)
     real = batch.document_ids >= 0
     lengths = np.diff(batch.cu_seqlens)[real]
     contexts = None if batch.prefixes is None else np.asarray(batch.prefixes.contexts)[real]
-    # QK^T and PV: 2 products x 2 FLOPs x 3 (one forward, two backward) per pair and per head entry.
-    per_pair = 12.0 * config.num_attention_heads * config.head_dim
-    attention = sum(per_pair * causal_pairs(lengths, window, contexts) for window in config.windows)
-    return 6.0 * body * batch.real_tokens + 6.0 * head * len(batch.supervised_index) + attention
+    pairs = {
+        window: causal_pairs(lengths, window, contexts)
+        for window in {layer.attention.window for layer in config.layers}
+    }
+    mixing = sum(
+        flops_per_pair(layer.attention) * pairs[layer.attention.window]
+        + flops_per_token(layer.attention) * batch.real_tokens
+        for layer in config.layers
+    )
+    each = 6.0 if adapter_parameters is None else 4.0
+    adapters = 6.0 * (adapter_parameters or 0) * batch.real_tokens
+    return each * body * batch.real_tokens + each * head * len(batch.supervised_index) + adapters + mixing
+
+
+def flops_per_pair(mixer: Mixer) -> float:
+    """Of one query-key pair, forward and backward: 2 products (scores, values) x 2 FLOPs x 3 (one forward, two
+    backward) per head and entry. Linear attention has no pairs."""
+    if isinstance(mixer, GatedDeltaConfig):
+        return 0.0
+    if isinstance(mixer, LatentAttentionConfig):
+        return 6.0 * mixer.num_attention_heads * (mixer.nope_dim + mixer.rope.dims + mixer.value_dim)
+    return 12.0 * mixer.num_attention_heads * mixer.head_dim
+
+
+def flops_per_token(mixer: Mixer) -> float:
+    """Of one token besides the projections, forward and backward. The delta rule reads its memory twice and writes it
+    once, 2 FLOPs an entry each (its recurrence; that chunks compute more to run faster is not counted); each tap of the
+    convolution in front is 2."""
+    if not isinstance(mixer, GatedDeltaConfig):
+        return 0.0
+    memory = mixer.num_value_heads * mixer.key_dim * mixer.value_dim
+    channels = 2 * mixer.num_key_heads * mixer.key_dim + mixer.num_value_heads * mixer.value_dim
+    return 3.0 * (6.0 * memory + 2.0 * mixer.kernel * channels)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -68,6 +101,5 @@ def relative_pair_cost(spec: ModelSpec) -> float:
 
     For dealing rows out to ranks: it leaves out that masked tokens skip the head, and windows.
     """
-    config = spec.config
     body, head = matmul_parameters(spec)
-    return 12.0 * config.num_attention_heads * config.head_dim * len(config.windows) / (6.0 * (body + head))
+    return sum(flops_per_pair(layer.attention) for layer in spec.config.layers) / (6.0 * (body + head))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from posttrain_lib.config.model import Lora
     from posttrain_lib.config.train import TrainConfig
     from posttrain_lib.data.live_feed import LiveSpec
 
@@ -20,6 +21,9 @@ class TrainJob:
     newest good one. ``threads`` are CPU threads of this rank, None = leave as is.
     ``loader_workers``: 0 makes the data in the loop, otherwise beside it; with ``live``, above 1 that many processes.
     ``live``: rows to tokenise while training; ``train_store`` is then a sample of them.
+    ``pad_vocabulary_to``: embedding and head have rows in multiples of it, 1 = as many as the vocabulary; on resume it
+    must be what it was. ``lora``: adapters to train on the frozen model (a config section, or anything with its
+    attributes); None: all weights are trained.
     """
 
     model_folder: str
@@ -31,6 +35,8 @@ class TrainJob:
     threads: int | None = None
     loader_workers: int = 1
     live: LiveSpec | None = None
+    pad_vocabulary_to: int = 1
+    lora: Lora | None = None
     rank: int = 0
     world: int = 1
     rendezvous: str | None = None

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from posttrain_lib.checkpoint.adapters import adapters_trajectory
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.data.live_feed import LiveFeed
@@ -30,6 +32,9 @@ from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.models.lora import LoraDecoder, apply_lora, init_adapters
+from posttrain_lib.models.spec import check_prefixes
+from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.optim.schedules import lr_factor, set_lr
 from posttrain_lib.parallel.apply import apply_parallelism
@@ -41,8 +46,6 @@ from posttrain_lib.training.state import TrainState, trajectory_of
 from posttrain_lib.training.train_step import StepOutcome, StepSettings, train_step
 
 if TYPE_CHECKING:
-    import torch
-
     from posttrain_lib.config.train import TrainConfig
     from posttrain_lib.data.live_feed import LiveSpec
     from posttrain_lib.data.planner import Feed
@@ -72,13 +75,18 @@ def train(job: TrainJob) -> Events:
 
 def load_sharded_model(spec: ModelSpec, job: TrainJob, device: torch.device) -> Decoder:
     """The model, laid over the ranks before its weights are read: no rank holds more than its share and one tensor."""
-    model = build_model(spec, device="meta" if job.world > 1 else device)
+    dtype = torch.float32 if job.lora is None else getattr(torch, job.lora.base_dtype)
+    model = build_model(spec, dtype, device="meta" if job.world > 1 else device)
+    if job.lora is not None:
+        model = apply_lora(model, job.lora)
     apply_parallelism(
         model, world=job.world, device=device, activation_checkpointing=job.train.activation_checkpointing
     )
     if job.world > 1:
         model.to_empty(device=device)
     load_hf_weights(model, spec, job.model_folder)
+    if job.lora is not None and isinstance(model, LoraDecoder):
+        init_adapters(model, job.lora.seed)
     return model
 
 
@@ -152,6 +160,23 @@ def check_vocabulary(spec: ModelSpec, *stores: TokenStore) -> None:
             )
 
 
+def check_ids(spec: ModelSpec, loaded: LoadedStep) -> None:
+    """The same of a step's own tokens, for rows that no store has counted: padding rows would train as tokens.
+
+    Raises:
+        DataError: naming the step and its largest id.
+    """
+    largest = max(int(batch.token_ids.max(initial=-1)) for batch in loaded.micro_batches)
+    if largest >= spec.config.vocab_size:
+        raise DataError(
+            "the data has token ids that the model does not know",
+            where=f"step {loaded.step}",
+            got=f"largest id {largest}",
+            expected=f"ids below {spec.config.vocab_size}, the model's vocab_size",
+            fix="tokenise with the model's own tokenizer (leave data.tokenizer out)",
+        )
+
+
 def check_kind(store: TokenStore, loss: Loss) -> None:
     """Refuse examples that the loss is not made for: SFT on pairs would learn the rejected answers, too.
 
@@ -187,10 +212,11 @@ class Trainer:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         config = job.train
         self.job, self.config, self.device = job, config, device
-        self.spec = spec_from_folder(job.model_folder)
+        self.spec = with_padded_vocabulary(spec_from_folder(job.model_folder), job.pad_vocabulary_to)
         self.store = TokenStore(Path(job.train_store))
         self.held_out = TokenStore(Path(job.held_out_store))
         check_vocabulary(self.spec, self.store, self.held_out)
+        check_prefixes(self.spec.config, config.share_prefixes)
         self.loss = build_loss(config.loss, config.loss_options)
         check_kind(self.store, self.loss)
         self.feed: Feed
@@ -214,7 +240,10 @@ class Trainer:
         except BaseException:
             loader.close()
             raise
-        self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory_of(config))
+        trajectory = trajectory_of(config)
+        if isinstance(model, LoraDecoder):
+            trajectory.update(adapters_trajectory(model))
+        self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory)
         self.settings = StepSettings(
             device=device,
             precision=config.precision,
@@ -227,6 +256,8 @@ class Trainer:
             job.checkpoint_folder, config.checkpoint.keep_last, job.rank, say=self.notes.append
         )
         self.peak = peak_flops(device, config.precision)
+        trained = (parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.adapter_parameters = None if job.lora is None else sum(trained)
 
     def run(self) -> Events:
         """Resume if there is something to resume from, then step until the end."""
@@ -282,12 +313,17 @@ class Trainer:
     def _step(self, loaded: LoadedStep, begun: float) -> StepReport:
         """One optimiser step and what is due after it."""
         state, progress = self.state, self.state.progress
+        if self.job.live is not None:
+            check_ids(self.spec, loaded)
         lr = self.config.optimizer.lr * lr_factor(progress.step + 1, self.config.schedule, self.total_steps)
         set_lr(state.optimizer, lr)
         divisor, flops = global_sum(
             [
                 sum(self.loss.divisor(batch) for batch in loaded.micro_batches),
-                sum(batch_flops(self.spec, batch) for batch in loaded.micro_batches),
+                sum(
+                    batch_flops(self.spec, batch, adapter_parameters=self.adapter_parameters)
+                    for batch in loaded.micro_batches
+                ),
             ]
         )
         outcome = train_step(

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+from posttrain_lib.models.lora import LoraDecoder
 
 if TYPE_CHECKING:
     import torch
@@ -76,16 +79,21 @@ class TrainState:
     report: dict[str, Any] | None = None
 
     def tensors(self) -> dict[str, Any]:
-        """State dicts for a distributed checkpoint; shards stay shards."""
+        """State dicts for a distributed checkpoint; shards stay shards. Of a model with adapters, those alone: the
+        frozen base is the folder's that the job names."""
         return {
-            "model": get_model_state_dict(self.model),
+            "model": get_model_state_dict(self.model, options=self._options()),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
         }
 
     def load_tensors(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`tensors`."""
-        set_model_state_dict(self.model, state["model"])
+        set_model_state_dict(self.model, state["model"], options=self._options())
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+
+    def _options(self) -> StateDictOptions:
+        adapted = isinstance(self.model, LoraDecoder)
+        return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
 
 
 def trajectory_of(train: Any) -> dict[str, Any]:

@@ -23,9 +23,12 @@ from torch.nn.functional import cross_entropy, linear
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from posttrain_lib.lineage.environment import describe_code, describe_environment
-from posttrain_lib.ops.attention import packed_attention
+from posttrain_lib.ops.attention import DocumentLayout, packed_attention
+from posttrain_lib.ops.attention_pieces import attend_pieces
+from posttrain_lib.ops.cache import KeyValueCache
 from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 from posttrain_lib.ops.norm import rms_norm
+from posttrain_lib.ops.output_head import OutputHead
 from posttrain_lib.ops.reference import packed_attention_reference
 
 RESULTS: dict[str, dict[str, dict[str, float]]] = {}
@@ -62,20 +65,72 @@ def _lengths(tokens: int, mean: float, seed: int = 0) -> list[int]:
     return lengths
 
 
-def attention(tokens: int, mean: float, heads: int, key_heads: int, head_dim: int) -> None:
-    """Forward and backward, packed documents: ours against one dense mask."""
+def attention(
+    tokens: int,
+    mean: float,
+    heads: tuple[int, int],
+    head_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    softcap: float | None = None,
+    sinks: bool = False,
+    value_dim: int | None = None,
+) -> None:
+    """Forward and backward, packed documents: ours, plain products in pieces, and one dense mask."""
     lengths = _lengths(tokens, mean)
-    shapes = [(tokens, heads, head_dim), (tokens, key_heads, head_dim), (tokens, key_heads, head_dim)]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    widths = (head_dim, head_dim, value_dim or head_dim)
+    inputs = [
+        torch.randn(tokens, count, width, dtype=dtype, requires_grad=True)
+        for count, width in zip((heads[0], heads[1], heads[1]), widths, strict=True)
+    ]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    logits = torch.randn(heads[0], dtype=dtype, requires_grad=True) if sinks else None
+    options = {"scale": head_dim**-0.5, "softcap": softcap, "sinks_N": logits}
 
     def run(attend: Callable[..., Tensor]) -> None:
-        attend(*inputs, cu_seqlens, max(lengths), scale=head_dim**-0.5).sum().backward()
+        attend(*inputs, cu_seqlens, max(lengths), **options).sum().backward()
+
+    def products() -> None:
+        attend_pieces(*inputs, lengths, lengths, window=None, **options).sum().backward()
+
+    extras = [f"soft cap {softcap}"] * (softcap is not None) + ["sinks"] * sinks
+    extras += [f"values of {value_dim}"] * (value_dim is not None) + [str(dtype).removeprefix("torch.")]
+    compare(
+        f"attention: {tokens} tokens, {len(lengths)} documents, {heads[0]}/{heads[1]} heads of {head_dim}, "
+        + ", ".join(extras),
+        {
+            "per document": lambda: run(packed_attention),
+            "products in pieces": products,
+            "dense mask": lambda: run(packed_attention_reference),
+        },
+        rounds=5,
+    )
+
+
+def decoding(sequences: int, kept: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    """One new token of each sequence: over the cache, and over everything again."""
+    cache = KeyValueCache(sequences, kept + 1)
+    shapes = [(count, head_dim) for count in (heads[0], heads[1], heads[1])]
+    prompts = [torch.randn(sequences * kept, *shape, dtype=dtype) for shape in shapes]
+    counts = [kept] * sequences
+    cu_seqlens = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+    cache.append(0, *prompts[1:], DocumentLayout.of(cu_seqlens, kept, cache=cache))
+    cache.advance(counts)
+    query, key, value = (torch.randn(sequences, *shape, dtype=dtype) for shape in shapes)
+    single = DocumentLayout.of(torch.arange(sequences + 1, dtype=torch.int32), 1, cache=cache)
+
+    def step() -> None:
+        cache.append(0, key, value, single)
+        cache.attend(0, query, single, scale=head_dim**-0.5)
 
     compare(
-        f"attention: {tokens} tokens, {len(lengths)} documents, {heads}/{key_heads} heads of {head_dim}",
-        {"per document": lambda: run(packed_attention), "dense mask": lambda: run(packed_attention_reference)},
-        rounds=5,
+        f"decoding: {sequences} sequences of {kept} tokens, {heads[0]}/{heads[1]} heads of {head_dim}, "
+        + str(dtype).removeprefix("torch."),
+        {
+            "cached": step,
+            "uncached": lambda: packed_attention(*prompts, cu_seqlens, kept, scale=head_dim**-0.5),
+        },
+        rounds=9,
     )
 
 
@@ -98,7 +153,9 @@ def head(tokens: int, hidden_size: int, vocab: int, share: float, rounds: int) -
     compare(
         f"head: {tokens} tokens, hidden {hidden_size}, vocabulary {vocab}, {share:.0%} supervised",
         {
-            "linear_cross_entropy": lambda: linear_cross_entropy(hidden, weight, targets, weights, index)[0].backward(),
+            "linear_cross_entropy": lambda: linear_cross_entropy(hidden, OutputHead(weight), targets, weights, index)[
+                0
+            ].backward(),
             "full logits": naive,
             "three bare products": products,
         },
@@ -127,8 +184,15 @@ def main() -> None:
     options = parser.parse_args()
     load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
     print(f"threads {torch.get_num_threads()}, load {load}")
-    attention(4096, 100, 4, 2, 32)
-    attention(4096, 256, 8, 4, 64)
+    attention(4096, 100, (4, 2), 32)
+    attention(4096, 256, (8, 4), 64)
+    attention(1024, 256, (8, 4), 64, dtype=torch.bfloat16)
+    attention(2048, 256, (8, 4), 64, sinks=True)
+    attention(2048, 256, (8, 4), 64, softcap=50.0)
+    attention(1024, 256, (8, 4), 64, dtype=torch.bfloat16, softcap=50.0)
+    attention(2048, 256, (8, 8), 192, value_dim=128)
+    decoding(16, 512, (8, 4), 64, torch.float32)
+    decoding(16, 512, (8, 4), 64, torch.bfloat16)
     head(4096, 128, 512, 0.5, rounds=9)
     head(1024, 512, 32000, 1.0, rounds=3)
     head(1024, 512, 32000, 0.3, rounds=3)

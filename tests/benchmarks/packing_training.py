@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain_lib.checkpoint.hf import stored_tensors
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.loader import PackedLoader
 from posttrain_lib.data.order import epoch_permutation
@@ -120,10 +121,9 @@ def transformers_model() -> torch.nn.Module:
 
     model = Qwen3ForCausalLM._from_config(Qwen3Config(**MODEL), attn_implementation="sdpa")
     spec = spec_from_config(MODEL)
-    names = spec.hf_names()
     with torch.no_grad():
-        for name, weight in initial_weights(spec, SEED):
-            model.get_parameter(names[name]).copy_(weight)
+        for name, weight in stored_tensors(spec, dict(initial_weights(spec, SEED)), torch.float32).items():
+            model.get_parameter(name).copy_(weight)
     return model
 
 

@@ -19,8 +19,16 @@ from posttrain_lib.models.decoder import build_model  # noqa: E402
 from posttrain_lib.models.families import spec_from_config  # noqa: E402
 from posttrain_lib.models.scratch import init_weights  # noqa: E402
 from posttrain_lib.ops.attention import has_fused_varlen, packed_attention  # noqa: E402
-from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
-from posttrain_lib.ops.reference import linear_cross_entropy_reference, packed_attention_reference  # noqa: E402
+from posttrain_lib.ops.head_divergence import linear_divergence  # noqa: E402
+from posttrain_lib.ops.head_reference import (  # noqa: E402
+    linear_cross_entropy_reference,
+    linear_divergence_reference,
+    token_logprobs_reference,
+)
+from posttrain_lib.ops.head_topk import top_logprobs  # noqa: E402
+from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy, token_logprobs  # noqa: E402
+from posttrain_lib.ops.output_head import OutputHead  # noqa: E402
+from posttrain_lib.ops.reference import packed_attention_reference  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,12 +101,17 @@ def test_linear_cross_entropy_and_its_gradients(dtype: torch.dtype, chunk_tokens
 
     expected_inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     expected, expected_nll = linear_cross_entropy_reference(
-        *expected_inputs, targets, weights.double(), supervised, vocab_size=real
+        expected_inputs[0], OutputHead(expected_inputs[1], real), targets, weights.double(), supervised
     )
     expected.backward()
     found_inputs = [hidden.cuda().requires_grad_(), weight.cuda().requires_grad_()]
     found, found_nll = linear_cross_entropy(
-        *found_inputs, targets.cuda(), weights.cuda(), supervised.cuda(), chunk_tokens=chunk_tokens, vocab_size=real
+        found_inputs[0],
+        OutputHead(found_inputs[1], real),
+        targets.cuda(),
+        weights.cuda(),
+        supervised.cuda(),
+        chunk_tokens=chunk_tokens,
     )
     found.backward()
 
@@ -111,12 +124,54 @@ def test_linear_cross_entropy_and_its_gradients(dtype: torch.dtype, chunk_tokens
         assert_near(one.grad, other.grad, dtype, f"gradient of the {name}")
 
 
+@DTYPES
+def test_logprobs_entropies_divergence_and_the_most_likely(dtype: torch.dtype) -> None:
+    """The head's other operations, with a soft cap and a padded vocabulary."""
+    tokens, hidden_size, vocabulary, real = 300, 64, 1031, 1024
+    start = [torch.randn(tokens, hidden_size), torch.randn(vocabulary, hidden_size) * hidden_size**-0.5]
+    start = [tensor.to(dtype) for tensor in start]
+    teacher = [tensor.flip(0) for tensor in start]
+    targets, weights, index = torch.randint(real, (tokens,)), torch.rand(tokens), torch.arange(0, tokens, 3)
+
+    def head(weight: torch.Tensor) -> OutputHead:
+        return OutputHead(weight, real, softcap=5.0)
+
+    wide = [tensor.double().requires_grad_() for tensor in start]
+    logprobs, entropy = token_logprobs_reference(wide[0], head(wide[1]), targets, index)
+    other = [tensor.double() for tensor in teacher]
+    inputs = (wide[0], head(wide[1]), other[0], head(other[1]), weights.double(), index)
+    divergence, _ = linear_divergence_reference(*inputs)
+    ((logprobs + entropy).sum() + divergence).backward()
+
+    ours = [tensor.cuda().requires_grad_() for tensor in start]
+    other = [tensor.cuda() for tensor in teacher]
+    targets, weights, index = targets.cuda(), weights.cuda(), index.cuda()
+    found, found_entropy = token_logprobs(ours[0], head(ours[1]), targets, index, with_entropy=True, chunk_tokens=37)
+    found_divergence, _ = linear_divergence(ours[0], head(ours[1]), other[0], head(other[1]), weights, index)
+    assert found_entropy is not None
+    ((found + found_entropy).sum() + found_divergence).backward()
+
+    assert_near(found, logprobs, dtype, "log-probs")
+    assert_near(found_entropy, entropy, dtype, "entropies")
+    assert_near(found_divergence, divergence, dtype, "divergence")
+    for name, one, two in zip(("hidden states", "head"), ours, wide, strict=True):
+        assert one.grad is not None
+        assert two.grad is not None
+        assert_near(one.grad, two.grad, dtype, f"gradient of the {name}")
+    best, ids = top_logprobs(ours[0], head(ours[1]), index, 5)
+    picked, _ = token_logprobs(
+        ours[0], head(ours[1]), torch.zeros(tokens).long().cuda().index_copy(0, index, ids[:, 0]), index
+    )
+    assert_near(best[:, 0], picked, dtype, "the most likely token's log-prob")
+    assert (best.diff(dim=1) <= 0).all()
+
+
 def test_no_supervised_position_is_a_zero_with_a_gradient() -> None:
     hidden = torch.randn(8, 16, device="cuda", requires_grad=True)
     weight = torch.randn(32, 16, device="cuda", requires_grad=True)
     none = torch.empty(0, dtype=torch.int64, device="cuda")
     loss, nll = linear_cross_entropy(
-        hidden, weight, torch.zeros(8, dtype=torch.int64).cuda(), torch.ones(8).cuda(), none
+        hidden, OutputHead(weight), torch.zeros(8, dtype=torch.int64).cuda(), torch.ones(8).cuda(), none
     )
     loss.backward()
     assert float(loss) == 0.0

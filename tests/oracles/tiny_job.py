@@ -58,16 +58,18 @@ def pack_rows(store: TokenStore, rows: Sequence[Sequence[int]], row_tokens: int)
 
 def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A Hugging Face folder with random weights, without a tokenizer."""
+    import torch
     from safetensors.torch import save_file
 
+    from posttrain_lib.checkpoint.hf import stored_tensors
     from posttrain_lib.models.families import spec_from_config
     from posttrain_lib.models.scratch import initial_weights
 
     content = {**HF_CONFIG, **changes}
     spec = spec_from_config(content)
-    names = spec.hf_names()
     # Five times the usual spread: gradients of a fresh model this small would otherwise vanish in the tolerance.
-    weights = {names[name]: t if t.ndim == 1 else t * 5 for name, t in initial_weights(spec, seed)}
+    weights = {name: t if t.ndim == 1 else t * 5 for name, t in initial_weights(spec, seed)}
+    weights = stored_tensors(spec, weights, torch.float32)
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")

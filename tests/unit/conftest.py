@@ -54,6 +54,7 @@ def write_tiny(name: str, folder: Path, **changes: Any) -> Path:
     from safetensors.torch import save_file
 
     from posttrain_lib.adapters.hf_reference import architecture_config
+    from posttrain_lib.checkpoint.hf import stored_tensors
     from posttrain_lib.models.families import get_family, spec_from_config
 
     family, fields = TINY[name]
@@ -62,10 +63,10 @@ def write_tiny(name: str, folder: Path, **changes: Any) -> Path:
     spec = spec_from_config(content)
     generator = torch.Generator().manual_seed(7)
     weights = {}
-    for ours, theirs in spec.hf_names().items():
-        values = torch.randn(spec.parameter_shapes()[ours], generator=generator)
-        norm = ours.endswith("norm.weight")
-        weights[theirs] = 1 + 0.3 * values if norm else 0.2 * values
+    for ours, shape in spec.parameter_shapes().items():
+        values = torch.randn(shape, generator=generator)
+        weights[ours] = 1 + 0.3 * values if ours.endswith("norm.weight") else 0.2 * values
+    weights = stored_tensors(spec, weights, torch.float32)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(content, indent=2))
     (folder / "tokenizer_config.json").write_text('{"note": "bytes that an export must keep"}')

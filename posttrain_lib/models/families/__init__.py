@@ -10,12 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.errors import ModelError
+from posttrain_lib.models.families.fields import ConfigReader
+from posttrain_lib.models.families.foreign import refuse_own_code, refuse_quantised
+from posttrain_lib.models.families.shared import sharding_plan
 from posttrain_lib.models.spec import DecoderConfig, ModelSpec, Sharding
+from posttrain_lib.models.weights import Rule
 
 FAMILIES: dict[str, str] = {
+    "deepseek_v3": "posttrain_lib.models.families.deepseek_v3:FAMILY",
+    "gemma2": "posttrain_lib.models.families.gemma2:FAMILY",
+    "gemma3_text": "posttrain_lib.models.families.gemma3:FAMILY",
+    "glm4": "posttrain_lib.models.families.glm4:FAMILY",
+    "gpt_oss": "posttrain_lib.models.families.gpt_oss:FAMILY",
+    "granite": "posttrain_lib.models.families.granite:FAMILY",
     "llama": "posttrain_lib.models.families.llama:FAMILY",
+    "mistral": "posttrain_lib.models.families.mistral:FAMILY",
+    "mixtral": "posttrain_lib.models.families.mixtral:FAMILY",
+    "olmo2": "posttrain_lib.models.families.olmo2:FAMILY",
+    "olmo3": "posttrain_lib.models.families.olmo3:FAMILY",
+    "olmoe": "posttrain_lib.models.families.olmoe:FAMILY",
+    "phi3": "posttrain_lib.models.families.phi3:FAMILY",
     "qwen2": "posttrain_lib.models.families.qwen2:FAMILY",
     "qwen3": "posttrain_lib.models.families.qwen3:FAMILY",
+    "qwen3_moe": "posttrain_lib.models.families.qwen3_moe:FAMILY",
+    "qwen3_next": "posttrain_lib.models.families.qwen3_next:FAMILY",
+    "smollm3": "posttrain_lib.models.families.smollm3:FAMILY",
 }
 
 
@@ -24,14 +43,17 @@ class Family:
     """One architecture.
 
     ``architecture`` is the causal-LM class name that config.json carries; ``read_config`` turns config.json into a
-    DecoderConfig or raises ModelError naming the field that it does not support.
+    DecoderConfig or raises ModelError naming the field that it does not support. ``rules`` pair our parameters with
+    stored tensors; ``left_alone`` matches the names of those that the decoder has no use for, ``{layers}`` standing for
+    the number of layers. ``sharding_plan`` is the usual one of these parameters unless given.
     """
 
     model_type: str
     architecture: str
-    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
-    weight_map: tuple[tuple[str, str], ...]
-    sharding_plan: Mapping[str, Sharding]
+    read_config: Callable[[ConfigReader], DecoderConfig]
+    rules: tuple[Rule, ...]
+    sharding_plan: Mapping[str, Sharding] | None = None
+    left_alone: str | None = None
 
 
 def get_family(model_type: object, where: str = "model_type") -> Family:
@@ -51,6 +73,9 @@ def get_family(model_type: object, where: str = "model_type") -> Family:
 
 def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """The ModelSpec of a config.json's content; ModelError names the field that is not supported."""
+    refuse_quantised(hf_config, where)
+    if hf_config.get("model_type") not in FAMILIES:
+        refuse_own_code(hf_config, where)
     family = get_family(hf_config.get("model_type"), where=f"{where}: model_type")
     architectures = hf_config.get("architectures")
     if architectures is not None and list(architectures) != [family.architecture]:
@@ -62,7 +87,9 @@ def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -
             fix="export the causal language model part of it as a folder of its own",
         )
     try:
-        config = family.read_config(hf_config)
+        fields = ConfigReader(hf_config)
+        config = family.read_config(fields)
+        fields.finish()
     except ModelError as error:
         raise ModelError(
             error.what, where=f"{where}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
@@ -70,8 +97,9 @@ def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -
     return ModelSpec(
         family=family.model_type,
         config=config,
-        weight_map=family.weight_map,
-        sharding_plan=family.sharding_plan,
+        rules=family.rules,
+        sharding_plan=sharding_plan(family.rules) if family.sharding_plan is None else family.sharding_plan,
+        left_alone=family.left_alone and family.left_alone.replace("{layers}", str(config.num_hidden_layers)),
         hf_config=dict(hf_config),
     )
 

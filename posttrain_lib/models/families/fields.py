@@ -6,13 +6,15 @@ config.json; ignoring may cost the run. The logit comparison does not see everyt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from posttrain_lib.errors import ModelError
-from posttrain_lib.models.spec import RopeConfig
+from posttrain_lib.models.spec import Activation, RopeConfig
 
 REQUIRED = object()
+_ORIGINAL = "original_max_position_embeddings"
 
 # Fields that say nothing about the forward or the training of the decoder.
 HARMLESS = frozenset(
@@ -23,28 +25,44 @@ HARMLESS = frozenset(
     label2id problem_type finetuning_task task_specific_params _attn_implementation attn_implementation
     _attn_implementation_autoset chunk_size_feed_forward is_encoder_decoder tokenizer_class prefix
     decoder_start_token_id sep_token_id _commit_hash unsloth_version unsloth_fixed base_model_tp_plan
-    base_model_pp_plan
+    base_model_pp_plan output_router_logits router_aux_loss_coef auto_map
     """.split()  # noqa: SIM905 - a list of forty quoted lines would be harder to read
 )
 # Fields allowed only where they change nothing: name -> the values that do.
 INERT: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0, None),
     "pretraining_tp": (1, None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
     "cross_attention_hidden_size": (None,),
     "add_cross_attention": (False, None),
     "is_decoder": (False, True, None),
     "tie_encoder_decoder": (False, None),
     "torchscript": (False, None),
     "pruned_heads": ({}, None),
-    "partial_rotary_factor": (1, 1.0, None),
     "use_mrope": (False, None),
-    "auto_map": (None, {}),
     "quantization_config": (None,),
 }
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+#: kind -> its fields with defaults; None = there need not be one
+_ROPE_KEYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": REQUIRED},
+    "llama3": {"factor": REQUIRED, "low_freq_factor": REQUIRED, "high_freq_factor": REQUIRED, _ORIGINAL: REQUIRED},
+    "yarn": {
+        "factor": REQUIRED,
+        _ORIGINAL: REQUIRED,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": None,
+        "mscale": None,
+        "mscale_all_dim": None,
+    },
+}
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
 }
 
 
@@ -62,6 +80,13 @@ class ConfigReader:
             raise _wrong(name, value, f"a whole number of at least {minimum}")
         return value
 
+    def same_integer(self, names: Sequence[str], default: Any = REQUIRED) -> int:
+        """A whole number of at least 1 under one of several names; where more than one is there, they must agree."""
+        found = {name: self.integer(name) for name in names if name in self._content}
+        if len(set(found.values())) > 1:
+            raise _wrong(names[0], found, "one number")
+        return next(iter(found.values())) if found else self.integer(names[0], default)
+
     def number(self, name: str, default: Any = REQUIRED) -> float:
         """A positive number."""
         value = self._take(name, default)
@@ -76,9 +101,9 @@ class ConfigReader:
             raise _wrong(name, value, "true or false")
         return value
 
-    def optional_integer(self, name: str) -> int | None:
-        """A whole number of at least 1; None where the field is missing or null."""
-        return None if self._take(name, None) is None else self.integer(name)
+    def optional_integer(self, name: str, default: int | None = None) -> int | None:
+        """A whole number of at least 1, or None where the field is null; ``default`` where it is missing."""
+        return None if self._take(name, default) is None else self.integer(name, default)
 
     def one_of(self, name: str, allowed: Collection[Any], default: Any = REQUIRED) -> Any:
         """A value of a closed set."""
@@ -87,64 +112,150 @@ class ConfigReader:
             raise _wrong(name, value, "one of " + ", ".join(repr(item) for item in allowed))
         return value
 
-    def rope(self, max_position_embeddings: int) -> RopeConfig:
-        """``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before)."""
-        theta = self._take("rope_theta", None)
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        """A positive number, or None where the field is null; ``default`` where it is missing."""
+        return None if self._take(name, default) is None else self.number(name, default)
+
+    def integers(self, name: str, count: int | None = None) -> list[int] | None:
+        """A list of whole numbers from 0, of this length if one is given; None where the field is missing or null."""
+        value = self._take(name, None)
+        if value is None:
+            return None
+        fits = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        if not fits or count not in (None, len(value)):
+            raise _wrong(name, value, f"{'' if count is None else count} whole numbers from 0")
+        return list(value)
+
+    def peek(self, name: str) -> Any:
+        """A field's value, None where it is missing; it counts as not read yet."""
+        return self._content.get(name)
+
+    def activation(self, *names: str) -> Activation:
+        """The feed-forward's activation, of the first of these fields that is there; silu by default."""
+        found = [(name, self._take(name, None)) for name in names]
+        name, value = next((item for item in found if item[1] is not None), (names[0], "silu"))
+        if value not in _ACTIVATIONS:
+            raise _wrong(name, value, "one of " + ", ".join(repr(item) for item in _ACTIVATIONS))
+        return _ACTIVATIONS[value]
+
+    def layer_types(self, layers: int, kinds: Collection[str], default: Callable[[int], str]) -> list[str]:
+        """``layer_types``: the kind of each layer; ``default`` gives that of a layer where the field is missing."""
+        given = self._take("layer_types", None)
+        if given is None:
+            return [default(layer) for layer in range(layers)]
+        if not isinstance(given, list) or len(given) != layers:
+            raise _wrong("layer_types", given, f"{layers} entries, one per layer")
+        unknown = sorted(set(map(str, given)) - set(kinds))
+        if unknown:
+            raise _wrong("layer_types", unknown[0], "one of " + ", ".join(kinds))
+        return list(given)
+
+    def rope(
+        self, head_dim: int, positions: int, *, theta: float = 10_000.0, partial: float = 1.0, interleaved: bool = False
+    ) -> RopeConfig:
+        """``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before).
+
+        Args:
+            head_dim: entries of a head. positions: ``max_position_embeddings``.
+            theta, partial: the family's defaults for ``rope_theta`` and ``partial_rotary_factor``.
+        """
+        given = self._rope_fields(theta, partial)
+        return self._one_rope(given, head_dim, positions, interleaved)
+
+    def ropes_by_kind(
+        self, head_dim: int, positions: int, thetas: Mapping[str, tuple[str, float]]
+    ) -> dict[str, RopeConfig]:
+        """One rotary embedding per kind of layer (Gemma-3): ``rope_parameters`` by kind, or the older fields.
+
+        Args:
+            thetas: kind -> (field of its theta in older files, default). ``rope_scaling`` belongs to full attention.
+        """
+        scaling, new = self._take("rope_scaling", None), self._take("rope_parameters", None)
+        old = {kind: self._take(field, default) for kind, (field, default) in thetas.items()}
+        found = {}
+        for kind in thetas:
+            given = dict((new or {}).get(kind) or (scaling if kind == "full_attention" and not new else None) or {})
+            given.setdefault("rope_theta", old[kind])
+            found[kind] = self._one_rope(given, head_dim, positions, False)
+        return found
+
+    def _rope_fields(self, theta: float, partial: float) -> dict[str, Any]:
+        """What the file says of its one rotary embedding, theta and partial factor among it."""
+        stated, share = self._take("rope_theta", None), self._take("partial_rotary_factor", None)
         old, new = self._take("rope_scaling", None), self._take("rope_parameters", None)
         if old and new and dict(old) != dict(new):
             raise _wrong("rope_scaling", old, "the same as rope_parameters, or only one of the two")
-        field = "rope_parameters" if new else "rope_scaling"
         given = dict(new or old or {})
         if any(isinstance(value, dict) for value in given.values()):
-            raise _wrong(field, given, "one rotary embedding for all layers")
+            raise _wrong("rope_parameters" if new else "rope_scaling", given, "one rotary embedding for all layers")
+        given.setdefault("rope_theta", theta if stated is None else stated)
+        if given.get("partial_rotary_factor") is None:
+            given["partial_rotary_factor"] = partial if share is None else share
+        return given
+
+    def _one_rope(self, given: dict[str, Any], head_dim: int, positions: int, interleaved: bool) -> RopeConfig:
+        field = "rope_parameters"
         names = {given.pop("rope_type", None), given.pop("type", None)} - {None}
         if len(names) > 1:
             raise _wrong(f"{field}.rope_type", sorted(names), "one name")
         kind: Any = names.pop() if names else "default"
         if kind not in _ROPE_KEYS:
             raise _wrong(f"{field}.rope_type", kind, "one of " + ", ".join(_ROPE_KEYS))
-        theta = given.pop("rope_theta", theta if theta is not None else 10_000.0)
-        if given.pop("partial_rotary_factor", 1) not in (1, 1.0, None):
-            raise _wrong(f"{field}.partial_rotary_factor", (new or old)["partial_rotary_factor"], "1")
-        values: dict[str, float] = {}
-        for key in _ROPE_KEYS[kind]:
-            value = given.pop(key, max_position_embeddings if key == "original_max_position_embeddings" else None)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise _wrong(f"{field}.{key}", value, "a number above 0")
-            values[key] = value
+        theta, partial = given.pop("rope_theta"), given.pop("partial_rotary_factor", 1.0)
+        values: dict[str, Any] = {}
+        if kind == "yarn":
+            values["truncate"] = bool(given.pop("truncate", True))
+        for key, default in _ROPE_KEYS[kind].items():
+            value = given.pop(key, None)
+            if value is None:
+                value = positions if key == _ORIGINAL else default
+            if value is not None:
+                values[key] = _above_zero(f"{field}.{key}", value)
         if given:
             raise _wrong(f"{field}.{sorted(given)[0]}", given[sorted(given)[0]], f"no such field with {kind!r}")
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
-            raise _wrong("rope_theta", theta, "a number above 0")
-        original = int(values.pop("original_max_position_embeddings", 0))
-        return RopeConfig(theta=float(theta), kind=kind, original_max_position_embeddings=original, **values)
+        stretch = values.pop("mscale", None), values.pop("mscale_all_dim", None)
+        if kind == "yarn" and "attention_factor" not in values:
+            values["attention_factor"] = _yarn_factor(values["factor"], *stretch)
+        return RopeConfig(
+            theta=float(_above_zero("rope_theta", theta)),
+            dims=int(head_dim * _above_zero("partial_rotary_factor", partial)),
+            kind=kind,
+            interleaved=interleaved,
+            original_max_position_embeddings=int(values.pop(_ORIGINAL, 0)),
+            **values,
+        )
 
-    def windows(self, layers: int, default_window: int, default_first: int) -> tuple[int | None, ...]:
-        """Sliding windows per layer, of the four fields that decide them.
+    def window(self, name: str = "sliding_window", default: Any = None) -> int | None:
+        """A sliding window; None where the field is null."""
+        value = self._take(name, default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise _wrong(name, value, "a whole number of at least 1, or null")
+        return value
+
+    def qwen_windows(self, layers: int, default_window: int | None, default_first: int) -> tuple[int | None, ...]:
+        """Sliding windows per layer, of the four fields that decide them in Qwen's files.
 
         As transformers does it: nothing slides unless ``use_sliding_window``; without ``layer_types``, layers from
         ``max_window_layers`` on slide.
         """
         enabled = self.boolean("use_sliding_window", False)
-        window = self._take("sliding_window", default_window)
+        window = self.window(default=default_window)
         first = self._take("max_window_layers", default_first)
-        kinds = self._take("layer_types", None)
         if not enabled:
             window = None
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-            raise _wrong("sliding_window", window, "a whole number of at least 1, or null")
-        if kinds is None:
-            slides = [window is not None and layer >= first for layer in range(layers)]
-        else:
-            if len(kinds) != layers:
-                raise _wrong("layer_types", f"{len(kinds)} entries", f"{layers}, one per layer")
-            unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-            if unknown:
-                raise _wrong("layer_types", unknown[0], "full_attention or sliding_attention")
-            slides = [kind == "sliding_attention" for kind in kinds]
-            if any(slides) and window is None:
-                raise _wrong("layer_types", "sliding_attention", "full_attention, where no sliding window is in use")
-        return tuple(window if slide else None for slide in slides)
+        slides = "sliding_attention"
+        kinds = self.layer_types(
+            layers,
+            ("full_attention", slides),
+            lambda layer: slides if window is not None and layer >= first else "full_attention",
+        )
+        if slides in kinds and window is None:
+            raise _wrong("layer_types", slides, "full_attention, where no sliding window is in use")
+        return tuple(window if kind == slides else None for kind in kinds)
+
+    def skip(self, *names: str) -> None:
+        """Fields that this family's mathematics does not read."""
+        self._used.update(names)
 
     def finish(self) -> None:
         """ModelError for a field that was neither read nor is known to change nothing."""
@@ -180,7 +291,25 @@ def _wrong(name: str, got: Any, expected: str) -> ModelError:
     )
 
 
-def check_heads(hidden_size: int, heads: int, key_value_heads: int, head_dim: int) -> None:
+def _above_zero(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise _wrong(name, None if value is REQUIRED else value, "a number above 0")
+    return value
+
+
+def yarn_stretch(factor: float, scale: float = 1.0) -> float:
+    """``0.1 * scale * ln(factor) + 1`` (Peng et al. 2023, equation 22); 1 where nothing is stretched."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _yarn_factor(factor: float, mscale: float | None, all_dim: float | None) -> float:
+    """As transformers: the ratio of two stretches where both are stated (DeepSeek), else that of the factor."""
+    if mscale and all_dim:
+        return yarn_stretch(factor, mscale) / yarn_stretch(factor, all_dim)
+    return yarn_stretch(factor)
+
+
+def check_heads(heads: int, key_value_heads: int, head_dim: int) -> None:
     """ModelError where the head counts cannot be combined."""
     if heads % key_value_heads:
         raise _wrong("num_key_value_heads", key_value_heads, f"a divisor of num_attention_heads ({heads})")

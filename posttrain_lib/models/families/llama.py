@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from posttrain_lib.models.families import Family
-from posttrain_lib.models.families.dense import MLP_BIAS, O_BIAS, QKV_BIAS, WEIGHTS, dense_config, sharding_plan
 from posttrain_lib.models.families.fields import ConfigReader
-from posttrain_lib.models.spec import DecoderConfig
+from posttrain_lib.models.families.shared import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    EMBEDDING_AND_HEAD,
+    MLP,
+    MLP_BIAS,
+    PRE_NORM,
+    read_sizes,
+)
+from posttrain_lib.models.spec import DecoderConfig, LayerConfig, MLPConfig
 
 
-def read_config(content: Mapping[str, Any]) -> DecoderConfig:
-    """config.json -> DecoderConfig; defaults are those of transformers' LlamaConfig."""
-    fields = ConfigReader(content)
-    bias = fields.boolean("attention_bias", False)
-    return dense_config(
-        fields,
-        default_positions=2048,
-        default_head_dim=None,
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=fields.boolean("mlp_bias", False),
-        qk_norm=False,
-        slides=False,
+def read_config(fields: ConfigReader) -> DecoderConfig:
+    """Defaults are those of transformers' LlamaConfig."""
+    sizes, bias = read_sizes(fields, positions=2048), fields.boolean("attention_bias", False)
+    layer = LayerConfig(
+        sizes.attention(rope=fields.rope(sizes.head_dim, sizes.positions), qkv_bias=bias, o_bias=bias),
+        MLPConfig(sizes.intermediate, fields.activation("hidden_act"), fields.boolean("mlp_bias", False)),
     )
+    return sizes.decoder([layer] * sizes.layers)
 
 
-_WEIGHT_MAP = WEIGHTS + QKV_BIAS + O_BIAS + MLP_BIAS
-FAMILY = Family("llama", "LlamaForCausalLM", read_config, _WEIGHT_MAP, sharding_plan(_WEIGHT_MAP))
+FAMILY = Family(
+    "llama",
+    "LlamaForCausalLM",
+    read_config,
+    (*EMBEDDING_AND_HEAD, *PRE_NORM, *ATTENTION, *ATTENTION_BIAS, *MLP, *MLP_BIAS),
+)

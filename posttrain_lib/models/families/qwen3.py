@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from posttrain_lib.models.families import Family
-from posttrain_lib.models.families.dense import O_BIAS, QK_NORM, QKV_BIAS, WEIGHTS, dense_config, sharding_plan
 from posttrain_lib.models.families.fields import ConfigReader
-from posttrain_lib.models.spec import DecoderConfig
+from posttrain_lib.models.families.shared import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    EMBEDDING_AND_HEAD,
+    MLP,
+    PRE_NORM,
+    QK_NORM,
+    read_sizes,
+)
+from posttrain_lib.models.spec import DecoderConfig, LayerConfig, MLPConfig
 
 
-def read_config(content: Mapping[str, Any]) -> DecoderConfig:
-    """config.json -> DecoderConfig; defaults are those of transformers' Qwen3Config."""
-    fields = ConfigReader(content)
-    bias = fields.boolean("attention_bias", False)
-    return dense_config(
-        fields,
-        default_positions=32768,
-        default_head_dim=128,
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=False,
-        qk_norm=True,
-        slides=True,
+def read_config(fields: ConfigReader) -> DecoderConfig:
+    """Defaults are those of transformers' Qwen3Config."""
+    sizes, bias = read_sizes(fields, positions=32768, head_dim=128), fields.boolean("attention_bias", False)
+    rope = fields.rope(sizes.head_dim, sizes.positions)
+    mlp = MLPConfig(sizes.intermediate, fields.activation("hidden_act"))
+    windows = fields.qwen_windows(sizes.layers, default_window=4096, default_first=28)
+    return sizes.decoder(
+        LayerConfig(sizes.attention(rope=rope, window=window, qkv_bias=bias, o_bias=bias, qk_norm="head"), mlp)
+        for window in windows
     )
 
 
-_WEIGHT_MAP = WEIGHTS + QK_NORM + QKV_BIAS + O_BIAS
-FAMILY = Family("qwen3", "Qwen3ForCausalLM", read_config, _WEIGHT_MAP, sharding_plan(_WEIGHT_MAP))
+FAMILY = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    read_config,
+    (*EMBEDDING_AND_HEAD, *PRE_NORM, *ATTENTION, *ATTENTION_BIAS, *QK_NORM, *MLP),
+)

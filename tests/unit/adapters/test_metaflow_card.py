@@ -1,5 +1,7 @@
 """What the cards draw."""
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -69,6 +71,17 @@ def test_no_text_of_a_row_leaves_its_block(end: str) -> None:
         html = MarkdownIt("commonmark").render(drawn._text)
         assert "<img" not in html and "![x](http" in html
         assert len(drawn._text.splitlines()) == 1
+
+
+def test_a_check_shows_how_much_of_its_limit_is_taken_up() -> None:
+    checks = [
+        Check("half", True, 0.5, 1.0), Check("far beyond", False, 900.0, 1.0), Check("no number", False, math.nan, 1.0),
+        Check("at least", True, 0.9, 0.5), Check("count", True, 0.0, 0.0), Check("words", True, "same", "same"),
+    ]  # fmt: skip
+    bars = [row[5] for row in checks_table([("s", check) for check in checks])._data]
+    assert [re.findall(r"height:8px;width:(\d+)px", bar._text) if bar else [] for bar in bars] == [
+        ["40"], ["80"], ["80"], [], [], [],
+    ]  # fmt: skip
 
 
 class Recorder:

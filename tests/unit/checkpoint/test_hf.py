@@ -15,6 +15,7 @@ from posttrain_lib.checkpoint.hf import (
     load_hf_weights,
     read_headers,
     save_hf_folder,
+    stored_tensors,
 )
 from posttrain_lib.errors import ModelError
 from posttrain_lib.models.decoder import build_model
@@ -117,8 +118,10 @@ def test_shards_load_here_and_in_transformers(sharded, tiny_folder):
     model = build_model(spec)
     load_hf_weights(model, spec, sharded)
     theirs = AutoModelForCausalLM.from_pretrained(sharded).state_dict()
-    for ours, name in spec.hf_names().items():
-        assert torch.equal(model.state_dict()[ours], whole[name])
+    written = stored_tensors(spec, model.state_dict(), torch.float32)
+    assert set(written) == set(whole)
+    for name, tensor in written.items():
+        assert torch.equal(tensor, whole[name])
         assert torch.equal(theirs[name], whole[name])
 
 

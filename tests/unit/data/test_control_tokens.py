@@ -117,6 +117,10 @@ def test_which_added_tokens_are_markers(chatml_folder: Path, tmp_path: Path) -> 
     assert {name for name, special in tokenizer.markers.items() if special} == set(
         tokenizer.pieces(sorted(tokenizer.special_ids))
     )
+    record = [{"tokens": [{"token": "<tool_call>", "special": False}, {"token": "</s>", "special": True}]}]
+    (folder / "added_vocabulary.json").write_text(json.dumps(record), encoding="utf-8")
+    words = ChatTokenizer(folder).markers  # what was added as text is text
+    assert "<tool_call>" not in words and "</s>" in words
     ordinary = talk(Message("user", "a    word [] <table></td>"), ANSWER)
     assert without_control_tokens(tokenizer, ordinary, "refuse") == (ordinary, False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
 from posttrain_lib.evaluation.tasks import exact_match, majority_baseline
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.ops.output_head import OutputHead
 from tests.oracles.tiny_job import VOCABULARY, write_model
+from tests.support.tiny_models import CASES
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 9], [40, 41, 42, 43], [63, 0, 63]]
 
@@ -63,15 +66,25 @@ def test_token_logprobs_are_those_of_the_full_logits(model: Decoder) -> None:
 
 
 def test_only_the_last_positions_reach_the_head(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
+    shapes, whole = [], OutputHead.logits
 
-    def spy(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def spy(head: OutputHead, hidden: torch.Tensor) -> torch.Tensor:
         shapes.append(tuple(hidden.shape))
-        return torch.nn.functional.linear(hidden, weight)
+        return whole(head, hidden)
 
-    monkeypatch.setattr(generation, "linear", spy)
+    monkeypatch.setattr(OutputHead, "logits", spy)
     greedy_generate(model, PROMPTS, 1, [VOCABULARY])
     assert shapes == [(len(PROMPTS), 16)]
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_cached_generation_is_the_plain_way_in_every_family(case: str, family_folder: Callable[[str], Path]) -> None:
+    """Keys, values, windows, latents, recurrent states and the convolution's tail: all kept between steps."""
+    spec = spec_from_folder(family_folder(case))
+    model = build_model(spec, dtype=torch.float64)
+    load_hf_weights(model, spec, family_folder(case))
+    prompts = [[5], list(range(1, 15)), [9, 9], [40, 41, 42, 43]]
+    assert greedy_generate(model, prompts, 12, []) == [plain_greedy(model, prompt, 12, set()) for prompt in prompts]
 
 
 def test_nothing_to_do(model: Decoder) -> None:

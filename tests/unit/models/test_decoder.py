@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain_lib.adapters.hf_reference import load_reference, reference_logits
-from posttrain_lib.checkpoint.hf import load_hf_weights
+from posttrain_lib.checkpoint.hf import load_hf_weights, stored_tensors
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.heads import hidden_states
 from posttrain_lib.models.scratch import init_weights
 from posttrain_lib.models.spec import matmul_parameters, parameter_count
+from tests.support.tiny_models import CASES
 
 LENGTHS = (5, 1, 40, 12)
 
@@ -53,11 +54,11 @@ def test_float64_gradients_are_those_of_transformers(tiny):
     reference = load_reference(tiny, dtype=torch.float64)
     (reference(input_ids=row[0][None], use_cache=False).logits[0] * pull).sum().backward()
     theirs = dict(reference.named_parameters())
-    names = spec.hf_names()
-    for name, parameter in model.named_parameters():
-        expected = theirs[names[name]].grad
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, grad in stored_tensors(spec, grads, torch.float64).items():
+        expected = theirs[name].grad
         # transformers' norms compute in float32 whatever the model's dtype: 2^-24, times depth and cancellation.
-        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_rounding_to_bfloat16_stays_near_transformers(tiny):
@@ -120,8 +121,8 @@ def test_output_sees_normed_hidden_states_and_head(tiny_folder):
     row = _row((4, 3), spec.config.vocab_size)
     seen = {}
 
-    def output(hidden, weight):
-        seen.update(hidden=hidden.shape, weight=weight)
+    def output(hidden, head):
+        seen.update(hidden=hidden.shape, weight=head.weight_VD)
         return "whatever the output returns"
 
     assert model(*row, output) == "whatever the output returns"
@@ -170,3 +171,44 @@ def test_published_sizes(real_data):
         folder = real_data / "model_configs" / name
         assert json.loads((folder / "config.json").read_text())
         assert round(parameter_count(spec_from_folder(folder).config) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_every_family_packs_without_a_leak(case, family_folder):
+    """Outputs of each document, and the gradient of its own outputs, know nothing of the others'."""
+    spec, model = _load(family_folder(case), torch.float64)
+    lengths = (3, 1, 21, 12)
+    token_ids, positions, cu_seqlens, longest = _row(lengths, spec.config.vocab_size)
+    pull = torch.randn(len(token_ids), spec.config.vocab_size, dtype=torch.float64)
+    pull[: int(cu_seqlens[2])] = 0.0
+    pull[int(cu_seqlens[3]) :] = 0.0
+    packed = model(token_ids, positions, cu_seqlens, longest)
+    (packed * pull).sum().backward()
+    together = {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
+    model.zero_grad()
+    here = slice(int(cu_seqlens[2]), int(cu_seqlens[3]))
+    alone = model(*_row_of(token_ids[here]))
+    (alone * pull[here]).sum().backward()
+    # Float64 rounding through four layers; a leak is of order 1. Linear attention sums other chunks of other lengths.
+    torch.testing.assert_close(packed[here], alone, rtol=0, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            limit = 1e-9 * max(1.0, float(parameter.grad.abs().max()))
+            torch.testing.assert_close(together[name], parameter.grad, rtol=0, atol=limit, msg=name)
+
+
+@pytest.mark.parametrize("case", ["qwen3", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_matmul_parameters_of_every_kind_of_layer_are_what_the_flop_counter_sees(case, family_folder):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec, model = _load(family_folder(case))
+    length = 16
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*_row((length,), spec.config.vocab_size))
+    by_op: dict[str, int] = {}
+    for module, counts in counter.get_flop_counts().items():
+        # Attention's own products have no parameters; those of the delta rule and its chunks are batched.
+        if module == "Global":
+            by_op = {str(op): count for op, count in counts.items()}
+    products = sum(count for op, count in by_op.items() if op in ("aten.mm", "aten.addmm"))
+    assert products == 2 * length * sum(matmul_parameters(spec))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import linear
 
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.data.collate import to_torch
@@ -29,15 +28,16 @@ def _load(folder, window=None):
     """In float64; with a window, the first layer keeps the whole document."""
     spec = spec_from_folder(folder)
     if window is not None:
-        windows = (None, *[window] * (spec.config.num_hidden_layers - 1))
-        spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, windows=windows))
+        first, *rest = spec.config.layers
+        slid = [dataclasses.replace(own, attention=dataclasses.replace(own.attention, window=window)) for own in rest]
+        spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, layers=(first, *slid)))
     model = build_model(spec, dtype=torch.float64)
     load_hf_weights(model, spec, folder)
     return spec, model
 
 
-def _hidden_and_logprobs(hidden, weight):
-    return torch.cat([hidden, linear(hidden, weight).log_softmax(-1)], dim=-1)
+def _hidden_and_logprobs(hidden, head):
+    return torch.cat([hidden, head.logits(hidden).log_softmax(-1)], dim=-1)
 
 
 def _gradients(model):

@@ -1,0 +1,130 @@
+"""Sharded = single: two processes over gloo compute what one does, with weights laid over them and with tensor
+parallelism, on random weights of the family's structure.
+
+What is checked is how the architecture is cut, which does not depend on its weights; so the model is built with one
+layer of each kind. Float64 leaves the order of sums over ranks as the only difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import socket
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.models.decoder import Decoder, build_model
+from posttrain_lib.models.scratch import init_weights
+from posttrain_lib.models.spec import ModelSpec
+from posttrain_lib.schema.manifests import Check
+
+#: A missing sum over ranks is of order 1; float64 rounding through a few layers 1e-13. Anything between is a finding.
+_LIMIT = 1e-9
+_LENGTHS = (5, 1, 17, 9)
+_RANKS = 2
+_VOCABULARY = 64
+_SECONDS = 300  # a rank that died leaves its peer waiting
+
+
+def check_sharded(spec: ModelSpec) -> list[Check]:
+    """Logits and the gradient of every parameter, by both ways of sharding; takes some ten seconds.
+
+    A way that cannot cut this architecture (heads that two does not divide) is reported as passed, with the reason.
+    """
+    small = one_layer_of_each_kind(spec)
+    expected = _run(small, "single", 0, 1, 0)
+    spawn = multiprocessing.get_context("spawn")
+    checks = []
+    with ProcessPoolExecutor(1, mp_context=spawn) as first, ProcessPoolExecutor(1, mp_context=spawn) as second:
+        for kind in ("fsdp", "tensor parallel"):
+            port = _free_port()
+            ranks = [pool.submit(_run, small, kind, rank, _RANKS, port) for rank, pool in enumerate((first, second))]
+            checks.append(_compared(kind, expected, [rank.result(timeout=_SECONDS) for rank in ranks]))
+    return checks
+
+
+def one_layer_of_each_kind(spec: ModelSpec) -> ModelSpec:
+    """The spec of a decoder that has each of the model's different layers once, and few tokens to know."""
+    layers = tuple(dict.fromkeys(spec.config.layers))
+    config = dataclasses.replace(spec.config, layers=layers, vocab_size=_VOCABULARY, padded_vocab_size=None)
+    return dataclasses.replace(spec, config=config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """Outputs and whole gradients of one rank; or why the architecture cannot be cut so."""
+
+    logits: Tensor | None = None
+    grads: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    refused: str = ""
+
+
+def _run(spec: ModelSpec, kind: str, rank: int, world: int, port: int) -> _Result:
+    from posttrain_lib.parallel.process_group import process_group
+
+    torch.set_num_threads(1)
+    with process_group(rank, world, f"127.0.0.1:{port}", torch.device("cpu")):
+        model = build_model(spec, dtype=torch.float64)
+        init_weights(model, spec, seed=0)
+        try:
+            _lay(model, kind, world)
+        except ConfigError as refusal:
+            return _Result(refused=f"{refusal.what}: {refusal.got}")
+        generator = torch.Generator().manual_seed(0)
+        token_ids = torch.randint(spec.config.vocab_size, (sum(_LENGTHS),), generator=generator)
+        positions = torch.cat([torch.arange(length) for length in _LENGTHS])
+        ends = torch.tensor([0, *_LENGTHS]).cumsum(0).to(torch.int32)
+        logits = model(token_ids, positions, ends, max(_LENGTHS))
+        # Every rank computes the same tokens: FSDP's average over ranks is the gradient itself.
+        (logits * torch.randn(logits.shape, generator=generator, dtype=torch.float64)).sum().backward()
+        grads = {name: _whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
+        return _Result(logits.detach(), grads)
+
+
+def _lay(model: Decoder, kind: str, world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from posttrain_lib.parallel.apply import apply_parallelism
+    from posttrain_lib.parallel.tensor import apply_tensor_parallel
+
+    if kind == "tensor parallel":
+        apply_tensor_parallel(model, init_device_mesh("cpu", (world,)))
+    else:
+        apply_parallelism(model, world=world, device=torch.device("cpu"), activation_checkpointing=world > 1)
+
+
+def _whole(value: Any) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _compared(kind: str, expected: _Result, ranks: list[_Result]) -> Check:
+    name = f"sharded = single, {kind}"
+    if ranks[0].refused:
+        return Check(name, True, ranks[0].refused, "two ranks", "this architecture is not cut so over two ranks")
+    worst, where = 0.0, "logits"
+    for result in ranks:
+        pairs = {
+            "logits": (result.logits, expected.logits),
+            **{n: (g, expected.grads.get(n)) for n, g in result.grads.items()},
+        }
+        missing = sorted(set(expected.grads) - set(result.grads))
+        for part, (got, wanted) in pairs.items():
+            apart = float("inf") if got is None or wanted is None or missing else _apart(got, wanted)
+            if not apart <= worst:  # NaN, too
+                worst, where = apart, missing[0] if missing else part
+    reason = f"float64, two processes, logits and gradients of one layer of each kind; largest in {where}"
+    return Check(name, worst <= _LIMIT, worst, _LIMIT, reason)
+
+
+def _apart(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))

@@ -1,0 +1,123 @@
+"""A run file of the conversion flow: which model, and who looks for its definition where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from posttrain_lib.config import load
+from posttrain_lib.config.base import Section
+from posttrain_lib.config.model import ModelConfig
+from posttrain_lib.errors import ConfigError
+
+
+class SearchAgentConfig(Section):
+    """Searches the options of the blocks; needs no model and no network."""
+
+    kind: Literal["search"] = "search"
+
+
+class LLMAgentConfig(Section):
+    """A language model: behind an OpenAI-compatible endpoint, or a command."""
+
+    kind: Literal["llm"] = "llm"
+    base_url: str | None = Field(None, description="of the endpoint, as http://127.0.0.1:8000/v1")
+    model: str | None = Field(None, description="its name there")
+    api_key_variable: str | None = Field(
+        None, description="environment variable that holds the key; it is never stored"
+    )
+    command: tuple[str, ...] | None = Field(None, description="reads the brief on stdin, writes the file to stdout")
+    timeout_seconds: float = Field(300.0, gt=0, description="for one answer")
+    retries: int = Field(3, ge=0, description="further tries where the endpoint fails")
+    temperature: float = Field(0.2, ge=0)
+    max_tokens: int = Field(8192, ge=256)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> LLMAgentConfig:
+        if (self.base_url is None) == (self.command is None):
+            raise ValueError("an llm agent needs exactly one of 'base_url' and 'command'")
+        if self.base_url is not None and self.model is None:
+            raise ValueError("an endpoint needs 'model', the model's name there")
+        return self
+
+
+class AttemptLimits(Section):
+    """What one attempt may use; the gate's memory is model.verification.memory_limit_gib."""
+
+    proposal_seconds: float = Field(20.0, gt=0, description="for reading config.json by the proposed file")
+    proposal_memory_gib: float = Field(1.0, gt=0)
+    gate_seconds: float = Field(1800.0, gt=0)
+
+
+class ConversionConfig(Section):
+    """How the definition of an unknown architecture is looked for."""
+
+    agent: SearchAgentConfig | LLMAgentConfig = Field(SearchAgentConfig(), discriminator="kind")
+    max_attempts: int = Field(60, ge=1)
+    max_seconds: float = Field(7200.0, gt=0, description="no attempt begins after this")
+    limits: AttemptLimits = AttemptLimits()
+    treat_as_unknown: tuple[str, ...] = Field(
+        (), description="families (model_type) that count as unknown, to see whether they would be found"
+    )
+
+
+class NoData(Section):
+    """What the steps that a conversion shares with training read of the data section: nothing."""
+
+    sources: tuple[()] = ()
+    tokenizer: None = None
+    chat_template: None = None
+
+
+class ConvertConfig(Section):
+    """Everything a conversion depends on."""
+
+    recipe: Literal["convert"] = "convert"
+    name: str = Field("convert", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    model: ModelConfig
+    conversion: ConversionConfig = ConversionConfig()
+
+    @property
+    def data(self) -> NoData:
+        """For the steps that are shared."""
+        return NoData()
+
+
+def load_convert_config(path: str | Path, overrides: Sequence[str] = ()) -> ConvertConfig:
+    """Read a run file, expand ``${VARIABLE}``, apply ``section.key=value`` overrides, validate.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or holds an unknown key or impossible value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the config file cannot be read", where=path, got=error, fix="name an existing YAML file in UTF-8"
+        ) from error
+    return parse_convert_config(text, where=str(path), overrides=overrides)
+
+
+def parse_convert_config(text: str, *, where: str = "config", overrides: Sequence[str] = ()) -> ConvertConfig:
+    """The same of the YAML text itself."""
+    try:
+        raw = yaml.load(text, Loader=load._StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError("the config is not valid YAML", where=where, got=error, fix="mend that line") from error
+    if not isinstance(raw, dict):
+        raise ConfigError("the config is not a mapping of sections", where=where, got=type(raw).__name__)
+    return build_convert_config(raw, where=where, overrides=overrides)
+
+
+def build_convert_config(raw: dict[str, Any], *, where: str = "config", overrides: Sequence[str] = ()) -> ConvertConfig:
+    """Validate a plain mapping, after overrides and variable expansion."""
+    for override in [piece for text in overrides for piece in load.split_overrides(text)]:
+        raw = load._override(raw, override)
+    try:
+        return ConvertConfig.model_validate(load._expand(raw, where, ()))
+    except ValidationError as error:
+        raise load._explain(error, where) from error
