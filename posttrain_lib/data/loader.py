@@ -118,8 +118,9 @@ class PackedLoader:
         self._rank, self._world = rank, world
         self._pair_cost = pair_cost
         self._background = background
-        if background:
-            threading.Thread(target=warm, daemon=True).start()
+        self._warming = threading.Thread(target=warm, daemon=True) if background else None
+        if self._warming is not None:
+            self._warming.start()
         self._planner = Planner(feed, row_tokens=row_tokens, packing_buffer=packing_buffer)
         self._state = self._snapshot(0)
         self._planned_state: dict[str, Any] | None = self._state  # where the planner stands; None: it is ahead
@@ -182,6 +183,8 @@ class PackedLoader:
 
     def _stop_thread(self) -> None:
         self._stop.set()
+        if self._warming is not None:
+            self._warming.join()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -209,6 +212,8 @@ class PackedLoader:
 
     def _work_ahead(self, state: dict[str, Any], stop: threading.Event, into: queue.Queue[_Prepared | _Ended]) -> None:
         """Consumes: the feed. Produces: prepared steps. Waits for: room in the queue. Ends with: an _Ended."""
+        if self._warming is not None:
+            self._warming.join()
         while not stop.is_set():
             item = self._prepare(state)
             _put(into, item, stop)

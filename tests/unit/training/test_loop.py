@@ -174,7 +174,7 @@ def test_only_torn_checkpoints_start_anew_and_say_so(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(make_job(tmp_path, tiny_config(steps=2)))
-    with pytest.raises(CheckpointError, match=r"train\.optimizer differs"):
+    with pytest.raises(CheckpointError, match="optimizer differs"):
         run(make_job(tmp_path, tiny_config(steps=2, optimizer={"lr": 0.5})))
     shutil.rmtree(tmp_path / "train")
     write_store(tmp_path / "train", 100, seed=9)
