@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from posttrain_lib.models.spec import DecoderConfig, ExpertsConfig, MLPConfig
-from posttrain_lib.ops.experts import mixture
+from posttrain_lib.ops.experts import ExpertAdapter, mixture
 from posttrain_lib.ops.swiglu import GATED
 
 
@@ -101,7 +101,12 @@ class Experts(nn.Module):
             up_bias_EF=self.up_bias,
             down_bias_ED=self.down_bias,
             activation=self.activation,
+            **self.adapters(),
         )
+
+    def adapters(self) -> dict[str, ExpertAdapter | None]:
+        """``mixture``'s arguments for low-rank adapters; none here (see ``models.lora``)."""
+        return {}
 
 
 class MixtureOfExperts(nn.Module):

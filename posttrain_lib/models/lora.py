@@ -26,7 +26,7 @@ from torch.nn.functional import embedding, linear
 from posttrain_lib.errors import ModelError
 from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.models.feed_forward import Experts
-from posttrain_lib.ops.experts import ExpertAdapter, mixture
+from posttrain_lib.ops.experts import ExpertAdapter
 from posttrain_lib.ops.output_head import HeadAdapter, OutputHead
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -139,23 +139,9 @@ class LoraExperts(Experts):
 
     lora_scales: dict[str, float]
 
-    def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        return mixture(
-            hidden_TD,
-            ids_TK,
-            weights_TK,
-            self.gate_proj,
-            self.up_proj,
-            self.down_proj,
-            gate_bias_EF=self.gate_bias,
-            up_bias_EF=self.up_bias,
-            down_bias_ED=self.down_bias,
-            gate_adapter=self._adapter("gate_proj"),
-            up_adapter=self._adapter("up_proj"),
-            down_adapter=self._adapter("down_proj"),
-            activation=self.activation,
-        )
+    def adapters(self) -> dict[str, ExpertAdapter | None]:
+        """Of each projection, None where it has none."""
+        return {f"{name}_adapter": self._adapter(f"{name}_proj") for name in ("gate", "up", "down")}
 
     def _adapter(self, projection: str) -> ExpertAdapter | None:
         if projection not in self.lora_scales:
