@@ -7,23 +7,13 @@
 """
 
 # First, because it sets the environment that Metaflow reads when it is imported.
-from posttrain_flow import ROOT, plain_errors  # isort: skip
+from posttrain_flow import ROOT, parser_of, plain_errors  # isort: skip
 
 from metaflow import Config, FlowSpec, Parameter, card, current, package_sources, step
-from metaflow.exception import MetaflowException
 
 from posttrain_lib.config.convert import parse_convert_config
-from posttrain_lib.errors import ConfigError
 from steps import convert_pipeline
 from steps.pipeline import load_manifests
-
-
-def parse_config(text: str) -> dict:
-    """Parser of ``--config``: strict, and complete with every default, so that the run stores it whole."""
-    try:
-        return parse_convert_config(text, where="--config").model_dump(mode="json")
-    except ConfigError as error:
-        raise MetaflowException(str(error)) from None
 
 
 @package_sources(["../steps", "../posttrain_lib", "../configs"], suffixes=[".py", ".yaml"])
@@ -31,7 +21,10 @@ class ConvertFlow(FlowSpec):
     """Convert a Hugging Face model: verified if its architecture is known, else proposed for review."""
 
     config = Config(
-        "config", default=str(ROOT / "configs" / "convert" / "default.yaml"), parser=parse_config, help="the run file"
+        "config",
+        default=str(ROOT / "configs" / "convert" / "default.yaml"),
+        parser=parser_of(parse_convert_config),
+        help="the run file",
     )
     model = Parameter("model", default="", help="Hugging Face folder or hub id; default: the run file's")
     overrides = Parameter("set", default="", help="overrides, comma-separated: conversion.max_attempts=20")

@@ -4,7 +4,7 @@ import contextlib
 import getpass
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,24 @@ def plain_options(arguments: list[str]) -> list[str]:
 sys.argv[1:] = plain_options(sys.argv[1:])
 
 
-def parse_config(text: str) -> dict[str, Any]:
-    """Parser of the flow's ``--config``: strict, and complete with every default, so that the run stores it whole."""
-    try:
-        return parse_run_config(text, where="--config").model_dump(mode="json")
-    except ConfigError as error:
-        from metaflow.exception import MetaflowException
+def parser_of(parse: Callable[..., Any]) -> Callable[[str], dict[str, Any]]:
+    """Parser of a flow's ``--config``: strict, and complete with every default, so that the run stores it whole.
 
-        raise MetaflowException(str(error)) from None
+    ``parse``: makes a recipe's config of a text, as ``parse_run_config`` does.
+    """
+
+    def parse_config(text: str) -> dict[str, Any]:
+        try:
+            return parse(text, where="--config").model_dump(mode="json")
+        except ConfigError as error:
+            from metaflow.exception import MetaflowException
+
+            raise MetaflowException(str(error)) from None
+
+    return parse_config
+
+
+parse_config = parser_of(parse_run_config)
 
 
 @contextlib.contextmanager

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
+from posttrain_lib.config.model import ModelConfig
 from posttrain_lib.errors import VerificationError
+from posttrain_lib.models.hf_spec import marks
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult
 
+if TYPE_CHECKING:
+    from posttrain_lib.checkpoint.verify_report import VerificationReport
+
+
+_DISAGREES = {
+    "native": "our definition disagrees with the reference implementation",
+    "hf": "transformers' class cannot be trained as a decoder",
+}
+
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """How the model is verified; which model it is enters by digest."""
-    return config.model.verification.model_dump(mode="json")
+    """How the model is verified, and as what; which model it is enters by digest."""
+    return {"backend": config.model.backend, **config.model.verification.model_dump(mode="json")}
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
@@ -23,24 +34,20 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 
 
 def body(context: StepContext) -> StepResult:
-    """Check the folder, load it into our definition, compare with transformers; raise on the first disagreement."""
-    from posttrain_lib.checkpoint.verify import verify_model
-    from posttrain_lib.checkpoint.verify_sharded import check_sharded
-    from posttrain_lib.models.families import spec_from_folder
-
-    wanted = context.config.model.verification
-    limit = None if wanted.memory_limit_gib is None else int(wanted.memory_limit_gib * 2**30)
-    folder = context.inputs["model"].uri
-    report = verify_model(folder, tier=wanted.tier, memory_limit_bytes=limit, seed=0)
-    if wanted.sharded:
-        report = dataclasses.replace(report, checks=(*report.checks, *check_sharded(spec_from_folder(folder))))
-    (context.out / "verification.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    """Check the folder, load it into our definition, compare with transformers; raise on the first disagreement. Of
+    transformers' own class that is proven which can be."""
+    folder, backend = context.inputs["model"].uri, context.config.model.backend
+    report, unproven = _verify(folder, context.config.model)
+    found = {**report.to_dict(), **marks(backend), "not_applicable": list(unproven)}
+    (context.out / "verification.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     for check in report.checks:
         context.say(f"convert_model: {'passed' if check.passed else 'FAILED'} {check.name} ({check.reason})")
+    for name in unproven:
+        context.say(f"convert_model: not applicable, backend {backend}: {name}")
     if not report.passed:
         failed = next(check for check in report.checks if not check.passed)
         raise VerificationError(
-            f"our definition disagrees with the reference implementation: {failed.name}",
+            f"{_DISAGREES[backend]}: {failed.name}",
             where=f"{folder}: first wrong module {report.first_wrong_module or 'not found'}",
             got=f"{failed.value} ({failed.reason})",
             expected=f"at most {failed.limit}",
@@ -49,9 +56,26 @@ def body(context: StepContext) -> StepResult:
     return StepResult(
         outputs={"model": context.inputs["model"], "verification": ("verification.json", "verification")},
         checks=list(report.checks),
-        metrics=report.to_dict(),
+        metrics=found,
         summary=f"{sum(check.passed for check in report.checks)} of {len(report.checks)} checks passed",
     )
+
+
+def _verify(folder: str, model: ModelConfig) -> tuple[VerificationReport, tuple[str, ...]]:
+    """The report, and what of the gate the model's backend has no place for."""
+    from posttrain_lib.checkpoint.hf_backend import NOT_APPLICABLE, verify_hf_model
+    from posttrain_lib.checkpoint.verify import verify_model
+    from posttrain_lib.checkpoint.verify_sharded import check_sharded
+    from posttrain_lib.models.families import spec_from_folder
+
+    wanted = model.verification
+    limit = None if wanted.memory_limit_gib is None else int(wanted.memory_limit_gib * 2**30)
+    if model.backend == "hf":
+        return verify_hf_model(folder, memory_limit_bytes=limit, seed=0), NOT_APPLICABLE
+    report = verify_model(folder, tier=wanted.tier, memory_limit_bytes=limit, seed=0)
+    if wanted.sharded:
+        report = dataclasses.replace(report, checks=(*report.checks, *check_sharded(spec_from_folder(folder))))
+    return report, ()
 
 
 STEP: Step = Step("convert_model", 1, "steps.convert_model", settings, inputs, body)

@@ -10,14 +10,14 @@ from posttrain_lib.errors import VerificationError
 from posttrain_lib.schema.manifests import StepManifest
 from steps import convert_model, inputs, propose_family
 from steps.base import Step, run_step
-from steps.pipeline import load_manifests
+from steps.pipeline import load_manifests, plain_values
 
 STEPS: Mapping[str, Step] = {step.name: step for step in (inputs.STEP, propose_family.STEP, convert_model.STEP)}
 
 
 def resolve(raw: Any, model: str, overrides: str) -> dict[str, Any]:
     """The resolved config as plain values; ``model`` replaces the run file's where given."""
-    plain = _plain(raw)
+    plain = plain_values(raw)
     if model:
         plain["model"] = {**plain["model"], "path": model, "from_scratch": None}
     where = "--set" if overrides.strip() else "--config"
@@ -70,12 +70,3 @@ def check(summary: Mapping[str, Any], manifests: Mapping[str, StepManifest]) -> 
         got=f"{len(found['attempts'])} attempts by {found['agent']}: {found['reason']}",
         fix=f"read the attempts in {summary['outputs']['attempts']}, give the agent more, or write the family file",
     )
-
-
-def _plain(value: Any) -> Any:
-    """Metaflow hands configs out as its own mapping types."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -23,8 +23,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "loss": [config.train.loss, config.train.loss_options],
         "row_tokens": config.train.row_tokens,
         "checkpoint": config.export.checkpoint,
-        "pad_vocabulary_to": config.model.vocabulary.pad_to_multiple_of,
-        **config.model.model_dump(mode="json", include={"lora"}),
+        "pad_vocabulary_to": config.model.pad_vocabulary_to,
+        **config.model.model_dump(mode="json", include={"lora", "backend"}),
         "template": [config.data.template_date, config.data.template_kwargs],
     }
 
@@ -48,12 +48,10 @@ def body(context: StepContext) -> StepResult:
     """Evaluate the starting model, then the trained weights in the same module."""
     from posttrain_lib.checkpoint.adapters import trained_weights
     from posttrain_lib.checkpoint.manager import load_model_state
-    from posttrain_lib.evaluation.model import load_model
 
     tokenizer = load_tokenizer(context.config, context.inputs)
     prompts = read_prompts(Path(context.inputs["prompts"].uri))
-    multiple = context.config.model.vocabulary.pad_to_multiple_of
-    model = load_model(context.inputs["model"].uri, pad_vocabulary_to=multiple)
+    model = load_base(context)
     context.say("evaluate: the model before training")
     before = _evaluate(context, model, tokenizer, prompts)
     state = load_model_state(context.inputs["checkpoint"].uri)
@@ -83,6 +81,15 @@ def body(context: StepContext) -> StepResult:
         metrics=metrics,
         summary=f"held-out loss {before['held_out']['all']:.4f} -> {after['held_out']['all']:.4f}",
     )
+
+
+def load_base(context: StepContext) -> Decoder:
+    """The model that was trained, as it was before."""
+    from posttrain_lib.evaluation.model import load_model
+
+    wanted = context.config.model
+    folder = context.inputs["model"].uri
+    return load_model(folder, pad_vocabulary_to=wanted.pad_vocabulary_to, backend=wanted.backend)
 
 
 def load_tokenizer(config: RunConfig, found: dict[str, ArtifactRef]) -> ChatTokenizer:

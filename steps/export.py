@@ -15,6 +15,7 @@ from steps import evaluate
 from steps.base import Manifests, Step, StepContext, StepResult
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from posttrain_lib.adapters.vllm_check import Answer
@@ -23,14 +24,16 @@ if TYPE_CHECKING:
 
 #: the template file that transformers and vLLM prefer over one inside tokenizer_config.json
 TEMPLATE_FILE = "chat_template.jinja"
+#: in an exported folder: that it was trained as transformers' own class, and what that lacks
+BACKEND_FILE = "posttrain_backend.json"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The export section, the checkpoint's padding and adapters, and the template's date and variables."""
+    """The export section, the checkpoint's padding, adapters and backend, and the template's date and variables."""
     return {
         "export": config.export.model_dump(mode="json"),
-        "pad_vocabulary_to": config.model.vocabulary.pad_to_multiple_of,
-        **config.model.model_dump(mode="json", include={"lora"}),
+        "pad_vocabulary_to": config.model.pad_vocabulary_to,
+        **config.model.model_dump(mode="json", include={"lora", "backend"}),
         "template": [config.data.template_date, config.data.template_kwargs],
     }
 
@@ -48,25 +51,22 @@ def body(context: StepContext) -> StepResult:
 
     from posttrain_lib.checkpoint.adapters import trained_weights
     from posttrain_lib.checkpoint.exported import compare_with_reference, exported_dtype
-    from posttrain_lib.checkpoint.hf import copy_side_files, save_hf_folder
+    from posttrain_lib.checkpoint.hf import copy_side_files
     from posttrain_lib.checkpoint.manager import load_model_state
-    from posttrain_lib.evaluation.model import load_model
-    from posttrain_lib.models.families import spec_from_folder
-    from posttrain_lib.models.vocabulary import with_padded_vocabulary
+    from posttrain_lib.models.hf_spec import marks
 
     source, folder = Path(context.inputs["model"].uri), context.out / "hf"
-    dtype, lora = exported_dtype(source, context.config.export.dtype), context.config.model.lora
-    multiple = context.config.model.vocabulary.pad_to_multiple_of
-    spec = with_padded_vocabulary(spec_from_folder(source), multiple)
-    model = load_model(source, pad_vocabulary_to=multiple)
+    lora, backend = context.config.model.lora, context.config.model.backend
+    dtype = exported_dtype(source, context.config.export.dtype, backend)
+    model = evaluate.load_base(context)
     trained = load_model_state(context.inputs["checkpoint"].uri)
     state = trained_weights(model, trained, lora)
-    save_hf_folder(state, spec, source, folder, dtype)
+    _write(context, model, state, folder, dtype)
     names = copy_side_files(Path(context.inputs["tokenizer"].uri), folder)
     if "chat_template" in context.inputs:
         shutil.copyfile(context.inputs["chat_template"].uri, folder / TEMPLATE_FILE)
     # Comparisons are with the weights as exported: rounding to the export's dtype is a choice of the run file.
-    model.load_state_dict({name: value.to(getattr(torch, dtype)).float() for name, value in state.items()})
+    model.load_state_dict({name: _rounded(value, getattr(torch, dtype)) for name, value in state.items()})
     checks = [_same_tokenizer(context, folder, names), *compare_with_reference(model, folder, _prompts(context, 1024))]
     if context.config.export.verify_vllm:
         checks += _same_in_vllm(context, model, folder)
@@ -86,26 +86,57 @@ def body(context: StepContext) -> StepResult:
         "verification": ("verification.json", "verification"),
     }
     if lora is not None:
-        _export_adapter(context, load_model(source, pad_vocabulary_to=multiple), spec, trained)
+        _export_adapter(context, evaluate.load_base(context), trained)
         outputs["adapter"] = ("adapter", "adapter")
     found = json.dumps([vars(check) for check in checks], indent=1)
     (context.out / "verification.json").write_text(found, encoding="utf-8")
     return StepResult(
         outputs=outputs,
         checks=checks,
-        metrics={"dtype": dtype},
+        metrics={"dtype": dtype, **marks(backend)},
         summary=f"{len(checks)} checks passed",
     )
 
 
-def _export_adapter(context: StepContext, model: Decoder, spec: ModelSpec, trained: Mapping[str, Tensor]) -> None:
+def _write(context: StepContext, model: Decoder, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
+    """The folder's weights and config, by our own writer or, of a class of transformers, by that one's; the second says
+    so in a file beside them."""
+    from posttrain_lib.checkpoint.hf import save_hf_folder
+    from posttrain_lib.checkpoint.hf_backend import save_hf_model
+    from posttrain_lib.models.hf_decoder import HFDecoder
+    from posttrain_lib.models.hf_spec import marks
+
+    source, mark = Path(context.inputs["model"].uri), folder / BACKEND_FILE
+    if isinstance(model, HFDecoder):
+        save_hf_model(model, state, source, folder, dtype)
+        content = {"class": model.spec.architecture, **marks(context.config.model.backend)}
+        mark.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    else:
+        save_hf_folder(state, _spec(context), source, folder, dtype)
+        mark.unlink(missing_ok=True)  # of the folder that training began with
+
+
+def _spec(context: StepContext) -> ModelSpec:
+    from posttrain_lib.models.families import spec_from_folder
+    from posttrain_lib.models.vocabulary import with_padded_vocabulary
+
+    multiple = context.config.model.pad_vocabulary_to
+    return with_padded_vocabulary(spec_from_folder(context.inputs["model"].uri), multiple)
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """As read back in float32 from a file in ``dtype``; counters and masks are written as they are."""
+    return value.to(dtype).float() if value.is_floating_point() else value
+
+
+def _export_adapter(context: StepContext, model: Decoder, trained: Mapping[str, Tensor]) -> None:
     """The adapters alone, for whoever has the base; what a reader cannot do with them is said."""
     from posttrain_lib.checkpoint.adapters import save_adapter
     from posttrain_lib.models.lora import apply_lora
 
     adapted = apply_lora(model, context.config.model.lora)
     adapted.load_state_dict(trained, strict=False)
-    for remark in save_adapter(adapted, spec, context.out / "adapter", context.config.model.path):
+    for remark in save_adapter(adapted, _spec(context), context.out / "adapter", context.config.model.path):
         context.say(f"export: adapter: {remark}")
 
 

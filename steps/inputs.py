@@ -2,12 +2,14 @@
 
 What the run file asks to be generated (rows, tokenizer, model) is made here, so that the embedded default enters the
 rest of the pipeline as files, the same way as downloaded data and a downloaded model do. So is a model with new tokens:
-all later steps see a plain folder, its tokenizer grown with it.
+all later steps see a plain folder, its tokenizer grown with it. Of a model in an object store the folder has the small
+files and a pointer; its weights stay there, and each later step reads what it needs of them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,11 +17,13 @@ from typing import Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.data import GeneratedConversations
-from posttrain_lib.errors import ConfigError
-from posttrain_lib.lineage.digests import FileDigests
+from posttrain_lib.errors import ConfigError, ModelError
+from posttrain_lib.lineage.digests import FileDigests, digest_value
 from posttrain_lib.lineage.store import default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
+
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(@(?P<revision>.+))?")
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     }
     for name, (path, field) in folders.items():
         if path is not None:
-            found[name] = _reference(path, field, name, digests)
+            in_store = name == "model" and "://" in path
+            found[name] = _stored_model(path) if in_store else _reference(path, field, name, digests)
     with disk_errors("remembering file digests", default_root()):
         digests.save()
     return found
@@ -79,9 +84,17 @@ def _model(context: StepContext, generated: list[Path]) -> tuple[str, str] | Art
     """The model folder that all later steps see: found, made, or a copy of either with new tokens."""
     new_tokens = context.config.model.vocabulary.new_tokens()
     if context.config.model.from_scratch is None:
-        if not new_tokens:
-            return context.inputs["model"]
-        _grow(context, Path(context.inputs["model"].uri))
+        found = context.inputs["model"]
+        if not _is_in_store(found):
+            if not new_tokens:
+                return found
+            _grow(context, Path(found.uri))
+        elif new_tokens:
+            with tempfile.TemporaryDirectory(dir=context.out) as folder:
+                _fetch_stored(found, Path(folder))
+                _grow(context, Path(folder))
+        else:
+            _fetch_stored(found, context.out / "model")
     elif new_tokens:
         with tempfile.TemporaryDirectory(dir=context.out) as folder:
             _write_scratch(context, generated, Path(folder))
@@ -153,6 +166,29 @@ def _data_reference(path: str, digests: FileDigests) -> ArtifactRef:
     return ArtifactRef(uri=uri, kind="rows", digest=digest_rows(uri, digests))
 
 
+def _stored_model(url: str) -> ArtifactRef:
+    """A model in an object store: what it is, is what the store tells of its files' versions."""
+    from posttrain_lib.checkpoint.remote_folder import pinned_files
+
+    return ArtifactRef(uri=url, kind="model", digest=digest_value(pinned_files(url)))
+
+
+def _is_in_store(found: ArtifactRef) -> bool:
+    return "://" in found.uri
+
+
+def _fetch_stored(found: ArtifactRef, out: Path) -> None:
+    """The model's folder without its weights, if it is still the one that the step's key was made of."""
+    from posttrain_lib.checkpoint.remote_folder import fetch_folder, pinned_files
+
+    pins = pinned_files(found.uri)
+    if digest_value(pins) != found.digest:
+        raise ModelError(
+            "the model was replaced in its store while the run started", where=found.uri, fix="start the run again"
+        )
+    fetch_folder(found.uri, pins, out)
+
+
 def _reference(path: str, field: str, kind: str, digests: FileDigests) -> ArtifactRef:
     """A local folder or file; a hub id is fetched into the hub's own cache first."""
     local = Path(path).expanduser()
@@ -163,21 +199,33 @@ def _reference(path: str, field: str, kind: str, digests: FileDigests) -> Artifa
 
 
 def _fetch_from_hub(name: str, field: str) -> Path:
-    looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not looks_like_id:
+    found = _HUB_ID.fullmatch(name)
+    if found is None:
         raise ConfigError(
-            "the path does not exist", where=field, got=name, expected="an existing path or a hub id owner/name"
+            "the path does not exist",
+            where=field,
+            got=name,
+            expected="an existing path or a hub id owner/name[@revision]",
         )
     import huggingface_hub
 
+    from posttrain_lib.data.remote import patiently
+
+    def fetch() -> str:
+        revision = found["revision"]
+        if not huggingface_hub.is_offline_mode():
+            # Asked first: where the hub fails, snapshot_download takes an older snapshot of its cache for the newest.
+            revision = huggingface_hub.HfApi().model_info(found["name"], revision=revision).sha
+        return huggingface_hub.snapshot_download(found["name"], revision=revision)
+
     try:
-        return Path(huggingface_hub.snapshot_download(name))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        return Path(patiently(name, fetch))
+    except Exception as error:  # huggingface_hub lets those of its HTTP client through
         raise ConfigError(
             "neither a local path nor a hub id that can be fetched",
             where=field,
-            got=f"{name} ({type(error).__name__}: {str(error).splitlines()[0]})",
-            fix="check the spelling and the network, or name a local folder",
+            got=f"{name} ({type(error).__name__}: {' '.join(str(error).split())})",
+            fix="check the spelling and the network, set HF_TOKEN for a private one, or name a local folder",
         ) from error
 
 

@@ -56,7 +56,7 @@ def run_until(
 def resolve(raw: Any, overrides: str = "") -> dict[str, Any]:
     """The resolved config as plain values, after comma-separated ``key=value`` overrides (as a flow passes them)."""
     where = "--set" if overrides.strip() else "--config"
-    return build_run_config(_plain(raw), where=where, overrides=[overrides]).model_dump(mode="json")
+    return build_run_config(plain_values(raw), where=where, overrides=[overrides]).model_dump(mode="json")
 
 
 def advance(
@@ -85,12 +85,12 @@ def show_plan(run_config: dict[str, Any], manifests: Mapping[str, dict[str, Any]
     say_line(describe(RunConfig.model_validate(run_config)))
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Metaflow hands configs out as its own mapping types."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     return value
 
 

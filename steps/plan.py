@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.model import Lora
 from posttrain_lib.data.formats import check_fields
 from posttrain_lib.data.sources import files_of
-from posttrain_lib.errors import ConfigError, ModelError
-from posttrain_lib.models.families import get_family, spec_from_config
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.models.families import get_family, read_hf_config, spec_from_config
+from posttrain_lib.models.hf_spec import LACKS, HFSpec, check_workers, hf_spec_from_config
 from posttrain_lib.models.spec import (
     ExpertsConfig,
     MLPConfig,
@@ -139,11 +141,13 @@ def adapter_count(spec: ModelSpec, lora: Lora) -> int:
 
 
 def _model_lines(config: RunConfig) -> list[str]:
+    if config.model.backend == "hf":
+        return _hf_lines(config)
     spec = _spec(config)
     if spec is None:
         return [f"  model      {config.model.path} (fetched when the run starts)"]
     _check_positions(spec, config)
-    check_prefixes(spec.config, config.train.share_prefixes)
+    check_prefixes(spec.config, config.train.share_prefixes, config.data.max_example_tokens)
     body, _ = matmul_parameters(spec)
     memory = memory_estimate(spec, config)
     total = sum(memory.values())
@@ -155,7 +159,26 @@ def _model_lines(config: RunConfig) -> list[str]:
     ]
 
 
-def _check_positions(spec: ModelSpec, config: RunConfig) -> None:
+def _hf_lines(config: RunConfig) -> list[str]:
+    """Of a model that runs as transformers' own class, with what that lacks."""
+    check_workers(config.compute.workers)
+    lacking = ["  backend    hf: transformers' own class. It lacks", *(f"             {lack}" for lack in LACKS)]
+    raw = _hf_config(config)
+    if raw is None:
+        return [f"  model      {config.model.path} (fetched when the run starts)", *lacking]
+    spec = hf_spec_from_config(raw, where="model")
+    _check_positions(spec, config)
+    states = 4 if config.train.optimizer.name == "adamw" else 3  # with weights and gradients
+    held = spec.parameters * _FLOAT32_BYTES * states
+    amount = f"{held / 2**30:.2f} GiB" if held >= 2**30 else f"{held / 2**20:.2f} MiB"
+    return [
+        f"  model      {spec.family} as {spec.architecture}, {spec.parameters:,} parameters",
+        f"  memory     about {amount} for weights, gradients and optimiser; activations are not estimated",
+        *lacking,
+    ]
+
+
+def _check_positions(spec: ModelSpec | HFSpec, config: RunConfig) -> None:
     positions = spec.config.max_position_embeddings
     if config.data.max_example_tokens > positions:
         raise ConfigError(
@@ -166,31 +189,47 @@ def _check_positions(spec: ModelSpec, config: RunConfig) -> None:
         )
 
 
-def _spec(config: RunConfig) -> ModelSpec | None:
+def _hf_config(config: RunConfig) -> dict[str, Any] | None:
+    """The model's config.json, or what it will be; None where it is not here yet."""
     scratch = config.model.from_scratch
     if scratch is not None:
-        vocabulary = _vocabulary(Path(scratch.tokenizer)) if scratch.tokenizer else scratch.tokenizer_vocab_size
-        raw: dict[str, Any] = {"model_type": scratch.family, "vocab_size": vocabulary, **scratch.architecture}
         get_family(scratch.family, where="model.from_scratch.family")
-        return spec_from_config(raw, where="model.from_scratch.architecture")
-    path = Path(str(config.model.path)).expanduser() / "config.json"
-    if not path.is_file():
+        vocabulary = _vocabulary(Path(scratch.tokenizer)) if scratch.tokenizer else scratch.tokenizer_vocab_size
+        return {"model_type": scratch.family, "vocab_size": vocabulary, **scratch.architecture}
+    folder = Path(str(config.model.path)).expanduser()
+    return read_hf_config(folder) if (folder / "config.json").is_file() else None
+
+
+def _spec(config: RunConfig) -> ModelSpec | None:
+    raw, scratch = _hf_config(config), config.model.from_scratch
+    if raw is None:
         return None
-    try:
-        return spec_from_config(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    except ValueError as error:
-        raise ModelError("config.json is not valid JSON", where=path, got=error) from error
+    if scratch is not None:
+        vocabulary = _vocabulary(Path(scratch.tokenizer)) if scratch.tokenizer else scratch.tokenizer_vocab_size
+        return _grown(spec_from_config(raw, where="model.from_scratch.architecture"), vocabulary, config)
+    path = Path(str(config.model.path)).expanduser() / "config.json"
+    spec = spec_from_config(raw, where=str(path))
+    if not config.model.vocabulary.new_tokens():
+        return spec
+    return _grown(spec, _vocabulary(path.parent, "model.path"), config)
 
 
-def _vocabulary(folder: Path) -> int:
+def _grown(spec: ModelSpec, ids: int, config: RunConfig) -> ModelSpec:
+    """The spec with the run's new tokens behind the tokenizer's ``ids``, as the step ``inputs`` will write it."""
+    new = len(config.model.vocabulary.new_tokens())
+    rows = max(spec.config.vocab_size, ids + new) if new else spec.config.vocab_size
+    return dataclasses.replace(spec, config=dataclasses.replace(spec.config, vocab_size=rows))
+
+
+def _vocabulary(folder: Path, where: str = "model.from_scratch.tokenizer") -> int:
     """Number of ids of a tokenizer folder, added tokens included."""
     path = folder.expanduser() / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
             "the tokenizer folder is not there, or has no tokenizer.json",
-            where="model.from_scratch.tokenizer",
+            where=where,
             got=folder,
-            fix="name a local Hugging Face tokenizer folder",
+            fix="name a local Hugging Face folder with a tokenizer.json",
         )
     raw = json.loads(path.read_text(encoding="utf-8"))
     ids = (

@@ -20,6 +20,7 @@ def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any
     before, after = evaluation["held_out_before"]["all"], evaluation["held_out_after"]["all"]
     return {
         "name": run_config["name"],
+        "backend": run_config["model"]["backend"],
         "steps": training["step"],
         "tokens_seen": training["tokens_seen"],
         "held_out_before": before,
@@ -83,6 +84,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
     return {
         "name": run_config["name"],
         "recipe": run_config["recipe"].upper(),
+        "lacks": manifests["train"].metrics.get("lacks", []),
         "headline": _headline(manifests),
         "reports": reports,
         "data": _data_table(receipt),

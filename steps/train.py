@@ -25,16 +25,16 @@ QUARANTINE = "live_quarantine.jsonl"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The train section, the vocabulary's padding, the adapters, and from compute what can change the result's bits:
-    workers, threads, device."""
+    """The train section, the vocabulary's padding, adapters and backend, and from compute what can change the result's
+    bits: workers, threads, device."""
     compute = config.compute.model_dump(mode="json", include={"workers", "threads_per_worker", "device"})
     live = prepare_data.settings(config) if config.data.on_the_fly else None
     return {
         "train": config.train.model_dump(mode="json"),
         "compute": compute,
         "on_the_fly": live,
-        "pad_vocabulary_to": config.model.vocabulary.pad_to_multiple_of,
-        **config.model.model_dump(mode="json", include={"lora"}),
+        "pad_vocabulary_to": config.model.pad_vocabulary_to,
+        **config.model.model_dump(mode="json", include={"lora", "backend"}),
     }
 
 
@@ -61,6 +61,7 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 def body(context: StepContext) -> StepResult:
     """Run the job to its end; checkpoints live in the work folder until the result is published."""
     from posttrain_lib.compute.launch import launch
+    from posttrain_lib.models.hf_spec import marks
     from posttrain_lib.training.job import TrainJob
 
     context.work.mkdir(parents=True, exist_ok=True)
@@ -72,8 +73,9 @@ def body(context: StepContext) -> StepResult:
         work_dir=str(context.work),
         train=context.config.train,
         live=_live_spec(context, made_by) if context.config.data.on_the_fly else None,
-        pad_vocabulary_to=context.config.model.vocabulary.pad_to_multiple_of,
+        pad_vocabulary_to=context.config.model.pad_vocabulary_to,
         lora=context.config.model.lora,
+        backend=context.config.model.backend,
     )
     result, reports = _watch(launch(job, context.config.compute), context)
     checkpoints = Path(result.last_checkpoint).parent
@@ -99,6 +101,7 @@ def body(context: StepContext) -> StepResult:
             **throughput(reports),
             "sources": shares(reports),
             "rows": _rows(reports),
+            **marks(context.config.model.backend),
         },
         summary=f"{result.step} steps{' (stopped early)' if result.stopped_early else ''}, best held-out loss "
         f"{result.best_held_out:.4f}"

@@ -62,21 +62,33 @@ def build_reference(hf_config: Mapping[str, Any], *, dtype: torch.dtype, **chang
 def load_reference(folder: str | Path, *, dtype: torch.dtype, hf_config: Mapping[str, Any] | None = None) -> Any:
     """transformers' causal LM loaded by transformers' own loader, in eval mode on the CPU.
 
-    ``hf_config`` replaces the folder's config.json where given.
+    ``hf_config`` replaces the folder's config.json where given. Weights that lie in a store are read into memory for
+    it, whole, by their names: what they become is transformers' own doing all the same.
 
     Raises:
         ModelError: transformers refuses the folder, or loads it only in part (it would fill the rest at random).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
+    from posttrain_lib.checkpoint.hf_files import StoredTensors
+    from posttrain_lib.checkpoint.weight_files import POINTER
+
     config = None if hf_config is None else _reference_config(hf_config)
+    loader: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    if (Path(folder) / POINTER).is_file():
+        stored = StoredTensors(folder)
+        config = config or AutoConfig.from_pretrained(folder)
+        tensors = {name: stored.read(name) for name in stored.entries}
+        source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+        with torch.device("meta"):  # without a name the automatic class cannot tell which one it stands for
+            loader = type(loader.from_config(config))
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the flow has a progress bar of its own
-    loader: Any = AutoModelForCausalLM
     try:
         model, info = loader.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **_IMPLEMENTATION
+            config=config, dtype=dtype, output_loading_info=True, **source, **_IMPLEMENTATION
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError("transformers cannot load the model folder", where=folder, got=error) from error

@@ -220,6 +220,9 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     """The card of a finished run. ``report`` is what ``steps.report.collect`` returns."""
     reports = [StepReport(**row) for row in report["reports"]]
     card.append(Markdown(f"# {report['name']}: {report['recipe']} run report"))
+    if report["lacks"]:
+        card.append(Markdown("## Trained as transformers' own class (`model.backend: hf`)"))
+        card.append(Table([[_text(lack)] for lack in report["lacks"]], headers=["what that lacks"]))
     headline_cells = [[_text(cell) for cell in row] for row in report["headline"]]  # an answer of a row is among them
     card.append(Table(headline_cells, headers=["figure", "before", "after"]))
     card.append(Markdown("## Curves"))

@@ -16,7 +16,6 @@ The names are those of PEFT 0.21; vLLM reads the same files but for DoRA, and it
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +30,8 @@ from torch import Tensor
 
 from posttrain_lib.checkpoint.adapter_places import PREFIX, Place, Values, joined, named_tensors, places_of
 from posttrain_lib.checkpoint.adapter_reader import AdapterReader, by_module, read_config
-from posttrain_lib.checkpoint.hf import local_block, stored_name
+from posttrain_lib.checkpoint.hf import stored_name
+from posttrain_lib.checkpoint.weights_digest import weights_digest
 from posttrain_lib.errors import ModelError
 from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.models.lora import (
@@ -48,7 +48,6 @@ from posttrain_lib.models.lora import (
     whole,
 )
 from posttrain_lib.models.spec import ModelSpec
-from posttrain_lib.parallel.process_group import gather_objects
 
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -100,16 +99,9 @@ def save_adapter(model: LoraDecoder, spec: ModelSpec, folder: str | Path, base: 
 def adapters_trajectory(model: LoraDecoder) -> dict[str, Any]:
     """What a run with adapters depends on besides its train section, JSON-ready: the adapters, and the base's bits.
 
-    Every rank calls this. The base is told apart by the sum of each weight's bits, which no layout changes.
+    Every rank calls this; the layout changes nothing.
     """
-    sums = {}
-    for name, value in model.named_parameters():
-        if not value.requires_grad:
-            local = local_block(value)[0].detach()
-            bits = local.contiguous().view(torch.int16 if local.element_size() == 2 else torch.int32)
-            sums[name] = int(bits.sum(dtype=torch.int64))
-    totals = {name: sum(part[name] for part in gather_objects(sums)) % 2**63 for name in sums}
-    base = hashlib.sha256(json.dumps(totals, sort_keys=True).encode()).hexdigest()
+    base = weights_digest((name, value) for name, value in model.named_parameters() if not value.requires_grad)
     return {"lora": [list(vars(adapted).values()) for adapted in model.adapters.values()], "lora_base": base}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from posttrain_lib.adapters.hf_reference import load_reference, reference_logits
+from posttrain_lib.checkpoint.hf_backend import stored_dtype
 from posttrain_lib.checkpoint.hf_files import read_headers
 from posttrain_lib.checkpoint.verify_documents import Documents, largest, noise_limit
 from posttrain_lib.checkpoint.verify_roundtrip import source_dtype
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
 
 
-def exported_dtype(source: Path, wanted: str) -> str:
+def exported_dtype(source: Path, wanted: str, backend: str = "native") -> str:
     """``wanted``, or for "source" the dtype of the input's weights (float32 where it mixes several)."""
     if wanted != "source":
         return wanted
+    if backend == "hf":
+        return str(stored_dtype(source)).removeprefix("torch.")
     return str(source_dtype(read_headers(source), spec_from_folder(source))).removeprefix("torch.")
 
 

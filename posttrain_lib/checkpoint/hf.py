@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from posttrain_lib.checkpoint.hf_files import (
     DTYPES,
     INDEX_FILE,
-    WEIGHT_SUFFIXES,
     WEIGHTS_FILE,
+    Region,
     StoredTensors,
     TensorEntry,
     read_headers,
 )
+from posttrain_lib.checkpoint.weight_files import StoreFiles, is_weights
 from posttrain_lib.errors import ModelError
 from posttrain_lib.lineage.digests import digest_file
 from posttrain_lib.models.families import spec_from_folder
@@ -33,7 +34,6 @@ MAX_SHARD_BYTES = 5 << 30
 
 def check_entries(entries: Mapping[str, TensorEntry], spec: ModelSpec, folder: str | Path) -> None:
     """ModelError unless the files hold exactly the spec's tensors, in shapes and dtypes that can be loaded."""
-    folder = Path(folder)
     expected = stored_shapes(spec.pieces)
     missing = sorted(set(expected) - set(entries))
     if missing:
@@ -44,7 +44,7 @@ def check_entries(entries: Mapping[str, TensorEntry], spec: ModelSpec, folder: s
             fix="fetch the folder again, or correct config.json where it asks for tensors that the model does not have",
         )
     for tensor, entry in sorted(entries.items()):
-        where = f"{folder / entry.file}: {tensor}"
+        where = f"{str(folder).rstrip('/')}/{entry.file}: {tensor}"
         if is_left_alone(tensor, spec):
             continue
         if entry.dtype not in DTYPES:
@@ -94,7 +94,7 @@ def check_hf_folder(folder: str | Path) -> dict[str, str]:
     """Prove that a model folder is whole and can be trained: config, every shard, every tensor.
 
     Returns:
-        file name relative to the folder -> sha256, for every file.
+        file name relative to the folder -> sha256, for every file; of weights in a store, what it tells of the version.
 
     Raises:
         ModelError: naming file, tensor and what to do: unsupported architecture or field, missing or truncated
@@ -104,23 +104,27 @@ def check_hf_folder(folder: str | Path) -> dict[str, str]:
     if not folder.is_dir():
         raise ModelError("the model folder does not exist", where=folder, fix="name a Hugging Face model folder")
     spec = spec_from_folder(folder)
-    entries = read_headers(folder)
+    stored = StoredTensors(folder)
+    entries = stored.entries
     check_entries(entries, spec, folder)
-    stored = StoredTensors(folder, entries)
     for tensor in (name for name in entries if not is_left_alone(name, spec)):
         value = stored.read(tensor)
         if not _is_finite(value):
             count = int((~torch.isfinite(value)).sum())
             raise ModelError(
                 "weights are NaN or infinite",
-                where=f"{folder / entries[tensor].file}: {tensor}",
+                where=stored.where(tensor),
                 got=f"{count} of {value.numel()} values",
                 expected="finite weights",
                 fix="fetch the file again, or go back to a checkpoint from before the model broke",
             )
         if _is_tied_head(tensor, spec):
             _check_tied_copy(stored, tensor, value, spec)
-    return {path.relative_to(folder).as_posix(): digest_file(path) for path in _files(folder)}
+    found = {path.relative_to(folder).as_posix(): digest_file(path) for path in _files(folder)}
+    if isinstance(stored.files, StoreFiles):
+        for name in sorted({entry.file for entry in entries.values()}):
+            found[name] = ", ".join(f"{field} {value}" for field, value in stored.files.pin(name).items())
+    return found
 
 
 def _check_tied_copy(stored: StoredTensors, tensor: str, value: Tensor, spec: ModelSpec) -> None:
@@ -128,7 +132,7 @@ def _check_tied_copy(stored: StoredTensors, tensor: str, value: Tensor, spec: Mo
     if not torch.equal(stored.read(name), value):
         raise ModelError(
             "config.json ties the output head to the embedding, but the stored head is another one",
-            where=f"{stored.folder / stored.entries[tensor].file}: {tensor}",
+            where=stored.where(tensor),
             expected=f"the values of {name}",
             fix="set tie_word_embeddings to false if the head is meant to differ",
         )
@@ -167,31 +171,42 @@ def fill_from(
 
     Only the block's own regions are read.
     """
+    stored.copy(regions_of(pieces, local, offset))
+
+
+def regions_of(pieces: Sequence[Piece], local: Tensor, offset: Sequence[int] | None = None) -> Iterator[Region]:
+    """The stored regions that make up a parameter, or the block of it that begins at ``offset``."""
     begin = tuple(offset) if offset is not None else (0,) * local.dim()
     for whole in pieces:
         part = clipped(whole, begin, tuple(local.shape))
-        if part is None:
-            continue
-        stored.copy(part.theirs, part.their_index, local[part.our_index], transposed=part.transposed)
+        if part is not None:
+            yield Region(part.theirs, part.their_index, local[part.our_index], part.transposed)
 
 
 def load_hf_weights(model: nn.Module, spec: ModelSpec, folder: str | Path) -> None:
     """Fill the model's parameters, in place and in their own dtype and on their own device; rows that pad the
     vocabulary become zero.
 
-    ``model`` may be sharded (DTensor parameters): a rank reads the regions of its own share and no other byte.
+    ``model`` may be sharded (DTensor parameters): a rank reads the regions of its own share and no other byte (of a
+    matrix that is cut by columns, the whole of its rows). ``folder`` may be the URL of a store's folder, whose bytes go
+    straight into the parameters, some ranges at a time.
 
     Raises:
-        ModelError: as :func:`iter_hf_weights`.
+        ModelError: as :func:`iter_hf_weights`, or a file in a store is missing, refused or was replaced.
+        DataError: a store keeps failing.
     """
-    entries = read_headers(folder)
-    check_entries(entries, spec, folder)
-    stored, parameters = StoredTensors(folder, entries), dict(model.named_parameters())
+    stored, parameters = StoredTensors(folder), dict(model.named_parameters())
+    check_entries(stored.entries, spec, folder)
+    blocks = {name: local_block(parameters[name]) for name in pieces_by_parameter(spec)}
     with torch.no_grad():
-        for name, pieces in pieces_by_parameter(spec).items():
-            local, offset = local_block(parameters[name])
+        stored.copy(
+            region
+            for name, pieces in pieces_by_parameter(spec).items()
+            for region in regions_of(pieces, *blocks[name])
+            if blocks[name][0].numel()
+        )
+        for name, (local, offset) in blocks.items():
             if local.numel():
-                fill_from(stored, pieces, local, offset)
                 _zero_padding(spec, name, local, offset)
 
 
@@ -334,7 +349,7 @@ def copy_side_files(source: Path, out: Path) -> list[str]:
     copied = []
     for path in _files(source):
         name = path.relative_to(source).as_posix()
-        if path.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or name == "config.json":
+        if is_weights(name) or name == "config.json":
             continue
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posttrain_lib.adapters.hf_reference_parts import ReferenceParts, stored_layer
 from posttrain_lib.checkpoint.hf import DTYPES, fill_from, is_left_alone, pieces_by_parameter, stored_name
-from posttrain_lib.checkpoint.hf_files import StoredTensors
+from posttrain_lib.checkpoint.hf_files import Region, StoredTensors
 from posttrain_lib.checkpoint.verify_comparison import Comparison
 from posttrain_lib.checkpoint.verify_documents import Documents
 from posttrain_lib.checkpoint.verify_subject import Subject, kinds_of, one_layer_spec
@@ -70,11 +70,17 @@ class FolderWeights:
     def rows(self, ids: Tensor) -> dict[str, Tensor]:
         """Stored name -> rows [len(ids), D], of embedding and stored head."""
         names = (stored_name(self._spec, f"{name}.weight") for name in ("embed_tokens", "lm_head"))
-        return {
-            name: torch.cat([self.files.read(name, (slice(row, row + 1),)) for row in ids.tolist()])
-            for name in names
-            if name in self.files.entries
-        }
+        found = {}
+        for name in names:
+            if name in self.files.entries:
+                size = self.files.entries[name].shape[1]
+                rows = found[name] = torch.empty(len(ids), size, dtype=self.files.dtype(name))
+                places = enumerate(ids.tolist())
+                self.files.copy(
+                    Region(name, (slice(row, row + 1), slice(0, size)), rows[place : place + 1])
+                    for place, row in places
+                )
+        return found
 
 
 def build_part(spec: ModelSpec, stored: Callable[[str], Tensor | None]) -> Decoder:

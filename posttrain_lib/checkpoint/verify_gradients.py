@@ -67,7 +67,7 @@ def check_packed_gradients(it: Comparison) -> list[Finding]:
     found = []
     for layer in it.subject.kinds:
         model, name = it.subject.model, it.subject.named(f"layers.{layer}")
-        tables = model.rope_tables(places(it.subject.lengths)[0])
+        tables = model.rope_tables(*places(it.subject.lengths))
         block = copy.deepcopy(model.layers[layer]).double()
         apart = _block_apart(block, tables, it.subject.lengths, model.config.hidden_size)
         reason = "float64: outputs, input and parameter gradients, relative to the largest of each"

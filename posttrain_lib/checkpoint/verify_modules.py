@@ -176,7 +176,7 @@ def _rotary(it: Comparison) -> list[ModuleDifference]:
     """The tables of cosine and sine, of each rotary embedding that the specification has."""
     subject, config = it.subject, it.subject.spec.config
     calls = _rotary_calls(it)
-    tables = subject.model.rope_tables(places(subject.lengths[:1])[0])
+    tables = subject.model.rope_tables(*places(subject.lengths[:1]))
     kinds = layer_kinds(it.coarse_reference)
     found: dict[str, ModuleDifference] = {}
     for number, layer in enumerate(config.layers):

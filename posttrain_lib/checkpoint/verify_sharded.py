@@ -1,23 +1,27 @@
 """Sharded = single: two processes over gloo compute what one does, with weights laid over them and with tensor
-parallelism, on random weights of the family's structure.
+parallelism.
 
-What is checked is how the architecture is cut, which does not depend on its weights; so the model is built with one
-layer of each kind. Float64 leaves the order of sums over ranks as the only difference.
+What is checked is how the architecture is cut, which does not depend on its weights; so the gate builds a model with
+one layer of each kind and random weights. The weights of a folder can be had as well: reading each rank's share is
+then part of the check. Float64 leaves the order of sums over ranks as the only difference.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import socket
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.models.decoder import Decoder, build_model
+from posttrain_lib.models.lora import whole
 from posttrain_lib.models.scratch import init_weights
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.schema.manifests import Check
@@ -30,21 +34,42 @@ _VOCABULARY = 64
 _SECONDS = 300  # a rank that died leaves its peer waiting
 
 
-def check_sharded(spec: ModelSpec) -> list[Check]:
+class TwoProcesses:
+    """Two processes that stay up for several checks: each takes seconds to import what it needs."""
+
+    def __enter__(self) -> TwoProcesses:
+        spawn = multiprocessing.get_context("spawn")
+        self._pools = [ProcessPoolExecutor(1, mp_context=spawn) for _ in range(_RANKS)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            pool.shutdown()
+
+    def run(self, spec: ModelSpec, folder: str | None, kind: str) -> list[_Result]:
+        """What each of two ranks computes."""
+        port = _free_port()
+        ranks = [pool.submit(_run, spec, folder, kind, rank, _RANKS, port) for rank, pool in enumerate(self._pools)]
+        return [rank.result(timeout=_SECONDS) for rank in ranks]
+
+
+def check_sharded(
+    spec: ModelSpec, *, folder: str | Path | None = None, processes: TwoProcesses | None = None
+) -> list[Check]:
     """Logits and the gradient of every parameter, by both ways of sharding; takes some ten seconds.
 
     A way that cannot cut this architecture (heads that two does not divide) is reported as passed, with the reason.
+
+    Args:
+        folder: of the model, which is then loaded whole, each rank its own share. Without it: random weights, one layer
+            of each kind.
+        processes: that are up already; default: its own.
     """
-    small = one_layer_of_each_kind(spec)
-    expected = _run(small, "single", 0, 1, 0)
-    spawn = multiprocessing.get_context("spawn")
-    checks = []
-    with ProcessPoolExecutor(1, mp_context=spawn) as first, ProcessPoolExecutor(1, mp_context=spawn) as second:
-        for kind in ("fsdp", "tensor parallel"):
-            port = _free_port()
-            ranks = [pool.submit(_run, small, kind, rank, _RANKS, port) for rank, pool in enumerate((first, second))]
-            checks.append(_compared(kind, expected, [rank.result(timeout=_SECONDS) for rank in ranks]))
-    return checks
+    source = None if folder is None else str(folder)
+    small = one_layer_of_each_kind(spec) if folder is None else spec
+    expected = _run(small, source, "single", 0, 1, 0)
+    with TwoProcesses() if processes is None else contextlib.nullcontext(processes) as two:
+        return [_compared(kind, expected, two.run(small, source, kind)) for kind in ("fsdp", "tensor parallel")]
 
 
 def one_layer_of_each_kind(spec: ModelSpec) -> ModelSpec:
@@ -63,15 +88,14 @@ class _Result:
     refused: str = ""
 
 
-def _run(spec: ModelSpec, kind: str, rank: int, world: int, port: int) -> _Result:
+def _run(spec: ModelSpec, folder: str | None, kind: str, rank: int, world: int, port: int) -> _Result:
     from posttrain_lib.parallel.process_group import process_group
 
-    torch.set_num_threads(1)
+    if world > 1:  # a process of its own; the ranks share the machine
+        torch.set_num_threads(1)
     with process_group(rank, world, f"127.0.0.1:{port}", torch.device("cpu")):
-        model = build_model(spec, dtype=torch.float64)
-        init_weights(model, spec, seed=0)
         try:
-            _lay(model, kind, world)
+            model = _laid(spec, folder, kind, world)
         except ConfigError as refusal:
             return _Result(refused=f"{refusal.what}: {refusal.got}")
         generator = torch.Generator().manual_seed(0)
@@ -81,8 +105,22 @@ def _run(spec: ModelSpec, kind: str, rank: int, world: int, port: int) -> _Resul
         logits = model(token_ids, positions, ends, max(_LENGTHS))
         # Every rank computes the same tokens: FSDP's average over ranks is the gradient itself.
         (logits * torch.randn(logits.shape, generator=generator, dtype=torch.float64)).sum().backward()
-        grads = {name: _whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
+        grads = {name: whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
         return _Result(logits.detach(), grads)
+
+
+def _laid(spec: ModelSpec, folder: str | None, kind: str, world: int) -> Decoder:
+    """The model in float64 over the ranks, its weights random or read from the folder into each rank's share."""
+    if folder is None:
+        model = build_model(spec, dtype=torch.float64)
+        init_weights(model, spec, seed=0)
+        _lay(model, kind, world)
+        return model
+    model = build_model(spec, dtype=torch.float64, device="meta")
+    _lay(model, kind, world)
+    model.to_empty(device="cpu")
+    load_hf_weights(model, spec, folder)
+    return model
 
 
 def _lay(model: Decoder, kind: str, world: int) -> None:
@@ -95,10 +133,6 @@ def _lay(model: Decoder, kind: str, world: int) -> None:
         apply_tensor_parallel(model, init_device_mesh("cpu", (world,)))
     else:
         apply_parallelism(model, world=world, device=torch.device("cpu"), activation_checkpointing=world > 1)
-
-
-def _whole(value: Any) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _free_port() -> int:
@@ -122,7 +156,7 @@ def _compared(kind: str, expected: _Result, ranks: list[_Result]) -> Check:
             apart = float("inf") if got is None or wanted is None or missing else _apart(got, wanted)
             if not apart <= worst:  # NaN, too
                 worst, where = apart, missing[0] if missing else part
-    reason = f"float64, two processes, logits and gradients of one layer of each kind; largest in {where}"
+    reason = f"float64, two processes, logits and the gradient of every parameter; largest in {where}"
     return Check(name, worst <= _LIMIT, worst, _LIMIT, reason)
 
 

@@ -70,7 +70,7 @@ class Subject:
             return model(inputs, positions, cu_seqlens, max(lengths), cache=cache)
         hidden = inputs.to(next(model.layers.parameters()).dtype)
         layout = DocumentLayout.of(cu_seqlens, max(lengths), cache=cache)
-        return model.layers[0](hidden, model.rope_tables(positions), layout)
+        return model.layers[0](hidden, model.rope_tables(positions, cu_seqlens), layout)
 
     def run_reference(self, reference: Any, *, stride: int = 1, documents: int | None = None) -> Tensor:
         """[T, X] of transformers': document by document, the first ``documents`` of them."""

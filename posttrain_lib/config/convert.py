@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from posttrain_lib.config import load
 from posttrain_lib.config.base import Section
+from posttrain_lib.config.load import build_config, parse_config
 from posttrain_lib.config.model import ModelConfig
-from posttrain_lib.errors import ConfigError
 
 
 class SearchAgentConfig(Section):
@@ -87,37 +84,15 @@ class ConvertConfig(Section):
         return NoData()
 
 
-def load_convert_config(path: str | Path, overrides: Sequence[str] = ()) -> ConvertConfig:
-    """Read a run file, expand ``${VARIABLE}``, apply ``section.key=value`` overrides, validate.
+def parse_convert_config(text: str, *, where: str = "config", overrides: Sequence[str] = ()) -> ConvertConfig:
+    """From YAML text: expand ``${VARIABLE}``, apply ``section.key=value`` overrides, validate.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, or holds an unknown key or impossible value.
+        ConfigError: no YAML mapping, or an unknown key or impossible value.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "the config file cannot be read", where=path, got=error, fix="name an existing YAML file in UTF-8"
-        ) from error
-    return parse_convert_config(text, where=str(path), overrides=overrides)
-
-
-def parse_convert_config(text: str, *, where: str = "config", overrides: Sequence[str] = ()) -> ConvertConfig:
-    """The same of the YAML text itself."""
-    try:
-        raw = yaml.load(text, Loader=load._StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError("the config is not valid YAML", where=where, got=error, fix="mend that line") from error
-    if not isinstance(raw, dict):
-        raise ConfigError("the config is not a mapping of sections", where=where, got=type(raw).__name__)
-    return build_convert_config(raw, where=where, overrides=overrides)
+    return parse_config(ConvertConfig, text, where=where, overrides=overrides)
 
 
 def build_convert_config(raw: dict[str, Any], *, where: str = "config", overrides: Sequence[str] = ()) -> ConvertConfig:
-    """Validate a plain mapping, after overrides and variable expansion."""
-    for override in [piece for text in overrides for piece in load.split_overrides(text)]:
-        raw = load._override(raw, override)
-    try:
-        return ConvertConfig.model_validate(load._expand(raw, where, ()))
-    except ValidationError as error:
-        raise load._explain(error, where) from error
+    """The same of a plain mapping."""
+    return build_config(ConvertConfig, raw, where=where, overrides=overrides)

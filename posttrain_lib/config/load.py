@@ -1,4 +1,4 @@
-"""From a YAML file to a :class:`RunConfig`, with errors that name the place and the nearest right key."""
+"""From YAML to the config model of a recipe, with errors that name the place and the nearest right key."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from posttrain_lib.config.run import RunConfig
 from posttrain_lib.errors import ConfigError
+
+Config = TypeVar("Config", bound=BaseModel)
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -34,7 +36,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def split_overrides(text: str) -> list[str]:
+def _split_overrides(text: str) -> list[str]:
     """``a.b=1,c.d=[2,3]`` as its parts: a comma separates where a key and an equals sign follow."""
     return [piece for piece in re.split(r",(?=\s*[A-Za-z_][\w.]*=)", text) if piece.strip()]
 
@@ -57,6 +59,21 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 def parse_run_config(text: str, *, where: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
     """Like :func:`load_run_config`, from the YAML text itself."""
+    return parse_config(RunConfig, text, where=where, overrides=overrides)
+
+
+def build_run_config(raw: dict[str, Any], *, where: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+    """Validate a plain mapping, after overrides and variable expansion."""
+    return build_config(RunConfig, raw, where=where, overrides=overrides)
+
+
+def parse_config(model: type[Config], text: str, *, where: str, overrides: Sequence[str] = ()) -> Config:
+    """A recipe's config from YAML text.
+
+    Raises:
+        ConfigError: no YAML mapping, an unknown key (of ``model``: the nearest right one is named), an impossible
+            value, a variable that is not set.
+    """
     try:
         raw = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
@@ -67,18 +84,18 @@ def parse_run_config(text: str, *, where: str = "config", overrides: Sequence[st
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the config is not a mapping of sections", where=where, got=type(raw).__name__)
-    return build_run_config(raw, where=where, overrides=overrides)
+    return build_config(model, raw, where=where, overrides=overrides)
 
 
-def build_run_config(raw: dict[str, Any], *, where: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
-    """Validate a plain mapping, after overrides and variable expansion."""
-    for override in [piece for text in overrides for piece in split_overrides(text)]:
+def build_config(model: type[Config], raw: dict[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Config:
+    """A recipe's config from a plain mapping, after overrides and variable expansion; raises as above."""
+    for override in [piece for text in overrides for piece in _split_overrides(text)]:
         raw = _override(raw, override)
     raw = _expand(raw, where, ())
     try:
-        return RunConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, where) from error
+        raise _explain(error, where, model) from error
 
 
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
@@ -125,14 +142,14 @@ def _expand(value: Any, where: str, place: tuple[str, ...]) -> Any:
     return _VARIABLE.sub(substitute, value)
 
 
-def _explain(error: ValidationError, where: str) -> ConfigError:
+def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
     """The first problem in full, the number of the others beside it; unknown keys come first."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     place = ".".join(str(part) for part in first["loc"]) or "(whole file)"
     others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _keys_at(RunConfig, first["loc"][:-1])
+        known = sorted(_keys_at(model, first["loc"][:-1]))
         wrong = str(first["loc"][-1])
         nearest = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
         fix = f"did you mean '{nearest[0]}'?" if nearest else "remove it"
@@ -144,22 +161,28 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     return ConfigError(f"config field '{place}': {message}{others}", where=where, got=got)
 
 
-def _keys_at(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
-    """Field names of the section at ``place``, walking through tuples and optionals."""
-    current: Any = model
-    for part in place:
-        if isinstance(part, int):
-            continue
-        current = _section_of(current.model_fields[part].annotation) if part in current.model_fields else current
-    return sorted(current.model_fields)
+def _keys_at(kind: Any, place: Sequence[int | str]) -> set[str]:
+    """Field names of the section at ``place``, where a value of the type ``kind`` starts.
+
+    A place is pydantic's: besides fields it has the numbers and keys of collections, and before what is wrong with one
+    member of a union the member's tag.
+    """
+    inner = get_args(kind)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if not place:
+            return set(kind.model_fields)
+        return _keys_at(kind.model_fields[str(place[0])].annotation, place[1:])
+    if get_origin(kind) in (Union, UnionType):
+        tagged = [member for member in inner if place and place[0] in _tags(member)]
+        return set().union(*(_keys_at(member, place[1:] if tagged else place) for member in tagged or inner))
+    if get_origin(kind) is Annotated:
+        return _keys_at(inner[0], place)
+    if get_origin(kind) in (tuple, list, dict) and place:
+        return _keys_at(inner[1 if get_origin(kind) is dict else 0], place[1:])
+    return set()
 
 
-def _section_of(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, tuple, list):
-        for argument in get_args(annotation):
-            found = _section_of(argument)
-            if found is not None:
-                return found
-    return None
+def _tags(member: Any) -> set[Any]:
+    """What stands for a member of a union: the fields of it that have one value only."""
+    kinds = (field.annotation for field in getattr(member, "model_fields", {}).values())
+    return {get_args(kind)[0] for kind in kinds if get_origin(kind) is Literal and len(get_args(kind)) == 1}

@@ -126,14 +126,41 @@ class Lora(Section):
 class ModelConfig(Section):
     """Which model to train."""
 
-    path: str | None = Field(None, description="Hugging Face folder or hub id")
+    path: str | None = Field(None, description="Hugging Face folder, its URL in an object store (s3://...), or hub id owner/name[@revision]")
     from_scratch: FromScratch | None = None
     verification: VerificationConfig = VerificationConfig()
     vocabulary: Vocabulary = Vocabulary()
     lora: Lora | None = Field(None, description="train low-rank adapters; default: train all weights")
+    backend: Literal["native", "hf"] = Field(
+        "native", description="hf: as transformers' own class, for architectures without a definition of ours"
+    )
+
+    @property
+    def pad_vocabulary_to(self) -> int:
+        """Rows of embedding and head come in multiples of it; transformers' own classes are left as they are."""
+        return 1 if self.backend == "hf" else self.vocabulary.pad_to_multiple_of
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError("the model needs exactly one of 'path' and 'from_scratch'")
+        return self
+
+    @model_validator(mode="after")
+    def _backend_can(self) -> ModelConfig:
+        if self.backend == "native":
+            return self
+        lacking = {
+            "lora": self.lora is not None,
+            "vocabulary.add_tokens": bool(self.vocabulary.add_tokens),
+            "vocabulary.add_blocks": bool(self.vocabulary.add_blocks),
+            "verification.tier: blocks": self.verification.tier == "blocks",
+            "verification.sharded": self.verification.sharded,
+            "path in an object store": self.path is not None and "://" in self.path,
+        }
+        if asked := [name for name, wanted in lacking.items() if wanted]:
+            raise ValueError(
+                f"backend hf runs transformers' own class, which has no {', '.join(asked)}: leave that out, or use "
+                "an architecture that has a definition here"
+            )
         return self

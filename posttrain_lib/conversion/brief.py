@@ -26,6 +26,12 @@ class FieldEffect:
     change: str
     result: str
     parameters: tuple[str, ...] = ()
+    said: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        plain = {"change": self.change, "result": self.result, "parameters": list(self.parameters)}
+        return {**plain, "said": self.said} if self.said else plain
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,7 @@ class Brief:
             "config": dict(self.config),
             "defaults": dict(self.defaults),
             "tensors": folded(self.tensors),
-            "effects": {
-                name: {"change": effect.change, "result": effect.result, "parameters": list(effect.parameters)}
-                for name, effect in self.effects.items()
-            },
+            "effects": {name: effect.to_dict() for name, effect in self.effects.items()},
             **({} if self.names is None else {"model_type": self.names[0], "class": self.names[1]}),
         }
 
@@ -120,7 +123,9 @@ def make_brief(
         defaults=scrubber.config(facts["defaults"]),
         tensors=dict(tensors),
         effects={
-            name: FieldEffect(effect["change"], effect["result"], tuple(effect["parameters"]))
+            name: FieldEffect(
+                effect["change"], effect["result"], tuple(effect["parameters"]), scrubber.text(effect["said"])
+            )
             for name, effect in facts["effects"].items()
             if name not in NAMING
         },

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.checkpoint.hf_files import read_headers
+from posttrain_lib.checkpoint.weight_files import need_local
 from posttrain_lib.conversion.brief import NAMING, Scrubber, make_brief, report_for_agent
 from posttrain_lib.conversion.family_file import FamilyFile, with_names
 from posttrain_lib.conversion.family_test import TINY_SIZES, test_text, tiny_case
@@ -66,9 +67,10 @@ def convert(
         say: told of every attempt.
 
     Raises:
-        ModelError: config.json or weights cannot be read.
+        ModelError: config.json or weights cannot be read, or the weights are not on a disk.
         VerificationError: transformers cannot load the folder.
     """
+    need_local(folder, "a proposal is judged in a process that reaches no network")
     content = read_config(folder)
     model_type, architecture = str(content["model_type"]), str((content.get("architectures") or [""])[0])
     modules = {name: reference.partition(":")[0] for name, reference in FAMILIES.items()}

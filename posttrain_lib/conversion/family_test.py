@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain_lib.models.families.fields import HARMLESS
 
-#: sizes of every tiny case; tests/support/tiny_models.py has the same
+#: sizes of every tiny case, here and in the tests of the families that the project has
 TINY_SIZES: Mapping[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,

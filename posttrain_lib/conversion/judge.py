@@ -47,9 +47,9 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
 
 def twin(request: dict[str, Any]) -> dict[str, Any]:
     """Write a small model of the architecture."""
-    from posttrain_lib.conversion.reference_facts import write_model
+    from posttrain_lib.conversion.reference_facts import random_reference
 
-    write_model(request["config"], Path(request["folder"]))
+    random_reference(request["config"]).save_pretrained(request["folder"])
     return {}
 
 

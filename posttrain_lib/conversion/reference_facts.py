@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain_lib.errors import ModelError
 from posttrain_lib.models.families.fields import HARMLESS
 
 _TOKENS = 40
 _LAYER = re.compile(r"\.\d+\.")
 #: above this only the parameters are compared: each change of a field loads the model
 _LARGEST_LOADED = 200_000_000
+#: characters of a refusal that are kept: the first lines say it, what follows are hints
+_MOST_SAID = 400
 
 
 def reference_facts(folder: Path) -> dict[str, Any]:
-    """{"defaults": {field: value}, "effects": {field: {"change", "result", "parameters"}}} of a model folder.
+    """{"defaults": {field: value}, "effects": {field: {"change", "result", "parameters", "said"}}} of a model folder.
 
     ``result``: "same" (bit for bit), "differs", "parameters" (others exist then, by their names, ``{n}`` for the
-    layer), "refused" (transformers does not take the value), "not tried" (no other value of the kind is obvious, or the
-    model is too large to load it again).
+    layer), "refused" (transformers does not take the value; ``said`` is its reason), "not tried" (no other value of the
+    kind is obvious, or the model is too large to load it again).
     """
     from transformers import AutoConfig
 
@@ -42,7 +45,7 @@ def reference_facts(folder: Path) -> dict[str, Any]:
     effects = {}
     for field in sorted(set(content) - HARMLESS):
         if (value := _other(content[field])) is None:
-            effects[field] = {"change": "", "result": "not tried", "parameters": []}
+            effects[field] = {"change": "", **_result("not tried")}
             continue
         changed = {**content, field: value}
         effects[field] = {"change": f"{content[field]!r} -> {value!r}", **_effect(folder, changed, known, base)}
@@ -63,19 +66,27 @@ def _other(value: Any) -> Any:
 def _effect(
     folder: Path, changed: Mapping[str, Any], known: Mapping[str, tuple[int, ...]], base: Tensor | None
 ) -> dict[str, Any]:
+    from huggingface_hub.errors import StrictDataclassError
+
     from posttrain_lib.adapters.hf_reference import load_reference
 
+    # What comes of a value that configuration, modules or tensors cannot be made with. No memory left, no file, or an
+    # absent package says nothing of the value, and is not caught.
+    refusals = (StrictDataclassError, ModelError, ArithmeticError, AttributeError, LookupError, RuntimeError)
     try:
         found = _parameters(changed)
         if found != known:
-            names = sorted({_LAYER.sub(".{n}.", name) for name in set(found) ^ set(known)})
-            return {"result": "parameters", "parameters": names}
+            return _result("parameters", sorted({_LAYER.sub(".{n}.", name) for name in set(found) ^ set(known)}))
         if base is None:
-            return {"result": "not tried", "parameters": []}
+            return _result("not tried")
         logits = _logits(load_reference(folder, dtype=torch.float32, hf_config=changed))
-        return {"result": "same" if torch.equal(logits, base) else "differs", "parameters": []}
-    except Exception:  # whatever transformers says to a value that it does not take
-        return {"result": "refused", "parameters": []}
+        return _result("same" if torch.equal(logits, base) else "differs")
+    except (*refusals, TypeError, ValueError) as error:
+        return _result("refused", said=f"{type(error).__name__}: {error}"[:_MOST_SAID])
+
+
+def _result(result: str, parameters: Sequence[str] = (), said: str = "") -> dict[str, Any]:
+    return {"result": result, "parameters": list(parameters), "said": said}
 
 
 def _parameters(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -94,16 +105,17 @@ def _logits(reference: Any) -> Tensor:
     return reference_logits(reference, ids)
 
 
-def write_model(content: Mapping[str, Any], folder: Path) -> None:
-    """transformers' model of a config.json with every parameter random, as a folder."""
+def random_reference(content: Mapping[str, Any]) -> Any:
+    """transformers' model of a config.json with every parameter random: norms, biases, sinks, routers' corrections."""
     from posttrain_lib.adapters.hf_reference import build_reference
 
     torch.manual_seed(0)
     model = build_reference(content, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
+    corrections = (value for name, value in model.named_buffers() if name.endswith("correction_bias"))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for tensor in (*model.parameters(), *corrections):
             # Small products, norms about their neutral value: activations stay of order 1 through all layers.
-            scale = 0.15 if parameter.dim() > 1 else 0.3
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-    model.save_pretrained(folder)
+            scale = 0.15 if tensor.dim() > 1 else 0.3
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * scale)
+    return model

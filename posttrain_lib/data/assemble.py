@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 
 from posttrain_lib.data.kernels import lay_out, nonzero, pad, place_rows
+from posttrain_lib.data.recycling import recycled
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.data.units import Units
 from posttrain_lib.schema.batches import PackedBatch
@@ -43,9 +44,8 @@ class PackedArrays:
 
     @classmethod
     def empty(cls, total: int) -> PackedArrays:
-        """Arrays [total] of whatever the memory holds, in one piece: numpy asks for huge pages from 4 MiB on, and page
-        faults cost more here than copying."""
-        block = np.empty((4, total), np.int32)
+        """Arrays [total] of whatever the memory holds, in one piece."""
+        block = recycled(4 * total).reshape(4, total)
         return cls(block[0], block[1], block[2].view(np.float32), block[3])
 
     def pad(self, bounds: np.ndarray, segments: np.ndarray) -> None:
@@ -142,13 +142,14 @@ class _Whole:
             parents = None if (parents < 0).all() else np.where(parents < 0, -1, parents - left).astype(np.int32)
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
         weights = self.arrays.loss_weights[begin:stop]
+        supervised = recycled(stop - begin)
         return PackedBatch(
             token_ids=self.arrays.token_ids[begin:stop],
             target_ids=self.arrays.target_ids[begin:stop],
             loss_weights=weights,
             positions=self.arrays.positions[begin:stop],
             cu_seqlens=cu_seqlens,
-            supervised_index=nonzero()(weights),
+            supervised_index=supervised[: nonzero()(weights, supervised)],
             document_sources=self.sources[left:right],
             document_ids=ids,
             max_seqlen=int(lengths.max()),

@@ -10,7 +10,7 @@ import torch
 from posttrain_lib.schema.batches import PackedBatch
 
 #: int32 on their way here, int64 as torch's look-ups want them
-_INDICES = ("token_ids", "target_ids", "positions")
+_INDICES = ("token_ids", "target_ids", "positions", "supervised_index")
 
 
 def to_torch(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBatch:

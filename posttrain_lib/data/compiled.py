@@ -87,14 +87,12 @@ def pad_loop(bounds: Any, segments: Any, token_ids: Any, target_ids: Any, loss_w
 
 
 @_compiled
-def nonzero_loop(values: Any) -> Any:
-    """int64: the places of values that are not 0, in order."""
-    places = np.empty(len(values), np.int64)
+def nonzero_loop(values: Any, places: Any) -> int:
     count = 0
     for place in range(len(values)):
         places[count] = place
         count += values[place] != 0
-    return places[:count]
+    return count
 
 
 @_compiled

@@ -35,6 +35,7 @@ VERSION_FIELDS = (
     "last_modified",
     "mtime",
     "created",
+    "blob_id",  # of the Hugging Face hub: git's digest of the content
 )
 
 _FIRST_RANGE = 1 << 18
@@ -93,8 +94,10 @@ _TRANSIENT_NAMES = {
     "HTTPClientError",
     "IncompleteRead",
     "IncompleteReadError",
+    "NetworkError",  # httpx
     "ProtocolError",
     "ResponseParserError",
+    "TimeoutException",  # httpx
 }
 _CHANGED_NAMES = {"FileExpired"}
 
@@ -169,7 +172,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """HTTP status in an exception of botocore, aiohttp, requests, gcsfs or azure."""
+    """HTTP status in an exception of botocore, aiohttp, requests, httpx, gcsfs or azure."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -194,6 +197,11 @@ class RemoteObject:
         self._version = version_of(told)
         #: bytes; None where the store does not say
         self.size: int | None = told.get("size")
+
+    @property
+    def version(self) -> dict[str, str]:
+        """What the store tells of this version: an etag, a time; empty where it tells nothing."""
+        return dict(self._version)
 
     def fetch(self, start: int, end: int, stop: threading.Event) -> bytearray:
         """Bytes ``[start, end)``; what arrived before a fault is kept and only the rest asked for again."""

@@ -13,24 +13,18 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 from fsspec.utils import glob_translate
 
 from posttrain_lib.data import readers
+from posttrain_lib.data.hub import HUB_FORM, HubId, is_hub_id
 from posttrain_lib.data.readers import BadRow, Place
 from posttrain_lib.data.remote import VERSION_FIELDS, file_system, patiently, protocols, version_of
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import FileDigests, digest_value
 
-_HUB = "hf://"
-#: what fsspec itself resolves on the hub: single files
-_HUB_FILES = "hf://datasets/"
-_HUB_FORM = "hf://owner/name[@revision][?config=main&split=train_sft]"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
 _COLUMNS = (".parquet", ".arrow")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -76,7 +70,7 @@ def files_of(path: str) -> list[str]:
         DataError: nothing matches, a folder holds several splits or a file of no known kind, or the store cannot be
             listed whole.
     """
-    if _is_hub_id(path):
+    if is_hub_id(path):
         return [path]
     with _client_errors(path):
         return [file for file, _ in _expand(path)]
@@ -87,7 +81,7 @@ def names_of(files: Sequence[str]) -> list[str]:
 
     A hub id is called ``owner/name``.
     """
-    paths = [[_Hub.parse(file).name] if _is_hub_id(file) else file.rstrip("/").split("/") for file in files]
+    paths = [[HubId.parse(file).name] if is_hub_id(file) else file.rstrip("/").split("/") for file in files]
     names = [parts[-1] for parts in paths]
     if len(set(names)) == len(names):
         return names
@@ -124,8 +118,9 @@ def pinned(path: str) -> str:
     Raises:
         DataError: the hub does not answer, or has no such data set or revision, or the id is malformed.
     """
-    if _is_hub_id(path):
-        return str(_Hub.parse(path).at_commit())
+    if is_hub_id(path):
+        with _client_errors(path):
+            return str(HubId.parse(path).at_commit())
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
@@ -145,10 +140,10 @@ def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
 
     A datasets folder has the digest of all files in it. A hub id is listed with its commit.
     """
-    if _is_hub_id(path):
-        hub = _Hub.parse(path).at_commit()
-        return [(str(hub), hub.version)]
     with _client_errors(path):
+        if is_hub_id(path):
+            hub = HubId.parse(path).at_commit()
+            return [(str(hub), hub.version)]
         found = _expand(path)
         if found[0][1]["type"] == "directory":  # a datasets folder
             parts = _all_below(path)
@@ -183,15 +178,11 @@ def _client_errors(where: str) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip() or repr(error)
         fix = "check the path, the access rights and the file; fetch it again if it is damaged"
-        if _is_hub_id(where):
-            fix = f"check the id ({_HUB_FORM}), the access rights and the network"
+        if is_hub_id(where):
+            fix = f"check the id ({HUB_FORM}), the access rights and the network"
         raise DataError(
             "the data cannot be read", where=where, got=f"{type(error).__name__}: {text}", fix=fix
         ) from error
-
-
-def _is_hub_id(path: str) -> bool:
-    return path.startswith(_HUB) and not path.startswith(_HUB_FILES)
 
 
 def _expand(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -239,8 +230,8 @@ def _info(path: str, filesystem: Any, inner: str) -> dict[str, Any] | None:
 
 def _find(path: str, filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
     """Every file below ``root`` -> what its store tells of it."""
-    # s3fs lists flat, page by page, and raises; the others walk, and would leave out a folder that fails.
-    options = {} if "s3" in protocols(filesystem) else {"on_error": "raise"}
+    # S3 and the hub list flat, page by page, and raise; the others walk, and would leave out a folder that fails.
+    options = {} if {"s3", "hf"} & set(protocols(filesystem)) else {"on_error": "raise"}
     try:
         found = patiently(path, lambda: filesystem.find(root, detail=True, **options))
     except FileNotFoundError:
@@ -305,8 +296,8 @@ def _stem(name: str) -> tuple[str, str | None]:
 
 def _read(file: str, place: Place, name: str) -> Iterator[readers.Read]:
     stem, compression = _stem(file.rstrip("/"))
-    if _is_hub_id(file):
-        yield from readers.numbered(name, _Hub.parse(file).rows(place.row), place.row)
+    if is_hub_id(file):
+        yield from readers.numbered(name, HubId.parse(file).rows(place.row), place.row)
     elif stem.endswith(".json") and readers.is_json_array(file, compression):
         rows = itertools.islice(readers.json_array(file, compression), place.row, None)
         yield from readers.numbered(name, rows, place.row)
@@ -333,65 +324,3 @@ def _saved_parts(folder: str) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [filesystem.unstrip_protocol(f"{inner}/{part['filename']}") for part in state["_data_files"]]
-
-
-@dataclass(frozen=True)
-class _Hub:
-    """A hub id, taken apart."""
-
-    name: str
-    revision: str | None = None
-    config: str | None = None
-    split: str | None = None
-
-    @classmethod
-    def parse(cls, hub_id: str) -> _Hub:
-        """Inverse of ``str``."""
-        address, asks, query = hub_id.removeprefix(_HUB).partition("?")
-        name, at, revision = address.partition("@")
-        options: dict[str, str] = {}
-        for option in query.split("&") if asks else []:
-            key, _, value = option.partition("=")
-            if key not in ("config", "split") or key in options or not value:
-                raise _malformed(hub_id, f"?{query}")
-            options[key] = unquote(value)
-        if not name or (at and not revision):
-            raise _malformed(hub_id, hub_id)
-        return cls(name, revision or None, **options)
-
-    def __str__(self) -> str:
-        return f"{_HUB}{self.name}" + (f"@{self.version}" if self.revision else self._query)
-
-    @property
-    def version(self) -> str:
-        """Which rows of the data set are meant."""
-        return f"{self.revision}{self._query}"
-
-    @property
-    def _query(self) -> str:
-        options = {"config": self.config, "split": self.split}
-        named = [f"{key}={quote(value, safe='[]:+')}" for key, value in options.items() if value is not None]
-        return "?" + "&".join(named) if named else ""
-
-    def at_commit(self) -> _Hub:
-        """The same rows tomorrow: a branch or a tag moves, so the commit it stands at now."""
-        if self.revision is not None and _COMMIT.fullmatch(self.revision):
-            return self
-        import huggingface_hub
-
-        with _client_errors(str(self)):
-            told = huggingface_hub.HfApi().dataset_info(self.name, revision=self.revision)
-            return replace(self, revision=str(told.sha))
-
-    def rows(self, first: int) -> Iterator[dict[str, Any]]:
-        """Rows from number ``first`` on."""
-        import datasets
-
-        stream = datasets.load_dataset(
-            self.name, self.config, split=self.split or "train", streaming=True, revision=self.revision
-        )
-        return readers.without_nulls(stream.skip(first))
-
-
-def _malformed(hub_id: str, got: str) -> DataError:
-    return DataError("the hub id is malformed", where=hub_id, got=got, expected=_HUB_FORM, fix="write it in that form")

@@ -44,9 +44,9 @@ class StoreStream:
     def peek(self) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`Stream`."""
         total = len(self._order)
-        if self._cursor == total and total > 0:
-            self._epoch, self._cursor = self._epoch + 1, 0
-            self._order = self._order_of(self._epoch)
+        through = self._limit is not None and self._epoch * total + self._cursor >= self._limit
+        if self._cursor == total and total > 0 and not through:
+            self._go_to(self._epoch + 1, 0)
         end = self._cursor + _AHEAD
         if self._limit is not None:
             end = min(end, self._limit - self._epoch * total)
@@ -63,5 +63,9 @@ class StoreStream:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See :class:`Stream`."""
-        self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
-        self._order = self._order_of(self._epoch)
+        self._go_to(int(state["epoch"]), int(state["cursor"]))
+
+    def _go_to(self, epoch: int, cursor: int) -> None:
+        if epoch != self._epoch:  # ordering a large store takes seconds
+            self._order = self._order_of(epoch)
+        self._epoch, self._cursor = epoch, cursor

@@ -2,6 +2,10 @@
 
 Prompts are packed into one forward and fill a cache of keys, values and recurrent states; every further step runs one
 token of each unfinished sequence. It is the forward that trains, for every family.
+
+A sequence that grows beyond longrope's bound is another one from its first token on, and is run again whole, once. The
+likeliest next token may jump there: that is the model, not the cache. It is what transformers' ``generate`` gives
+without its cache; with it, transformers 5.10 drops the kept tokens there, but goes on from the last one alone.
 """
 
 from __future__ import annotations
@@ -50,7 +54,12 @@ def _generate(
     """Extend each completion in place."""
     cache = KeyValueCache(len(prompts), max(map(len, prompts)) + most)
     active, new = list(completions), [list(prompt) for prompt in prompts]
+    begun = list(prompts)
     for _ in range(most):
+        for place, (kept, tokens) in enumerate(zip(cache.lengths.tolist(), new, strict=True)):
+            if model.config.changes_rope(kept, kept + len(tokens)):
+                cache.forget([place])
+                new[place] = [*begun[place], *active[place]]
         tokens = _next_tokens(model, new, cache)
         for completion, token in zip(active, tokens, strict=True):
             completion.append(token)
@@ -60,6 +69,7 @@ def _generate(
         if len(keep) < len(active):
             cache.drop(keep)
         active, new = [active[place] for place in keep], [[tokens[place]] for place in keep]
+        begun = [begun[place] for place in keep]
 
 
 def _next_tokens(model: Decoder, new: Sequence[Sequence[int]], cache: KeyValueCache) -> list[int]:

@@ -56,7 +56,7 @@ def held_out_loss(
     """
     device = device or next(model.parameters()).device
     sums = torch.zeros(len(store.sources), 2, dtype=torch.float64, device=device)
-    shared = not model.config.is_recurrent
+    shared = not (model.config.is_recurrent or model.config.changes_rope(1, store.longest))
     for arrays in held_out_batches(
         store, row_tokens=row_tokens, rank=rank, world=world, batch_rows=batch_rows, share_prefixes=shared
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from posttrain_lib.models.spec import DecoderConfig, ModelSpec
 from posttrain_lib.ops.attention import DocumentLayout, attention_dtype, has_fused_varlen
 from posttrain_lib.ops.local import local
 from posttrain_lib.ops.output_head import OutputHead, VocabularyShard
-from posttrain_lib.ops.rope import inverse_frequencies, rope_tables
+from posttrain_lib.ops.rope import by_document, inverse_frequencies, rope_tables
 
 if TYPE_CHECKING:
     from posttrain_lib.ops.cache import KeyValueCache
@@ -61,12 +63,16 @@ class Decoder(nn.Module):
             shard=self.vocabulary_shard,
         )
 
-    def rope_tables(self, positions: Tensor) -> RopeTables:
-        """(cosine, sine) float32 [T, 1, H/2] for int64 positions [T], of each rotary embedding in use."""
-        return tuple(
-            rope_tables(positions, frequencies.to(positions.device), rope.attention_factor)
-            for frequencies, rope in zip(self._frequencies, self.config.ropes, strict=True)
-        )
+    def rope_tables(self, positions: Tensor, cu_seqlens: Tensor) -> RopeTables:
+        """(cosine, sine) float32 [T, 1, H/2] for int64 positions [T] of the documents between int32 ``cu_seqlens``
+        [n+1], of each rotary embedding in use."""
+        tables = []
+        for known, rope in zip(self._frequencies, self.config.ropes, strict=True):
+            frequencies = known.to(positions.device)
+            if rope.kind == "longrope":
+                frequencies = by_document(frequencies, rope.original_max_position_embeddings, positions, cu_seqlens)
+            tables.append(rope_tables(positions, frequencies, rope.attention_factor))
+        return tuple(tables)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T, D] of int64 [T]."""
@@ -99,14 +105,37 @@ class Decoder(nn.Module):
 
         Returns:
             what ``output`` returns.
+
+        Raises:
+            ValueError: a document's length decides how its tokens turn (longrope), and they have turned otherwise, in a
+                cache or in a beginning that a shorter document shares.
         """
         hidden = self.embed(token_ids)
         fused = has_fused_varlen(hidden.device, attention_dtype(hidden))
         layout = DocumentLayout.of(cu_seqlens, max_seqlen, fused=fused, prefixes=prefixes, cache=cache)
-        tables = self.rope_tables(positions)
+        if self.config.rope_bounds:
+            _check_lengths(self.config, layout)
+        tables = self.rope_tables(positions, cu_seqlens)
         for layer in self.layers:
             hidden = layer(hidden, tables, layout)
         return output(self.norm(hidden), self.output_head)
+
+
+def _check_lengths(config: DecoderConfig, layout: DocumentLayout) -> None:
+    """Numbers of the host alone: nothing is read back from a device."""
+    if layout.prefixes is not None and config.changes_rope(1, layout.prefixes.max_path):
+        raise ValueError(
+            f"documents of up to {layout.prefixes.max_path} tokens share beginnings, which turn otherwise in documents "
+            f"of more than {min(config.rope_bounds)} tokens: pack them without sharing"
+        )
+    if layout.cache is None:
+        return
+    for number, (before, new) in enumerate(zip(layout.cache.lengths.tolist(), layout.host_lengths(), strict=False)):
+        if config.changes_rope(before, before + new):
+            raise ValueError(
+                f"sequence {number} grows from {before} to {before + new} tokens, beyond which its kept keys turn "
+                "otherwise: let the cache forget it, and give all of its tokens again"
+            )
 
 
 @cache
@@ -116,18 +145,25 @@ def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build_model(spec: ModelSpec, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
     """The decoder of a spec, on a device; ``"meta"`` allocates nothing.
 
     Weights are NaN until they are loaded (``checkpoint.hf.load_hf_weights``) or initialised
-    (``models.scratch.init_weights``), so that a forgotten parameter shows in the first loss.
+    (``models.scratch.init_weights``), so that a forgotten parameter shows in the first loss. ``dtype`` is that of all
+    parameters whose definition does not name its own.
     """
-    with torch.device("meta"):
-        model = Decoder(spec.config).to(dtype)
-    wide = {piece.ours for piece in spec.pieces if piece.float32}
-    for name, parameter in model.named_parameters():
-        if name in wide:  # as transformers keeps it whatever the rest is in
-            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    with torch.device("meta"), _default_dtype(dtype):
+        model = Decoder(spec.config)
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)

@@ -30,7 +30,8 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """Which experts a token goes through, and with what weight.
 
-    ``correction_bias`` is moved by the balance of the load in pre-training and by no gradient: it stays as loaded.
+    ``correction_bias`` is moved by the balance of the load in pre-training and by no gradient: it stays as loaded, and
+    float32 at least, as transformers keeps it.
     """
 
     def __init__(self, config: DecoderConfig, own: ExpertsConfig) -> None:
@@ -38,8 +39,9 @@ class Router(nn.Module):
         self.own = own
         self.weight = nn.Parameter(torch.empty(own.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(own.num_experts)) if own.router == "softmax_of_top" else None
-        sigmoid = own.router == "sigmoid"
-        self.correction_bias = nn.Parameter(torch.empty(own.num_experts), requires_grad=False) if sigmoid else None
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        correction = torch.empty(own.num_experts, dtype=wide) if own.router == "sigmoid" else None
+        self.correction_bias = None if correction is None else nn.Parameter(correction, requires_grad=False)
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(expert ids int64 [T, k], weights [T, k]) of [T, D]."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from posttrain_lib.checkpoint.hf import check_entries, copy_side_files, stored_name
 from posttrain_lib.checkpoint.hf_files import DTYPES, INDEX_FILE, StoredTensors, TensorEntry, read_headers
+from posttrain_lib.checkpoint.weight_files import copy_bytes, read_bytes
 from posttrain_lib.errors import ModelError
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.growth_tokenizer import (
@@ -174,10 +175,7 @@ class _Beginnings:
 
 def _read_rows(stored: StoredTensors, tensor: str, begin: int, end: int) -> Tensor:
     """Rows of a stored matrix, float32."""
-    size = stored.entries[tensor].shape[1]
-    rows = torch.empty(end - begin, size)
-    stored.copy(tensor, (slice(begin, end), slice(0, size)), rows)
-    return rows
+    return stored.read(tensor, (slice(begin, end),)).float()
 
 
 def _described(tokenizer: Any, token: NewToken) -> list[int]:
@@ -203,13 +201,13 @@ def _write_weights(stored: StoredTensors, spec: ModelSpec, beginnings: _Beginnin
         rows[head] = rows[embedding] if spec.config.tie_word_embeddings else beginnings.rows(stored, head)
     for file in sorted({entry.file for entry in stored.entries.values()}):
         here = {name: value for name, value in rows.items() if stored.entries[name].file == file}
-        if here:
-            _splice(stored.folder / file, out / file, stored.entries, here, grown)
-        else:
-            shutil.copyfile(stored.folder / file, out / file)
-    index = stored.folder / INDEX_FILE
-    if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
+        with open(out / file, "wb") as new:
+            if here:
+                _splice(stored, file, new, here, grown)
+            else:
+                copy_bytes(stored.files, file, 0, stored.files.size(file), new)
+    if INDEX_FILE in stored.files.names():
+        content = json.loads(read_bytes(stored.files, INDEX_FILE, 0, stored.files.size(INDEX_FILE)))
         if "total_size" in content.get("metadata", {}):
             added = sum(_row_bytes(stored.entries[name]) for name in rows)
             content["metadata"]["total_size"] += added * (grown.vocab_size - grown.vocab_size_before)
@@ -220,48 +218,35 @@ def _row_bytes(entry: TensorEntry) -> int:
     return entry.shape[1] * DTYPES[entry.dtype].itemsize
 
 
-def _splice(
-    source: Path, out: Path, entries: Mapping[str, TensorEntry], rows: Mapping[str, Tensor], grown: Growth
-) -> None:
+def _splice(stored: StoredTensors, file: str, new: BinaryIO, rows: Mapping[str, Tensor], grown: Growth) -> None:
     """A safetensors file with new rows in some tensors; everything else, byte for byte and in the same order."""
-    with open(source, "rb") as old, open(out, "wb") as new:
-        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        parts: list[tuple[int, int] | bytes] = []  # what follows one another: a range of the old file, or new bytes
-        end = 0
-        names = sorted((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])
-        for name in names:
-            entry = entries[name]
-            size = entry.end - entry.begin
-            if name in rows:
-                width = _row_bytes(entry)
-                first, behind = (entry.begin + width * row for row in (grown.first_id, grown.first_id + grown.count))
-                value = rows[name].to(DTYPES[entry.dtype]).contiguous().view(torch.uint8).numpy().tobytes()
-                parts += [(entry.begin, first), value, (behind, entry.end)]
-                size = width * grown.vocab_size
-                header[name]["shape"] = [grown.vocab_size, *entry.shape[1:]]
-            else:
-                parts.append((entry.begin, entry.end))
-            header[name]["data_offsets"] = [end, end + size]
-            end += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # the format wants tensors to begin at whole words
-        new.write(len(text).to_bytes(8, "little") + text)
-        for part in parts:
-            if isinstance(part, bytes):
-                new.write(part)
-            else:
-                _copy(old, new, *part)
-
-
-def _copy(old: BinaryIO, new: BinaryIO, begin: int, end: int) -> None:
-    """Bytes ``begin`` to ``end`` of one file onto the end of another; nothing where there are none."""
-    old.seek(begin)
-    while begin < end:
-        part = old.read(min(_COPIED_AT_A_TIME, end - begin))
-        if not part:
-            raise ModelError("a weight file ended while it was copied", where=old.name, fix="fetch the folder again")
-        new.write(part)
-        begin += len(part)
+    length = int.from_bytes(read_bytes(stored.files, file, 0, 8), "little")
+    header = json.loads(read_bytes(stored.files, file, 8, 8 + length))
+    parts: list[tuple[int, int] | bytes] = []  # what follows one another: a range of the old file, or new bytes
+    end = 0
+    names = sorted((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+    for name in names:
+        entry = stored.entries[name]
+        size = entry.end - entry.begin
+        if name in rows:
+            width = _row_bytes(entry)
+            first, behind = (entry.begin + width * row for row in (grown.first_id, grown.first_id + grown.count))
+            value = rows[name].to(DTYPES[entry.dtype]).contiguous().view(torch.uint8).numpy().tobytes()
+            parts += [(entry.begin, first), value, (behind, entry.end)]
+            size = width * grown.vocab_size
+            header[name]["shape"] = [grown.vocab_size, *entry.shape[1:]]
+        else:
+            parts.append((entry.begin, entry.end))
+        header[name]["data_offsets"] = [end, end + size]
+        end += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format wants tensors to begin at whole words
+    new.write(len(text).to_bytes(8, "little") + text)
+    for part in parts:
+        if isinstance(part, bytes):
+            new.write(part)
+        else:
+            copy_bytes(stored.files, file, *part, new)
 
 
 def _write_config(source: Path, out: Path, grown: Growth) -> None:

@@ -13,7 +13,6 @@ whatever the frozen base is in; the products run in the dtype of the computation
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from torch.nn.functional import embedding, linear
 from posttrain_lib.errors import ModelError
 from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.models.feed_forward import Experts
+from posttrain_lib.models.seeds import named_generator
 from posttrain_lib.ops.experts import ExpertAdapter
 from posttrain_lib.ops.output_head import HeadAdapter, OutputHead
 
@@ -315,8 +315,7 @@ def _initial(adapted: Adapted, kind: str, name: str, shape: tuple[int, ...], see
     drawn = "up" if adapted.name == EMBEDDING else "down"
     if kind != drawn:
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    values, generator = torch.empty(shape), torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    values, generator = torch.empty(shape), named_generator(seed, name)
     if adapted.name == EMBEDDING:
         return values.normal_(generator=generator)
     bound = shape[-1] ** -0.5

@@ -5,7 +5,6 @@ The default run and a downloaded model thereby walk the same road: folder, check
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from posttrain_lib.errors import ModelError
 from posttrain_lib.models.families import get_family, spec_from_config
+from posttrain_lib.models.seeds import named_generator
 from posttrain_lib.models.spec import ModelSpec
 
 _INTO_THE_STREAM = ("o_proj", "down_proj", "out_proj")
@@ -93,8 +93,7 @@ def initial_weights(spec: ModelSpec, seed: int) -> list[tuple[str, Tensor]]:
     residual = deviation / math.sqrt(2 * spec.config.num_hidden_layers)
     weights = []
     for name, shape in spec.parameter_shapes().items():
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = named_generator(seed, name)
         if name.endswith("dt_bias"):
             tensor = torch.ones(shape)
         elif name.endswith("A_log"):

@@ -27,12 +27,14 @@ class RopeConfig:
     ``dims`` entries of a head are turned, the first ones. ``interleaved``: neighbours form a pair, not halves.
     ``factor`` divides frequencies (linear, llama3, yarn); ``low_freq_factor``, ``high_freq_factor`` and
     ``original_max_position_embeddings`` bound llama3's band of interpolated wavelengths; ``beta_fast``, ``beta_slow``
-    and ``truncate`` bound yarn's ramp. ``attention_factor`` multiplies cosine and sine.
+    and ``truncate`` bound yarn's ramp. ``attention_factor`` multiplies cosine and sine. ``short_factor`` and
+    ``long_factor``, one number a pair each, divide longrope's frequencies: the first in documents of up to
+    ``original_max_position_embeddings`` tokens, the second in longer ones.
     """
 
     theta: float
     dims: int
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     interleaved: bool = False
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -42,6 +44,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,13 +212,33 @@ class DecoderConfig:
         """The rotary embeddings that some layer uses, in order of first use."""
         return tuple(dict.fromkeys(layer.attention.rope for layer in self.layers if layer.attention.rope is not None))
 
+    @property
+    def rope_bounds(self) -> tuple[int, ...]:
+        """Document lengths beyond which another set of rotary frequencies is in use, for all of its tokens."""
+        return tuple(rope.original_max_position_embeddings for rope in self.ropes if rope.kind == "longrope")
 
-def check_prefixes(config: DecoderConfig, share_prefixes: bool) -> None:
-    """A recurrence has one past for each token: beginnings cannot be shared in a model with linear attention.
+    def changes_rope(self, before: int, after: int) -> bool:
+        """Whether a document's earlier tokens turn otherwise once it grows from ``before`` tokens to ``after``."""
+        return any(0 < before <= bound < after for bound in self.rope_bounds)
+
+
+def check_prefixes(config: DecoderConfig, share_prefixes: bool, longest: int) -> None:
+    """Refuse shared beginnings where a token of them would not be the same in every document.
+
+    A recurrence has one past for each token. With longrope a token turns by the length of its document: one of up to
+    ``longest`` tokens may begin like a short one.
 
     Raises:
         ConfigError: saying which field to set.
     """
+    bound = min(config.rope_bounds, default=longest)
+    if share_prefixes and longest > bound:
+        raise ConfigError(
+            "documents cannot share their beginnings where a rotary embedding goes by the document's length",
+            where="train.share_prefixes",
+            got=f"true, and documents of up to {longest} tokens",
+            expected=f"false, or no document above {bound} tokens (longrope's original_max_position_embeddings)",
+        )
     if share_prefixes and config.is_recurrent:
         raise ConfigError(
             "documents cannot share their beginnings in a model with linear attention",

@@ -25,6 +25,7 @@ Values narrower than keys (latent attention) are padded with zeros for the kerne
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,6 +47,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn  # type: ignore[assignment]
 except ImportError:  # torch before 2.10
     varlen_attn = None
+#: up to torch 2.11 the kernel shares key heads without being told; from 2.12 on it must be told
+_MUST_TELL_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 #: what torch calls the vector units of an x86 CPU that has none for half precision
@@ -235,6 +238,7 @@ def _attend_varlen(
 ) -> Tensor:
     """[T, N, H] through FlashAttention with document boundaries."""
     assert varlen_attn is not None
+    told = {"enable_gqa": query.shape[1] != key.shape[1]} if _MUST_TELL_GQA else {}
     return varlen_attn(
         query,
         key,
@@ -247,7 +251,7 @@ def _attend_varlen(
         # FlashAttention counts the tokens to the left of the query, the query itself not included. Where there are
         # more keys than queries (since its version 2.1) the last query stands at the last key.
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **told,
     )
 
 

@@ -89,7 +89,7 @@ def attend_flex(
         query_TNH.transpose(0, 1)[None],
         key_UKH.transpose(0, 1)[None],
         value_UKV.transpose(0, 1)[None],
-        score_mod=None if softcap is None else _capped(softcap),
+        score_mod=None if softcap is None else _capped(softcap, query_TNH.shape[1], query_TNH.device),
         block_mask=blocks,
         scale=scale,
         enable_gqa=query_TNH.shape[1] != key_UKH.shape[1],
@@ -108,10 +108,15 @@ def _compiled() -> Callable[..., Any]:
 
 
 @cache
-def _capped(softcap: float) -> Callable[..., Tensor]:
-    """One function per cap: another object for each call would be another graph."""
+def _capped(softcap: float, heads: int, device: torch.device) -> Callable[..., Tensor]:
+    """One function per cap: another object for each call would be another graph.
+
+    The number lies in a table by head. As a Python number it would become a symbol, for everything is one here, and
+    the compiler has no code for such symbols within the kernel.
+    """
+    caps = torch.full((heads,), softcap, device=device)
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return caps[head] * torch.tanh(score / caps[head])
 
     return cap

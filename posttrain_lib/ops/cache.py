@@ -155,6 +155,14 @@ class KeyValueCache:
         for layer, tensors in self._states.items():
             self._states[layer] = tuple(tensor.index_select(0, index.to(tensor.device)) for tensor in tensors)
 
+    def forget(self, sequences: Sequence[int]) -> None:
+        """These sequences begin anew: their next tokens are their first ones."""
+        index = torch.tensor(sequences, dtype=torch.int64)
+        self.lengths = self.lengths.index_fill(0, index, 0)
+        self._step = None
+        for layer, tensors in self._states.items():  # a state before the first token is zero
+            self._states[layer] = tuple(tensor.index_fill(0, index.to(tensor.device), 0) for tensor in tensors)
+
     def state(self, layer: int) -> tuple[Tensor, ...] | None:
         """What a recurrent layer left, [n, ...] each; None before its first forward."""
         return self._states.get(layer)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.ops.head_chunks import ChunkedHead
-from posttrain_lib.ops.head_sum import weighted_row_sum
+from posttrain_lib.ops.head_sum import RowLoss, weighted_row_sum
 from posttrain_lib.ops.output_head import OutputHead
 
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
@@ -122,7 +122,7 @@ def linear_top_divergence(
     )
 
 
-class _Divergence:
+class _Divergence(RowLoss):
     """:func:`linear_divergence` of a block's rows."""
 
     def __init__(self, teacher: ChunkedHead, divergence: Divergence, mix: float) -> None:
@@ -134,11 +134,12 @@ class _Divergence:
             "jensen_shannon": self._jensen_shannon,
         }[divergence]
 
-    def begin(self, chunk: slice) -> None:
-        """The teacher's products of the chunk."""
+    def chunk(self, chunked: ChunkedHead, products_CV: Tensor, chunk: slice, wants_grad: bool) -> Tensor:
+        """With the teacher's products of the chunk."""
         self.products, self.start = self.teacher.products(chunk), chunk.start
+        return super().chunk(chunked, products_CV, chunk, wants_grad)
 
-    def __call__(self, chunked: ChunkedHead, logits_BV: Tensor, rows: slice, wants_grad: bool) -> Tensor:
+    def block(self, chunked: ChunkedHead, logits_BV: Tensor, rows: slice, wants_grad: bool) -> Tensor:
         logits, _ = self.teacher.logits(self.products[rows.start - self.start : rows.stop - self.start])
         log_p = self.teacher.log_softmax_(logits).to(logits_BV.dtype)
         return self.formula(chunked, log_p, chunked.log_softmax_(logits_BV), wants_grad)
@@ -171,16 +172,13 @@ class _Divergence:
         return self.mix * of_p + (1 - self.mix) * of_q
 
 
-class _TopDivergence:
+class _TopDivergence(RowLoss):
     """:func:`linear_top_divergence` of a block's rows."""
 
     def __init__(self, ids_NK: Tensor, logprobs_NK: Tensor) -> None:
         self.ids_NK, self.logprobs_NK = ids_NK, logprobs_NK
 
-    def begin(self, chunk: slice) -> None:
-        """Nothing is the same for a whole chunk."""
-
-    def __call__(self, chunked: ChunkedHead, logits_BV: Tensor, rows: slice, wants_grad: bool) -> Tensor:
+    def block(self, chunked: ChunkedHead, logits_BV: Tensor, rows: slice, wants_grad: bool) -> Tensor:
         ids, p = self.ids_NK[rows], self.logprobs_NK[rows].to(logits_BV.dtype).exp()
         p_rest = (1 - p.sum(-1, keepdim=True)).clamp_(min=0)
         kept = chunked.logits_at(logits_BV, ids)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from posttrain_lib.ops.head_chunks import ChunkedHead, HeadGradients, spread_rows
-from posttrain_lib.ops.head_sum import weighted_row_sum
+from posttrain_lib.ops.head_sum import RowLoss, weighted_row_sum
 from posttrain_lib.ops.output_head import HeadAdapter, OutputHead
 
 
@@ -83,17 +83,24 @@ def token_logprobs(
     return logprobs, entropy if with_entropy else None
 
 
-class _NegativeLogLikelihood:
+class _NegativeLogLikelihood(RowLoss):
     """``-log p(target)`` of each row."""
 
     def __init__(self, targets_N: Tensor) -> None:
-        self.targets_N1 = targets_N[:, None]
+        self.targets_N = targets_N
 
-    def begin(self, chunk: slice) -> None:
-        """Nothing is the same for a whole chunk."""
+    def chunk(self, chunked: ChunkedHead, products_CV: Tensor, chunk: slice, wants_grad: bool) -> Tensor:
+        """In one kernel where there is one."""
+        if not chunked.kernels:
+            return super().chunk(chunked, products_CV, chunk, wants_grad)
+        from posttrain_lib.ops.head_triton import row_statistics
 
-    def __call__(self, chunked: ChunkedHead, logits_BV: Tensor, rows: slice, wants_grad: bool) -> Tensor:
-        targets = self.targets_N1[rows]
+        entries, curve = chunked.head.local_vocab_size, chunked.curve
+        _, logprobs, _ = row_statistics(products_CV, self.targets_N[chunk], entries, curve, with_gradient=wants_grad)
+        return logprobs.neg_()
+
+    def block(self, chunked: ChunkedHead, logits_BV: Tensor, rows: slice, wants_grad: bool) -> Tensor:
+        targets = self.targets_N[rows, None]
         at_target = chunked.logits_at(logits_BV, targets)
         log_total = chunked.softmax_(logits_BV)
         if wants_grad:
@@ -115,59 +122,102 @@ class _TokenLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            log_total_N1 = torch.empty(chunked.count, 1, dtype=chunked.wide, device=hidden_TD.device)
-            logprobs, entropy = torch.empty_like(log_total_N1), torch.zeros_like(log_total_N1)
+            log_total_N = torch.empty(chunked.count, dtype=chunked.wide, device=hidden_TD.device)
+            logprobs, entropy = torch.empty_like(log_total_N), torch.empty_like(log_total_N)
             for chunk in chunked.chunks():
-                products = chunked.products(chunk)
-                for rows in chunked.blocks(chunk):
-                    logits, _ = chunked.logits(products[rows.start - chunk.start : rows.stop - chunk.start])
-                    at_target = chunked.logits_at(logits, targets_N[rows, None])
-                    scores = logits.clone() if with_entropy else None
-                    log_total_N1[rows] = chunked.softmax_(logits)
-                    logprobs[rows] = at_target - log_total_N1[rows]
-                    if scores is not None:
-                        mean = chunked.total(scores.mul_(logits).sum(-1, keepdim=True))
-                        entropy[rows] = log_total_N1[rows] - mean
-        ctx.save_for_backward(hidden_TD, weight_VD, down_RD, up_VR, targets_N, index_N, log_total_N1, entropy)
+                statistics = _statistics(chunked, chunked.products(chunk), chunk, targets_N, with_entropy)
+                log_total_N[chunk], logprobs[chunk], entropy[chunk] = statistics
+        ctx.save_for_backward(hidden_TD, weight_VD, down_RD, up_VR, targets_N, index_N, log_total_N, entropy)
         # The backward runs outside the caller's autocast: remember what this forward computed in. Tensors come from
         # autograd, which notices where one was changed in between.
         ctx.head = chunked.head
         ctx.options = {
-            "chunk_tokens": chunked.chunk_rows,
+            "chunk_tokens": chunked.chunk_tokens,
             "temperature": chunked.temperature,
             "dtype": chunked.dtype,
         }
         ctx.with_entropy = with_entropy
-        return logprobs.squeeze(1), entropy.squeeze(1)
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, down_RD, up_VR, targets_N, index_N, log_total_N1, entropy_N1 = ctx.saved_tensors
+        hidden_TD, weight_VD, down_RD, up_VR, targets_N, index_N, log_total_N, entropy_N = ctx.saved_tensors
         adapter = None if down_RD is None else HeadAdapter(down_RD, up_VR, ctx.head.adapter.scale)
         head = dataclasses.replace(ctx.head, weight_VD=weight_VD, adapter=adapter)
+        of_entropy = (entropy_N, grad_entropy) if ctx.with_entropy else None
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            chunked = ChunkedHead(head, hidden_TD, index_N, **ctx.options)
-            gradients = HeadGradients(chunked, *ctx.needs_input_grad[:4])
+            chunked = ChunkedHead(head, hidden_TD, index_N, weight_gradient=ctx.needs_input_grad[1], **ctx.options)
+            gradients = HeadGradients(chunked, chunked.slope, *ctx.needs_input_grad[:4])
             for chunk in chunked.chunks():
                 products = chunked.products(chunk)
-                for rows in chunked.blocks(chunk):
-                    block = products[rows.start - chunk.start : rows.stop - chunk.start]
-                    logits, steepness = chunked.logits(block)
-                    # d logprob / d logit = (1 at the target) - p; d entropy / d logit = -p (log p + entropy)
-                    logs = logits.sub_(log_total_N1[rows])
-                    pull = grad_logprobs[rows, None]
-                    if ctx.with_entropy:
-                        factors = (logs + entropy_N1[rows]).mul_(grad_entropy[rows, None]).add_(pull).neg_()
-                        logits.exp_().mul_(factors)
-                    else:
-                        logits.exp_().mul_(-pull)
-                    chunked.add_at(logits, targets_N[rows, None], pull)
-                    chunked.put_gradient(block, logits, steepness)
-                gradients.add(chunk, products, chunked.slope)
+                _put_gradient(chunked, products, chunk, targets_N, log_total_N, grad_logprobs, of_entropy)
+                gradients.add(chunk, products)
             gradients.reduce()
         hidden = None
         if gradients.rows_ND is not None:
-            hidden = spread_rows(gradients.rows_ND, index_N, (hidden_TD.shape, hidden_TD.dtype))
+            like = (hidden_TD.shape, hidden_TD.dtype)
+            hidden = spread_rows(gradients.rows_ND, gradients.factors_N1, index_N, like)
         parts = ((gradients.weight_VD, weight_VD), (gradients.down_RD, down_RD), (gradients.up_VR, up_VR))
         others = [None if total is None else total.to(like.dtype) for total, like in parts]
         return hidden, *others, None, None, None, None
+
+
+def _statistics(
+    chunked: ChunkedHead, products_CV: Tensor, chunk: slice, targets_N: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-sum-exp, log-probability of the target, entropy) [C] of a chunk's rows; the last is 0 if not asked for."""
+    if chunked.kernels:
+        from posttrain_lib.ops.head_triton import row_statistics
+
+        entries, curve = chunked.head.local_vocab_size, chunked.curve
+        return row_statistics(products_CV, targets_N[chunk], entries, curve, with_entropy=with_entropy)
+    results = torch.zeros(3, chunk.stop - chunk.start, 1, dtype=chunked.wide, device=products_CV.device)
+    for rows in chunked.blocks(chunk):
+        here = slice(rows.start - chunk.start, rows.stop - chunk.start)
+        log_total, logprob, entropy = results[:, here]
+        logits, _ = chunked.logits(products_CV[here])
+        at_target = chunked.logits_at(logits, targets_N[rows, None])
+        scores = logits.clone() if with_entropy else None
+        log_total.copy_(chunked.softmax_(logits))
+        torch.sub(at_target, log_total, out=logprob)
+        if scores is not None:
+            mean = chunked.total(scores.mul_(logits).sum(-1, keepdim=True))
+            torch.sub(log_total, mean, out=entropy)
+    log_totals, logprobs, entropies = results.squeeze(2)
+    return log_totals, logprobs, entropies
+
+
+def _put_gradient(
+    chunked: ChunkedHead,
+    products_CV: Tensor,
+    chunk: slice,
+    targets_N: Tensor,
+    log_total_N: Tensor,
+    pulls_N: Tensor,
+    of_entropy: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Overwrite a chunk's products with the gradient of ``pull * log p(target) + entropy_pull * entropy`` in them.
+
+    ``of_entropy``: (entropy, entropy_pull), [N] each. The factor :attr:`ChunkedHead.slope` is left out.
+    """
+    if chunked.kernels:
+        from posttrain_lib.ops import head_triton
+
+        per_row = (targets_N, log_total_N, pulls_N, *(of_entropy or ()))
+        targets, log_totals, pulls, *entropies = (values[chunk] for values in per_row)
+        entries = chunked.head.local_vocab_size
+        head_triton.put_gradient(products_CV, targets, entries, chunked.curve, log_totals, pulls, *entropies)
+        return
+    for rows in chunked.blocks(chunk):
+        block = products_CV[rows.start - chunk.start : rows.stop - chunk.start]
+        logits, steepness = chunked.logits(block)
+        # d logprob / d logit = (1 at the target) - p; d entropy / d logit = -p (log p + entropy)
+        logs, pull = logits.sub_(log_total_N[rows, None]), pulls_N[rows, None]
+        if of_entropy is not None:
+            entropy, entropy_pull = (values[rows, None] for values in of_entropy)
+            factors = (logs + entropy).mul_(entropy_pull).add_(pull).neg_()
+            logits.exp_().mul_(factors)
+        else:
+            logits.exp_().mul_(-pull)
+        chunked.add_at(logits, targets_N[rows, None], pull)
+        chunked.put_gradient(block, logits, steepness)

@@ -7,14 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain_lib.ops.fused import fuses
+
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, late_cast: bool = False) -> Tensor:
     """``weight * (hidden / rms(hidden))`` over the last dimension, any leading shape.
 
     The normalised value is rounded to ``hidden``'s dtype before the weight multiplies it, as transformers'
     LlamaRMSNorm and its copies do; with ``late_cast`` after it, as its Olmo3RMSNorm does. ``plus_one``: the factor is
-    1 + weight (Gemma2RMSNorm, with ``late_cast``). Half precision is computed in float32; float64 stays float64.
+    1 + weight (Gemma2RMSNorm, with ``late_cast``; without it, the sum is rounded to the weight's dtype as well).
+    Half precision is computed in float32; float64 stays float64. On a GPU a kernel does it in one pass.
     """
+    if fuses(hidden, weight):
+        from posttrain_lib.ops.norm_triton import MAX_COLUMNS, rms_norm_kernels
+
+        if hidden.shape[-1] <= MAX_COLUMNS:
+            return rms_norm_kernels(hidden, weight, eps, plus_one=plus_one, late_cast=late_cast)
     return _RMSNorm.apply(hidden, weight, eps, plus_one, late_cast)
 
 
@@ -32,7 +40,9 @@ class _RMSNorm(torch.autograd.Function):
         ctx.plus_one = plus_one
         normed = wide * inverse
         factor = 1.0 + weight.to(wide.dtype) if plus_one else weight
-        return (factor * normed).to(hidden.dtype) if late_cast else factor * normed.to(hidden.dtype)
+        if late_cast:
+            return (factor * normed).to(hidden.dtype)
+        return factor.to(weight.dtype) * normed.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

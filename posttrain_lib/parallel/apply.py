@@ -1,24 +1,33 @@
-"""One function, one order: recomputation inside each block first, then sharding of each block, then of the rest."""
+"""One function, one order: compiled blocks, then recomputation around each, then sharding of each and of the rest."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.checkpoint import checkpoint
+
+from posttrain_lib.parallel.compilation import Compilation, compile_blocks
+from posttrain_lib.parallel.recomputation import Recomputation, recompute_blocks
 
 if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
 
 
-def apply_parallelism(model: Decoder, *, world: int, device: torch.device, activation_checkpointing: bool) -> Decoder:
-    """Lay the model over ``world`` ranks in place (FSDP2), with activation recomputation per block if asked.
+def apply_parallelism(
+    model: Decoder,
+    *,
+    world: int,
+    device: torch.device,
+    activation_checkpointing: Recomputation | bool,
+    compilation: Compilation = "none",
+) -> Decoder:
+    """Lay the model over ``world`` ranks in place (FSDP2), its blocks compiled and recomputing if asked.
 
-    1. Recomputation replaces each block's ``forward``; no wrapper module appears, so weight names stay.
+    1. Compilation and recomputation replace each block's ``forward``; no wrapper module appears, so weight names stay.
+       Recomputation stands around the compiled code.
     2. Each block is a sharding unit: one all-gather for its forward, one for its backward.
     3. The root takes what is left (embedding, last norm, head). The loss runs inside the root's forward, where
        those weights are whole.
@@ -26,9 +35,11 @@ def apply_parallelism(model: Decoder, *, world: int, device: torch.device, activ
     Weights stay float32 and autocast picks the precision of the products, so that one rank and many compute the same;
     FSDP2's own mixed precision would round norms and embeddings as well.
     """
-    if activation_checkpointing:
-        for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if isinstance(activation_checkpointing, bool):
+        activation_checkpointing = "full" if activation_checkpointing else "none"
+    if compilation == "blocks":
+        compile_blocks(model)
+    recompute_blocks(model, activation_checkpointing, compiled=compilation == "blocks")
     if world > 1:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("dp_shard",))
         for layer in model.layers:

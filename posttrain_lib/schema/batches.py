@@ -24,7 +24,7 @@ class PackedBatch:
         positions        int64* [T]  places in the document: restart at 0 with each whole document, go on from the
                                      length of the shared beginning in a segment with a parent
         cu_seqlens       int32 [n+1] segment boundaries; padding, if any, lies behind them in documents of its own
-        supervised_index int64 [N]   positions with a non-zero weight, found on the CPU so that the head never syncs
+        supervised_index int64* [N]  positions with a non-zero weight, found on the CPU so that the head never syncs
         document_sources int32 [n]   index into the store's source names; -1 for padding
         document_ids     int64 [n]   example index in the token store; -1 for padding
         parents          int32 [n]   the earlier segment whose path this one continues, -1 for a whole document; None

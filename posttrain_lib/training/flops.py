@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from posttrain_lib.models.hf_spec import HFSpec
 from posttrain_lib.models.spec import GatedDeltaConfig, LatentAttentionConfig, Mixer, matmul_parameters
 
 if TYPE_CHECKING:
@@ -42,17 +43,20 @@ def causal_pairs(lengths: np.ndarray, window: int | None, contexts: np.ndarray |
     return float((short**2 / 2 + (lengths - short) * window).sum())
 
 
-def batch_flops(spec: ModelSpec, batch: PackedBatch, *, adapter_parameters: int | None = None) -> float:
+def batch_flops(spec: ModelSpec | HFSpec, batch: PackedBatch, *, adapter_parameters: int | None = None) -> float:
     """Forward and backward FLOPs of one packed batch (numpy), padding left out.
 
     ``adapter_parameters``: those of low-rank adapters where they alone are trained; the frozen weights then have no
     gradient of their own, 4 FLOPs a parameter in place of 6.
     """
-    config = spec.config
-    body, head = matmul_parameters(spec)
     real = batch.document_ids >= 0
     lengths = np.diff(batch.cu_seqlens)[real]
     contexts = None if batch.prefixes is None else np.asarray(batch.prefixes.contexts)[real]
+    if isinstance(spec, HFSpec):
+        products = spec.body_parameters * batch.real_tokens + spec.head_parameters * len(batch.supervised_index)
+        return 6.0 * products + spec.flops_per_pair * causal_pairs(lengths, None, contexts)
+    config = spec.config
+    body, head = matmul_parameters(spec)
     pairs = {
         window: causal_pairs(lengths, window, contexts)
         for window in {layer.attention.window for layer in config.layers}
@@ -96,10 +100,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
 
 
-def relative_pair_cost(spec: ModelSpec) -> float:
+def relative_pair_cost(spec: ModelSpec | HFSpec) -> float:
     """Cost of one query-key pair of attention over that of one token's matrix products, all layers and the head.
 
     For dealing rows out to ranks: it leaves out that masked tokens skip the head, and windows.
     """
+    if isinstance(spec, HFSpec):
+        return spec.flops_per_pair / (6.0 * (spec.body_parameters + spec.head_parameters))
     body, head = matmul_parameters(spec)
     return sum(flops_per_pair(layer.attention) for layer in spec.config.layers) / (6.0 * (body + head))

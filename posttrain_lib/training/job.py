@@ -23,7 +23,7 @@ class TrainJob:
     ``live``: rows to tokenise while training; ``train_store`` is then a sample of them.
     ``pad_vocabulary_to``: embedding and head have rows in multiples of it, 1 = as many as the vocabulary; on resume it
     must be what it was. ``lora``: adapters to train on the frozen model (a config section, or anything with its
-    attributes); None: all weights are trained.
+    attributes); None: all weights are trained. ``backend`` "hf": the model runs as transformers' own class.
     """
 
     model_folder: str
@@ -37,6 +37,7 @@ class TrainJob:
     live: LiveSpec | None = None
     pad_vocabulary_to: int = 1
     lora: Lora | None = None
+    backend: Literal["native", "hf"] = "native"
     rank: int = 0
     world: int = 1
     rendezvous: str | None = None

@@ -32,6 +32,8 @@ from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.models.hf_decoder import as_decoder, load_hf_decoder
+from posttrain_lib.models.hf_spec import HFSpec, check_workers, hf_spec_from_folder
 from posttrain_lib.models.lora import LoraDecoder, apply_lora, init_adapters
 from posttrain_lib.models.spec import check_prefixes
 from posttrain_lib.models.vocabulary import with_padded_vocabulary
@@ -73,8 +75,23 @@ def train(job: TrainJob) -> Events:
         return result
 
 
-def load_sharded_model(spec: ModelSpec, job: TrainJob, device: torch.device) -> Decoder:
-    """The model, laid over the ranks before its weights are read: no rank holds more than its share and one tensor."""
+def spec_of(job: TrainJob) -> ModelSpec | HFSpec:
+    """What the job's model is."""
+    if job.backend == "hf":
+        check_workers(job.world)
+        return hf_spec_from_folder(job.model_folder)
+    return with_padded_vocabulary(spec_from_folder(job.model_folder), job.pad_vocabulary_to)
+
+
+def load_sharded_model(spec: ModelSpec | HFSpec, job: TrainJob, device: torch.device) -> Decoder:
+    """The model, laid over the ranks before its weights are read: no rank holds more than its share and one tensor.
+
+    A class of transformers is loaded whole: it runs in one rank."""
+    if isinstance(spec, HFSpec):
+        model = as_decoder(load_hf_decoder(spec, job.model_folder, device))
+        return apply_parallelism(
+            model, world=job.world, device=device, activation_checkpointing=job.train.activation_checkpointing
+        )
     dtype = torch.float32 if job.lora is None else getattr(torch, job.lora.base_dtype)
     model = build_model(spec, dtype, device="meta" if job.world > 1 else device)
     if job.lora is not None:
@@ -124,8 +141,11 @@ def build_loader(
     )
 
 
-def planned_steps(feed: StoreFeed, store: TokenStore, config: TrainConfig) -> int:
-    """Optimiser steps of the whole run: as configured, or as many as there are until the data ends."""
+def planned_steps(feed: StoreFeed, config: TrainConfig) -> int:
+    """Optimiser steps of the whole run: as configured, or as many as there are until the data ends.
+
+    ``feed`` stands at its beginning, before and after.
+    """
     if not feed.mixer.ends():
         if config.steps is None:
             raise ConfigError(
@@ -135,7 +155,7 @@ def planned_steps(feed: StoreFeed, store: TokenStore, config: TrainConfig) -> in
             )
         return int(config.steps)
     counted = count_steps(
-        feed_for(store, config),  # counting uses one up
+        feed,
         row_tokens=config.row_tokens,
         rows_per_step=config.rows_per_step,
         packing_buffer=config.packing_buffer,
@@ -143,7 +163,7 @@ def planned_steps(feed: StoreFeed, store: TokenStore, config: TrainConfig) -> in
     return counted if config.steps is None else min(counted, int(config.steps))
 
 
-def check_vocabulary(spec: ModelSpec, *stores: TokenStore) -> None:
+def check_vocabulary(spec: ModelSpec | HFSpec, *stores: TokenStore) -> None:
     """Refuse data whose ids the model's embedding does not have: on a GPU the look-up would fail without a name.
 
     Raises:
@@ -160,7 +180,7 @@ def check_vocabulary(spec: ModelSpec, *stores: TokenStore) -> None:
             )
 
 
-def check_ids(spec: ModelSpec, loaded: LoadedStep) -> None:
+def check_ids(spec: ModelSpec | HFSpec, loaded: LoadedStep) -> None:
     """The same of a step's own tokens, for rows that no store has counted: padding rows would train as tokens.
 
     Raises:
@@ -212,17 +232,19 @@ class Trainer:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         config = job.train
         self.job, self.config, self.device = job, config, device
-        self.spec = with_padded_vocabulary(spec_from_folder(job.model_folder), job.pad_vocabulary_to)
+        self.spec = spec_of(job)
         self.store = TokenStore(Path(job.train_store))
         self.held_out = TokenStore(Path(job.held_out_store))
         check_vocabulary(self.spec, self.store, self.held_out)
-        check_prefixes(self.spec.config, config.share_prefixes)
+        longest = self.store.longest if job.live is None else job.live.config.max_example_tokens
+        if not isinstance(self.spec, HFSpec):
+            check_prefixes(self.spec.config, config.share_prefixes, longest)
         self.loss = build_loss(config.loss, config.loss_options)
         check_kind(self.store, self.loss)
         self.feed: Feed
         if job.live is None:
             self.feed = stored = feed_for(self.store, config)
-            self.total_steps = planned_steps(stored, self.store, config)
+            self.total_steps = planned_steps(stored, config)
         else:
             # It starts its processes: they load the tokenizer while this one loads the model.
             self.feed, self.total_steps = live_feed(job.live, job), int(config.steps or 0)
@@ -243,6 +265,8 @@ class Trainer:
         trajectory = trajectory_of(config)
         if isinstance(model, LoraDecoder):
             trajectory.update(adapters_trajectory(model))
+        if isinstance(self.spec, HFSpec):
+            trajectory.update(backend="hf")
         self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory)
         self.settings = StepSettings(
             device=device,

@@ -9,23 +9,16 @@ peculiar to it. Seconds are those of the search itself: proposals, sandbox and g
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from posttrain_lib.conversion.convert import convert
 from posttrain_lib.conversion.judging import Judge
 from posttrain_lib.conversion.protocol import Budget
 from posttrain_lib.conversion.sandbox import Limits
 from posttrain_lib.conversion.search import SearchAgent
-from posttrain_lib.lineage.environment import describe_code, describe_environment
+from tests.benchmarks.recording import Recording, argument_parser
 from tests.support.tiny_models import CASES, write_tiny_model
 
 #: cases whose parts the search knows: softmax attention, gated feed-forwards and mixtures of them
@@ -59,10 +52,10 @@ def search(case: str, judge: Judge) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--cases", nargs="*", default=SEARCHED, help="default: all that the search has blocks for")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    recording = Recording()
     found = {}
     with Judge() as judge:
         for case in options.cases:
@@ -70,16 +63,7 @@ def main() -> None:
             print(
                 f"{case:<14}{'found' if row['found'] else 'not found':<11}{row['attempts']:>3} {row['seconds']:>7.1f} s"
             )
-    if options.output:
-        content = {
-            "command": "python -m tests.benchmarks.conversion --output tests/benchmarks/results/conversion.json",
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "environment": describe_environment() | describe_code(),
-            "threads": os.environ.get("OMP_NUM_THREADS"),
-            "load": os.getloadavg()[0],
-            "families": found,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    recording.write(options.output, {"families": found})
 
 
 if __name__ == "__main__":

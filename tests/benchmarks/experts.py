@@ -8,29 +8,21 @@ kept with the hardware, the threads and the load. ``OMP_NUM_THREADS`` sets the t
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, silu
-from transformers import __version__ as transformers_version
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from posttrain_lib.lineage.environment import describe_code, describe_environment
 from posttrain_lib.ops.attention import DocumentLayout
 from posttrain_lib.ops.experts import mixture
 from posttrain_lib.ops.gated_delta import gated_delta_rule
 from posttrain_lib.ops.short_convolution import short_convolution
 from posttrain_lib.ops.swiglu import swiglu
 from tests.benchmarks.ops import RESULTS, compare
+from tests.benchmarks.recording import Recording, argument_parser
 
 
 def _layout(lengths: list[int]) -> DocumentLayout:
@@ -122,30 +114,17 @@ def convolution(tokens: int, mean: int, channels: int, dtype: torch.dtype, round
 
 def main() -> None:
     """All cases, a minute or two."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file to write")
+    parser = argument_parser(__doc__)
     options = parser.parse_args()
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
-    print(f"threads {torch.get_num_threads()}, load {load}")
+    recording = Recording()
+    print(f"threads {torch.get_num_threads()}, load {recording.load_at_start}")
     experts(1024, 256, 128, 16, 4, torch.float32, rounds=5)
     experts(256, 256, 128, 16, 4, torch.bfloat16, rounds=5)
     gated_delta(2048, 200, 4, 64, rounds=5)
     gated_delta(2048, 1000, 4, 64, rounds=5)
     convolution(2048, 200, 512, torch.float32, rounds=5)
     convolution(2048, 200, 512, torch.bfloat16, rounds=5)
-    if options.output:
-        facts = describe_environment()
-        content = {
-            "command": "python -m tests.benchmarks.experts --output tests/benchmarks/results/experts.json",
-            "date": datetime.date.today().isoformat(),
-            "commit": describe_code().get("commit"),
-            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python", "torch")},
-            "transformers": transformers_version,
-            "threads": torch.get_num_threads(),
-            "load_at_start": load,
-            "cases": RESULTS,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    recording.write(options.output, {"cases": RESULTS})
 
 
 if __name__ == "__main__":

@@ -9,19 +9,13 @@ how far its own float32 is, and by how much of its limit the check that came nea
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from posttrain_lib.checkpoint.verify import verify_model
-from posttrain_lib.lineage.environment import describe_code, describe_environment
+from tests.benchmarks.recording import Recording, argument_parser
 from tests.support.tiny_models import CASES, write_tiny_model
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
@@ -61,23 +55,15 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
+    parser = argument_parser(__doc__)
     parser.add_argument("--readme", type=Path, help="file whose table is replaced, between its two marks")
     options = parser.parse_args()
+    recording = Recording()
     found = {}
     for case in CASES:
         found[case] = measure(case)
         print(f"{case}: {'passed' if found[case]['passed'] else 'FAILED'}, {found[case]['seconds']} s", flush=True)
-    result = {
-        "command": " ".join(["python -m tests.benchmarks.families", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "models": found,
-        "environment": describe_environment(),
-        "code": describe_code(),
-    }
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    recording.write(options.output, {"models": found})
     if options.readme:
         before, _, rest = options.readme.read_text(encoding="utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)

@@ -10,10 +10,8 @@ a run: while the model is being loaded. Every round is a process of its own, so 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gzip
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from posttrain_lib.config.data import DataConfig
 from posttrain_lib.data import kernels, live_rows
@@ -34,7 +30,7 @@ from posttrain_lib.data.sources import list_files, read_from
 from posttrain_lib.embedded.conversations import generate_rows
 from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.lineage.digests import FileDigests
-from posttrain_lib.lineage.environment import describe_code, describe_environment
+from tests.benchmarks.recording import Recording, argument_parser
 from tests.support.s3 import s3_client, s3_environment, s3_process
 
 ROW_TOKENS, ROWS_PER_STEP, WINDOW, BUFFER = 1024, 8, 10_000, 256
@@ -99,35 +95,27 @@ def measure(rounds: int, latency: float) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds added to every request")
     parser.add_argument("--round", nargs=3, metavar=("PROXY", "TOKENIZER", "WORKERS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    recording = Recording()
     if options.round:
         proxy, tokenizer, workers = options.round
         print(json.dumps(one_round(proxy, Path(tokenizer), int(workers))))
         return
-    result = {
-        "command": " ".join(["python -m tests.benchmarks.live_s3", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": {
-            "latency_seconds": options.latency,
-            "rounds": options.rounds,
-            "row_tokens": ROW_TOKENS,
-            "rows_per_step": ROWS_PER_STEP,
-            "packing_buffer": BUFFER,
-            "shuffle_window": WINDOW,
-        },
-        "medians": measure(options.rounds, options.latency),
-        "load_average": os.getloadavg(),
-        "environment": describe_environment(),
-        "code": describe_code(),
+    settings = {
+        "latency_seconds": options.latency,
+        "rounds": options.rounds,
+        "row_tokens": ROW_TOKENS,
+        "rows_per_step": ROWS_PER_STEP,
+        "packing_buffer": BUFFER,
+        "shuffle_window": WINDOW,
     }
-    print(json.dumps(result["medians"], indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    medians = measure(options.rounds, options.latency)
+    print(json.dumps(medians, indent=1))
+    recording.write(options.output, {"settings": settings, "medians": medians})
 
 
 if __name__ == "__main__":

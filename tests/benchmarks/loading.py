@@ -6,28 +6,28 @@ Each rank is a process over gloo that lays the decoder over all ranks (FSDP2) an
 Kept are, per rank: the bytes of its share, how much its resident memory rose above what it was before (the peak of
 anonymous pages and of mapped file pages together, sampled), and the seconds of reading alone. The files are in the
 page cache for everybody: each round reads them once before. Medians of interleaved rounds.
+
+With ``--store`` each number of ranks also reads the same files from an S3 server on loopback (moto's, behind a proxy,
+in a process of their own); kept is, besides, how many bytes a rank fetched for each byte of its share.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
+import contextlib
 import json
 import multiprocessing
 import os
 import socket
 import statistics
-import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from posttrain_lib.lineage.environment import describe_code, describe_environment
+from tests.benchmarks.recording import Recording, argument_parser
 
 MIB = 1 << 20
 #: the shape of a Qwen3 of about 0.2 G parameters: large beside what a process of torch takes by itself
@@ -85,11 +85,12 @@ def write_folder(folder: Path) -> int:
     return sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
 
 
-def ours(folder: str, rank: int, world: int, port: int) -> dict[str, float]:
-    """One rank: lay out on the meta device, allocate, load."""
+def ours(folder: str, source: str, rank: int, world: int, port: int) -> dict[str, float]:
+    """One rank: lay out on the meta device, allocate, load. ``folder`` has the config; ``source`` the weights."""
     import torch
 
     from posttrain_lib.checkpoint.hf import load_hf_weights, local_block
+    from posttrain_lib.data.remote import RemoteObject
     from posttrain_lib.models.decoder import build_model
     from posttrain_lib.models.families import spec_from_folder
     from posttrain_lib.parallel.apply import apply_parallelism
@@ -97,6 +98,13 @@ def ours(folder: str, rank: int, world: int, port: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
+    fetched, fetch = [], RemoteObject.fetch
+
+    def counting(self: RemoteObject, start: int, end: int, stop: threading.Event) -> bytearray:
+        fetched.append(end - start)
+        return fetch(self, start, end, stop)
+
+    RemoteObject.fetch = counting  # type: ignore[method-assign]
     with process_group(rank, world, f"127.0.0.1:{port}", device):
         spec = spec_from_folder(folder)
         model = build_model(spec, dtype=torch.bfloat16, device="meta")
@@ -104,10 +112,11 @@ def ours(folder: str, rank: int, world: int, port: int) -> dict[str, float]:
         with Resident() as resident:
             begun = time.perf_counter()
             model.to_empty(device=device)
-            load_hf_weights(model, spec, folder)
+            load_hf_weights(model, spec, source)
             seconds = time.perf_counter() - begun
         share = sum(local_block(parameter)[0].nbytes for parameter in model.parameters())
-    return {"share_mib": share / MIB, "rise_mib": resident.rise / MIB, "seconds": seconds}
+    figures = {"share_mib": share / MIB, "rise_mib": resident.rise / MIB, "seconds": seconds}
+    return figures | ({"fetched_over_share": sum(fetched) / share} if fetched else {})
 
 
 def transformers_alone(folder: str) -> dict[str, float]:
@@ -126,17 +135,30 @@ def transformers_alone(folder: str) -> dict[str, float]:
     return {"share_mib": share / MIB, "rise_mib": resident.rise / MIB, "seconds": seconds}
 
 
-def in_processes(count: int, run: Any, *arguments: Any) -> list[dict[str, float]]:
+def in_processes(count: int, run: Any, folder: str, source: str | None = None) -> list[dict[str, float]]:
     """``run(folder, ...)`` in fresh processes, one a rank; the files are read once before."""
-    folder = arguments[0]
     for path in Path(folder).glob("*.safetensors"):
         path.read_bytes()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ranks = [pool.submit(run, folder, *([rank, count, port] if run is ours else [])) for rank in range(count)]
+        own = [[source or folder, rank, count, port] if run is ours else [] for rank in range(count)]
+        ranks = [pool.submit(run, folder, *arguments) for arguments in own]
         return [rank.result() for rank in ranks]
+
+
+@contextlib.contextmanager
+def in_store(folder: str) -> Iterator[str]:
+    """The URL of the folder's files in an S3 server, which the environment names meanwhile."""
+    from tests.support.s3 import s3_client, s3_environment, s3_process
+
+    with s3_process() as (server, proxy), s3_environment(proxy):
+        client = s3_client(server)
+        client.mkdir("hub")
+        for path in Path(folder).iterdir():
+            client.put_file(str(path), f"hub/model/{path.name}")
+        yield "s3://hub/model"
 
 
 def worst(ranks: list[dict[str, float]]) -> dict[str, float]:
@@ -147,35 +169,34 @@ def worst(ranks: list[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--store", action="store_true", help="also from an S3 server on loopback")
     options = parser.parse_args()
+    recording = Recording()
     found: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         size = write_folder(Path(temporary))
         folder = str(Path(temporary) / "model")
+        url = stack.enter_context(in_store(folder)) if options.store else None
         for _ in range(options.rounds):
             found.setdefault("transformers, 1 process", []).append(worst(in_processes(1, transformers_alone, folder)))
             for world in options.ranks:
                 found.setdefault(f"ours, {world} ranks", []).append(worst(in_processes(world, ours, folder)))
-    result = {
-        "command": " ".join(["python -m tests.benchmarks.loading", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                if url is not None:
+                    from_store = worst(in_processes(world, ours, folder, url))
+                    found.setdefault(f"ours, {world} ranks, from S3", []).append(from_store)
+    figures = {
         "model_mib": round(size / MIB, 1),
         "rounds": options.rounds,
         "medians_of_the_worst_rank": {
             name: {key: round(statistics.median(each[key] for each in rounds), 3) for key in rounds[0]}
             for name, rounds in found.items()
         },
-        "load_average": os.getloadavg(),
-        "environment": describe_environment(),
-        "code": describe_code(),
     }
-    print(json.dumps({key: result[key] for key in ("model_mib", "medians_of_the_worst_rank")}, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=1))
+    recording.write(options.output, figures)
 
 
 if __name__ == "__main__":

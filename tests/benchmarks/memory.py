@@ -8,11 +8,8 @@ row is read, and the ratio of the peaks. The S3 server is moto's, in a process o
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
 import gzip
-import importlib.metadata
 import json
 import os
 import random
@@ -23,9 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from posttrain_lib.lineage.environment import describe_code, describe_environment
+from tests.benchmarks.recording import Recording, argument_parser
 from tests.support.s3 import s3_client, s3_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,29 +123,16 @@ def measure(megabytes: int) -> dict[str, Any]:
 
 def main() -> None:
     """All cases, a few minutes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file to write")
+    parser = argument_parser(__doc__)
     parser.add_argument("--megabytes", type=int, default=20, help="uncompressed, at 1x")
     options = parser.parse_args()
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
+    recording = Recording("pyarrow", "fsspec", "s3fs", "moto")
     results = measure(options.megabytes)
     for name, case in results.items():
         print(
             f"{name:28} {case['1x']['peak_mib']:8} -> {case[f'{FACTOR}x']['peak_mib']:8} MiB  x{case['ratio_of_peaks']}"
         )
-    if options.output:
-        facts = describe_environment()
-        content = {
-            "command": "python -m tests.benchmarks.memory --output tests/benchmarks/results/memory.json",
-            "date": datetime.date.today().isoformat(),
-            "commit": describe_code().get("commit"),
-            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python")},
-            "versions": {name: importlib.metadata.version(name) for name in ("pyarrow", "fsspec", "s3fs", "moto")},
-            "load_at_start": load,
-            "uncompressed_mb_at_1x": options.megabytes,
-            "cases": results,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    recording.write(options.output, {"uncompressed_mb_at_1x": options.megabytes, "cases": results})
 
 
 if __name__ == "__main__":

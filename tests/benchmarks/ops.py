@@ -8,21 +8,13 @@ asked for, kept with the hardware, the threads and the load. ``OMP_NUM_THREADS``
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from posttrain_lib.lineage.environment import describe_code, describe_environment
 from posttrain_lib.ops.attention import DocumentLayout, packed_attention
 from posttrain_lib.ops.attention_pieces import attend_pieces
 from posttrain_lib.ops.cache import KeyValueCache
@@ -30,6 +22,7 @@ from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 from posttrain_lib.ops.norm import rms_norm
 from posttrain_lib.ops.output_head import OutputHead
 from posttrain_lib.ops.reference import packed_attention_reference
+from tests.benchmarks.recording import Recording, argument_parser
 
 RESULTS: dict[str, dict[str, dict[str, float]]] = {}
 
@@ -179,11 +172,10 @@ def norm(tokens: int, size: int) -> None:
 
 def main() -> None:
     """All cases, a minute or two."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file to write")
+    parser = argument_parser(__doc__)
     options = parser.parse_args()
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
-    print(f"threads {torch.get_num_threads()}, load {load}")
+    recording = Recording()
+    print(f"threads {torch.get_num_threads()}, load {recording.load_at_start}")
     attention(4096, 100, (4, 2), 32)
     attention(4096, 256, (8, 4), 64)
     attention(1024, 256, (8, 4), 64, dtype=torch.bfloat16)
@@ -198,18 +190,7 @@ def main() -> None:
     head(1024, 512, 32000, 0.3, rounds=3)
     head(1024, 256, 151936, 0.5, rounds=3)
     norm(4096, 128)
-    if options.output:
-        facts = describe_environment()
-        content = {
-            "command": "python -m tests.benchmarks.ops --output tests/benchmarks/results/ops.json",
-            "date": datetime.date.today().isoformat(),
-            "commit": describe_code().get("commit"),
-            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python", "torch")},
-            "threads": torch.get_num_threads(),
-            "load_at_start": load,
-            "cases": RESULTS,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    recording.write(options.output, {"cases": RESULTS})
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ hardware, with which versions, and what came out.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks.recording import write_result
 
 
 def figures(run: Any, command: str) -> dict[str, Any]:
@@ -55,11 +55,7 @@ def main() -> None:
     namespace(None)
     flow = Flow("SFTFlow")
     found = figures(flow[options.run] if options.run else flow.latest_successful_run, options.command)
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    folder = os.environ.get("POSTTRAIN_DATA")
-    if folder:  # a path of one machine
-        text = text.replace(folder, "${POSTTRAIN_DATA}")
-    options.output.write_text(text + "\n", encoding="utf-8")
+    write_result(options.output, found)
     print(f"written to {options.output}")
 
 

@@ -9,14 +9,9 @@ kept are medians. The cap lies below what one core parses, or the parser would b
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import http.client
-import importlib.metadata
 import io
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,12 +20,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from posttrain_lib.data.remote import RemoteFile, RemoteObject
 from posttrain_lib.data.sources import read_from
-from posttrain_lib.lineage.environment import describe_code, describe_environment
 from tests.benchmarks.memory import write
+from tests.benchmarks.recording import Recording, argument_parser
 from tests.support.s3 import s3_client, s3_environment, s3_process
 
 RANGE = 4 << 20
@@ -114,30 +107,23 @@ def measure(megabytes: int, latency: float, rate: float, rounds: int) -> dict[st
 
 def main() -> None:
     """All cases, a few minutes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file to write")
+    parser = argument_parser(__doc__)
     parser.add_argument("--megabytes", type=int, default=24, help="size of each file, about")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds before each answer")
     parser.add_argument("--rate", type=float, default=8e6, help="bytes per second of all connections together")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
+    recording = Recording("pyarrow", "fsspec", "s3fs", "moto")
     results = measure(options.megabytes, options.latency, options.rate, options.rounds)
-    if options.output:
-        facts = describe_environment()
-        content = {
-            "command": "python -m tests.benchmarks.remote_read --output tests/benchmarks/results/remote_read.json",
-            "date": datetime.date.today().isoformat(),
-            "commit": describe_code().get("commit"),
-            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python")},
-            "versions": {name: importlib.metadata.version(name) for name in ("pyarrow", "fsspec", "s3fs", "moto")},
-            "load_at_start": load,
+    recording.write(
+        options.output,
+        {
             "latency_seconds": options.latency,
             "cap_mb_per_second": options.rate / 1e6,
             "rounds": options.rounds,
             "cases": results,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -12,21 +12,13 @@ machine one thread (``OMP_NUM_THREADS=1``) keeps waiting out of the CPU time.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from posttrain_lib.data.collate import to_torch
-from posttrain_lib.lineage.environment import describe_code, describe_environment
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_config
@@ -34,6 +26,7 @@ from posttrain_lib.models.scratch import init_weights
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.training.flops import batch_flops
+from tests.benchmarks.recording import Recording, argument_parser
 
 #: a Qwen3 with the proportions of the smallest real one: twice as many queries as keys, a feed-forward of three times
 CONFIG = {
@@ -139,28 +132,16 @@ def _median_ratio(times: dict[str, list[float]]) -> float:
 
 def main() -> None:
     """A prompt of four completions' length, one of a quarter of it, and a pair; two minutes of CPU time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file to write")
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="turns that are timed, after one that is not")
     options = parser.parse_args()
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
+    recording = Recording()
     spec = spec_from_config(CONFIG)
     cases = []
     for group, prompt, completion in ((8, 512, 128), (8, 128, 512), (2, 512, 256)):
         cases.append(measure(spec, group, prompt, completion, options.rounds))
         print(json.dumps(cases[-1]))
-    if options.output:
-        facts = describe_environment()
-        content = {
-            "command": "python -m tests.benchmarks.shared_prefix " + " ".join(sys.argv[1:]),
-            "date": datetime.date.today().isoformat(),
-            "commit": describe_code().get("commit"),
-            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python", "torch")},
-            "threads": torch.get_num_threads(),
-            "load_at_start": load,
-            "cases": cases,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    recording.write(options.output, {"cases": cases})
 
 
 if __name__ == "__main__":

@@ -16,24 +16,18 @@ import os
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAYON_NUM_THREADS"] = "1"
 
-import argparse
-import datetime
-import importlib.metadata
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.engine_gate import choose_engine
 from posttrain_lib.data.engines import GigatokenEngine
 from posttrain_lib.embedded.conversations import generate_rows
-from posttrain_lib.lineage.environment import describe_code, describe_environment
 from posttrain_lib.schema.examples import Message
+from tests.benchmarks.recording import Recording, argument_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("POSTTRAIN_DATA") or ROOT.parent / "shared" / "data")
@@ -130,29 +124,14 @@ def measure(name: str, share: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Every tokenizer; several minutes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file to write")
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokenizers", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--share", type=int, default=10, help="take one real conversation in so many")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
+    recording = Recording("gigatoken")
     results = {name: measure(name, options.share, options.rounds) for name in options.tokenizers}
-    if options.output:
-        facts = describe_environment()
-        content = {
-            "command": "python -m tests.benchmarks.tokenizing --output tests/benchmarks/results/tokenize.json",
-            "date": datetime.date.today().isoformat(),
-            "commit": describe_code().get("commit"),
-            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python")},
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "gigatoken")
-            },
-            "rounds": options.rounds,
-            "load_at_start_and_end": [load, Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]],
-            "cases": results,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    recording.write(options.output, {"rounds": options.rounds, "cases": results})
 
 
 if __name__ == "__main__":

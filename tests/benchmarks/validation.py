@@ -9,13 +9,10 @@ Rates are of one thread, in processor seconds (other work on the machine then co
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import os
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,8 +22,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 from tokenizers import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from posttrain_lib.data import unicode_table
 from posttrain_lib.data.near_duplicates import (
@@ -41,7 +36,7 @@ from posttrain_lib.data.near_duplicates import (
 )
 from posttrain_lib.data.oddities import Oddities
 from posttrain_lib.data.pair_checks import PairChecks
-from posttrain_lib.lineage.environment import describe_code, describe_environment
+from tests.benchmarks.recording import Recording, argument_parser
 
 ROUNDS = 5
 SEED = 0
@@ -273,12 +268,11 @@ def preference(tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> dict[str, An
 
 def main() -> None:
     """All cases, a few minutes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file to write")
+    parser = argument_parser(__doc__)
     options = parser.parse_args()
+    recording = Recording()
     root = Path(__file__).resolve().parents[2]
     data = Path(os.environ.get("POSTTRAIN_DATA") or root.parent / "shared" / "data")
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
     tokenizer = Tokenizer.from_file(str(data / "tokenizers" / "qwen3" / "tokenizer.json"))
     rows = [row for name in ("chat", "tool_chat") for row in read(data / "chat" / f"{name}.jsonl")]
     texts = [as_text(row) for row in rows]
@@ -296,18 +290,7 @@ def main() -> None:
         "pair_checks": preference(tokenizer, read(data / "preference" / "pairs.jsonl")),
     }
     print(json.dumps(cases, indent=1))
-    if options.output:
-        facts = describe_environment()
-        content = {
-            "command": "python -m tests.benchmarks.validation --output tests/benchmarks/results/validation.json",
-            "date": datetime.date.today().isoformat(),
-            "commit": describe_code().get("commit"),
-            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python")},
-            "threads": 1,
-            "load_at_start": load,
-            "cases": cases,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    recording.write(options.output, {"threads": 1, "cases": cases})
 
 
 if __name__ == "__main__":

@@ -43,10 +43,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/collate.py": {"numpy", "torch"},
     "embedded": DATA,
     **{package: CORE for package in CORE_PACKAGES},
+    **{f"ops/{name}_triton": {"torch", "triton"} for name in ("head", "norm", "rope", "swiglu")},
     "rl": CORE,
     "rl/rewards": CORE,
     # asks transformers, inside functions, what an unknown architecture does
-    "conversion": CORE | {"transformers"},
+    "conversion": CORE | {"huggingface_hub"},
     "compute": {"numpy", "torch"},
     "compute/ray_": {"numpy", "torch", "ray"},
     "adapters": {"numpy"},

@@ -7,18 +7,9 @@ from typing import Any
 
 import torch
 
-_SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from posttrain_lib.conversion.family_test import TINY_SIZES
+from posttrain_lib.conversion.reference_facts import random_reference
+
 _YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -67,6 +58,18 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "phi3",
         "sliding_window": 9,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+    },
+    "phi3, longrope": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 48,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.3],
+            "long_factor": [1.5, 4.0, 11.0],
+        },
     },
     "olmo2": {"model_type": "olmo2", "rms_norm_eps": 1e-6},
     "olmo3": {
@@ -159,19 +162,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def tiny_model(case: str, **changes: Any) -> Any:
     """transformers' own model of a case, eager attention, every parameter random: norms, biases, sinks too."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    fields = {**_SIZES, **CASES[case], **changes}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("correction_bias"))]:
-            # Small products, norms about their neutral value: activations stay of order 1 through all layers.
-            scale = 0.15 if tensor.dim() > 1 else 0.3
-            tensor.add_(torch.randn(tensor.shape, generator=generator) * scale)
-    return model
+    return random_reference({**TINY_SIZES, **CASES[case], **changes})
 
 
 def write_tiny_model(case: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

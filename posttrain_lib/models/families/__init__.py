@@ -64,7 +64,8 @@ def get_family(model_type: object, where: str = "model_type") -> Family:
             where=where,
             got=model_type,
             expected="one of " + ", ".join(sorted(FAMILIES)),
-            fix="use a model of a supported architecture, or add a file to posttrain_lib/models/families",
+            fix="use a model of a supported architecture; or train it through transformers' own class with "
+            "model.backend: hf; or let flows/convert_flow.py look for a definition of it",
         )
     module, _, attribute = FAMILIES[model_type].partition(":")
     family: Family = getattr(importlib.import_module(module), attribute)
@@ -106,6 +107,11 @@ def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -
 
 def spec_from_folder(folder: str | Path) -> ModelSpec:
     """The ModelSpec of a Hugging Face folder. ModelError where config.json is missing, broken or unsupported."""
+    return spec_from_config(read_hf_config(folder), where=str(Path(folder) / "config.json"))
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """The content of a folder's config.json. ModelError where it is missing or broken."""
     path = Path(folder) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -117,4 +123,4 @@ def spec_from_folder(folder: str | Path) -> ModelSpec:
         raise ModelError("config.json cannot be read", where=path, got=error, fix="fetch the folder again") from error
     if not isinstance(content, dict):
         raise ModelError("config.json does not hold an object", where=path, got=type(content).__name__)
-    return spec_from_config(content, where=str(path))
+    return content

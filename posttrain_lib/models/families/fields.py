@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from posttrain_lib.errors import ModelError
@@ -57,6 +58,7 @@ _ROPE_KEYS: dict[str, dict[str, Any]] = {
         "mscale": None,
         "mscale_all_dim": None,
     },
+    "longrope": {"factor": None, _ORIGINAL: REQUIRED, "attention_factor": None},
 }
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -151,15 +153,33 @@ class ConfigReader:
         return list(given)
 
     def rope(
-        self, head_dim: int, positions: int, *, theta: float = 10_000.0, partial: float = 1.0, interleaved: bool = False
+        self,
+        head_dim: int,
+        positions: int,
+        *,
+        theta: float = 10_000.0,
+        partial: float = 1.0,
+        interleaved: bool = False,
+        original: int | None = None,
+        renamed: Mapping[str, str] = MappingProxyType({}),
     ) -> RopeConfig:
         """``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before).
 
         Args:
             head_dim: entries of a head. positions: ``max_position_embeddings``.
             theta, partial: the family's defaults for ``rope_theta`` and ``partial_rotary_factor``.
+            original: ``original_max_position_embeddings`` where the family keeps it outside.
+            renamed: kinds that the family's older files call otherwise.
         """
         given = self._rope_fields(theta, partial)
+        for key in ("rope_type", "type"):
+            if given.get(key) in renamed:
+                given[key] = renamed[given[key]]
+        kind = given.get("rope_type", given.get("type", "default"))
+        if original is not None and _ORIGINAL in _ROPE_KEYS.get(kind, {}):
+            stated = given.setdefault(_ORIGINAL, original)
+            if stated != original:
+                raise _wrong(f"rope_parameters.{_ORIGINAL}", stated, f"{original}, as the field {_ORIGINAL}")
         return self._one_rope(given, head_dim, positions, interleaved)
 
     def ropes_by_kind(
@@ -205,6 +225,10 @@ class ConfigReader:
         values: dict[str, Any] = {}
         if kind == "yarn":
             values["truncate"] = bool(given.pop("truncate", True))
+        dims = int(head_dim * _above_zero("partial_rotary_factor", partial))
+        if kind == "longrope":
+            for key in ("short_factor", "long_factor"):
+                values[key] = _above_zeros(f"{field}.{key}", given.pop(key, None), dims // 2)
         for key, default in _ROPE_KEYS[kind].items():
             value = given.pop(key, None)
             if value is None:
@@ -216,9 +240,12 @@ class ConfigReader:
         stretch = values.pop("mscale", None), values.pop("mscale_all_dim", None)
         if kind == "yarn" and "attention_factor" not in values:
             values["attention_factor"] = _yarn_factor(values["factor"], *stretch)
+        if kind == "longrope":
+            stretched = values.pop("factor", positions / values[_ORIGINAL])
+            values.setdefault("attention_factor", _longrope_factor(stretched, values[_ORIGINAL]))
         return RopeConfig(
             theta=float(_above_zero("rope_theta", theta)),
-            dims=int(head_dim * _above_zero("partial_rotary_factor", partial)),
+            dims=dims,
             kind=kind,
             interleaved=interleaved,
             original_max_position_embeddings=int(values.pop(_ORIGINAL, 0)),
@@ -295,6 +322,18 @@ def _above_zero(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise _wrong(name, None if value is REQUIRED else value, "a number above 0")
     return value
+
+
+def _above_zeros(name: str, value: Any, count: int) -> tuple[float, ...]:
+    """A list of this many numbers, as a tuple."""
+    if not isinstance(value, list) or len(value) != count:
+        raise _wrong(name, value, f"{count} numbers above 0, one for each pair that turns")
+    return tuple(float(_above_zero(f"{name}[{number}]", item)) for number, item in enumerate(value))
+
+
+def _longrope_factor(factor: float, original: float) -> float:
+    """``sqrt(1 + ln(factor) / ln(original))`` (Ding et al. 2024); 1 where nothing is stretched."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def yarn_stretch(factor: float, scale: float = 1.0) -> float:

@@ -3,6 +3,9 @@ scaled embeddings, a scale of its own on the scores."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from posttrain_lib.models.families import Family
 from posttrain_lib.models.families.fields import ConfigReader
 from posttrain_lib.models.families.shared import (
@@ -10,10 +13,11 @@ from posttrain_lib.models.families.shared import (
     ATTENTION_BIAS,
     EMBEDDING_AND_HEAD,
     MLP,
+    Sizes,
     in_layer,
     read_sizes,
 )
-from posttrain_lib.models.spec import ALL_NORMS, DecoderConfig, LayerConfig, MLPConfig, NormConfig
+from posttrain_lib.models.spec import ALL_NORMS, DecoderConfig, LayerConfig, MLPConfig, NormConfig, RopeConfig
 
 #: norms before and after attention and feed-forward, as Gemma's files name them
 SANDWICH = (
@@ -27,35 +31,57 @@ SANDWICH = (
 def read_config(fields: ConfigReader) -> DecoderConfig:
     """Defaults are those of transformers' Gemma2Config."""
     sizes = read_sizes(fields, positions=8192, head_dim=256, key_value_heads=4, tied=True)
-    bias, window = fields.boolean("attention_bias", False), fields.window(default=4096)
     rope = fields.rope(sizes.head_dim, sizes.positions)
-    scale, softcap = (
-        fields.number("query_pre_attn_scalar", 256) ** -0.5,
-        fields.optional_number("attn_logit_softcapping", 50.0),
-    )
-    fields.one_of("use_bidirectional_attention", (None, False), None)
-    mlp = MLPConfig(sizes.intermediate, fields.activation("hidden_activation", "hidden_act"))
     kinds = fields.layer_types(
         sizes.layers,
         ("full_attention", "sliding_attention"),
         lambda layer: "full_attention" if layer % 2 else "sliding_attention",
     )
-    attention = {
-        kind: sizes.attention(
-            rope=rope,
-            scale=scale,
-            softcap=softcap,
-            qkv_bias=bias,
-            o_bias=bias,
-            window=window if kind == "sliding_attention" else None,
+    return sandwich_decoder(fields, sizes, kinds, dict.fromkeys(kinds, rope), score_cap=50.0, logit_cap=30.0)
+
+
+def sandwich_decoder(
+    fields: ConfigReader,
+    sizes: Sizes,
+    kinds: Sequence[str],
+    ropes: Mapping[str, RopeConfig],
+    *,
+    score_cap: float | None = None,
+    logit_cap: float | None = None,
+    **attention: Any,
+) -> DecoderConfig:
+    """What Gemma-2 and Gemma-3 have in common: all but the kinds of layers and their rotary embeddings.
+
+    Args:
+        kinds: of each layer. ropes: by kind.
+        score_cap, logit_cap: the family's defaults. attention: what else its attention has.
+    """
+    bias, window = fields.boolean("attention_bias", False), fields.window(default=4096)
+    scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
+    softcap = fields.optional_number("attn_logit_softcapping", score_cap)
+    fields.one_of("use_bidirectional_attention", (None, False), None)
+    mlp = MLPConfig(sizes.intermediate, fields.activation("hidden_activation", "hidden_act"))
+    layers = {
+        kind: LayerConfig(
+            sizes.attention(
+                rope=ropes[kind],
+                scale=scale,
+                softcap=softcap,
+                qkv_bias=bias,
+                o_bias=bias,
+                window=window if kind == "sliding_attention" else None,
+                **attention,
+            ),
+            mlp,
+            ALL_NORMS,
         )
         for kind in set(kinds)
     }
     return sizes.decoder(
-        (LayerConfig(attention[kind], mlp, ALL_NORMS) for kind in kinds),
+        (layers[kind] for kind in kinds),
         NormConfig(sizes.eps, plus_one=True, late_cast=True),
         embedding_scale=sizes.hidden**0.5,
-        logit_softcap=fields.optional_number("final_logit_softcapping", 30.0),
+        logit_softcap=fields.optional_number("final_logit_softcapping", logit_cap),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from posttrain_lib.models.families import Family
 from posttrain_lib.models.families.fields import ConfigReader
-from posttrain_lib.models.families.gemma2 import SANDWICH
+from posttrain_lib.models.families.gemma2 import SANDWICH, sandwich_decoder
 from posttrain_lib.models.families.shared import (
     ATTENTION,
     ATTENTION_BIAS,
@@ -14,7 +14,7 @@ from posttrain_lib.models.families.shared import (
     QK_NORM,
     read_sizes,
 )
-from posttrain_lib.models.spec import ALL_NORMS, DecoderConfig, LayerConfig, MLPConfig, NormConfig
+from posttrain_lib.models.spec import DecoderConfig
 
 _THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_local_base_freq", 1e4)}
 
@@ -22,37 +22,13 @@ _THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_lo
 def read_config(fields: ConfigReader) -> DecoderConfig:
     """Defaults are those of transformers' Gemma3TextConfig."""
     sizes = read_sizes(fields, positions=131072, head_dim=256, key_value_heads=4, tied=True)
-    bias, window = fields.boolean("attention_bias", False), fields.window(default=4096)
     ropes = fields.ropes_by_kind(sizes.head_dim, sizes.positions, _THETAS)
-    scale, softcap = (
-        fields.number("query_pre_attn_scalar", 256) ** -0.5,
-        fields.optional_number("attn_logit_softcapping"),
-    )
-    fields.one_of("use_bidirectional_attention", (None, False), False)
-    mlp = MLPConfig(sizes.intermediate, fields.activation("hidden_activation", "hidden_act"))
     fields.skip("_sliding_window_pattern")  # transformers writes what it made layer_types of
     every = fields.integer("sliding_window_pattern", 6)
     kinds = fields.layer_types(
         sizes.layers, tuple(_THETAS), lambda layer: "sliding_attention" if (layer + 1) % every else "full_attention"
     )
-    attention = {
-        kind: sizes.attention(
-            rope=ropes[kind],
-            scale=scale,
-            softcap=softcap,
-            qkv_bias=bias,
-            o_bias=bias,
-            qk_norm="head",
-            window=window if kind == "sliding_attention" else None,
-        )
-        for kind in set(kinds)
-    }
-    return sizes.decoder(
-        (LayerConfig(attention[kind], mlp, ALL_NORMS) for kind in kinds),
-        NormConfig(sizes.eps, plus_one=True, late_cast=True),
-        embedding_scale=sizes.hidden**0.5,
-        logit_softcap=fields.optional_number("final_logit_softcapping"),
-    )
+    return sandwich_decoder(fields, sizes, kinds, ropes, qk_norm="head")
 
 
 FAMILY = Family(

@@ -1,5 +1,5 @@
 """Phi-3 and Phi-4 (``model_type: phi3``): q, k, v in one stored tensor, gate and up in another; optional window and
-partial rotary embedding."""
+partial rotary embedding; longrope for contexts of 128k."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ def read_config(fields: ConfigReader) -> DecoderConfig:
     sizes = read_sizes(fields, positions=4096, eps=1e-5)
     for name in ("resid_pdrop", "embd_pdrop"):
         fields.one_of(name, (0, 0.0), 0.0)
-    fields.skip("original_max_position_embeddings")  # only its longrope kind, which is refused, reads it
+    rope = fields.rope(
+        sizes.head_dim,
+        sizes.positions,
+        original=fields.integer("original_max_position_embeddings", 4096),
+        renamed={"su": "longrope", "yarn": "longrope"},  # as transformers reads its older files
+    )
     layer = LayerConfig(
-        sizes.attention(rope=fields.rope(sizes.head_dim, sizes.positions), window=fields.window()),
+        sizes.attention(rope=rope, window=fields.window()),
         MLPConfig(sizes.intermediate, fields.activation("hidden_act")),
     )
     return sizes.decoder([layer] * sizes.layers)

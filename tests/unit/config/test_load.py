@@ -42,6 +42,8 @@ def test_minimal_config_is_complete_and_frozen() -> None:
         ("train.optimizer.weight_decy=0.1", "train.optimizer.weight_decy", "weight_decay"),
         ("data.sources=[{name: a, pth: x, path: y}]", "data.sources.0.pth", "path"),
         ("model.verification.teir=light", "model.verification.teir", "tier"),
+        ("train.mixture.sources.a.wieght=1", "train.mixture.sources.a.wieght", "weight"),
+        ("train.mixture.sources.weight.wieght=1", "train.mixture.sources.weight.wieght", "weight"),
     ],
 )
 def test_unknown_keys_name_their_place_and_the_nearest(key: str, place: str, nearest: str | None) -> None:

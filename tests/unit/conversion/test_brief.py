@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from posttrain_lib.checkpoint.hf_files import read_headers
+from posttrain_lib.conversion import reference_facts as reference_module
 from posttrain_lib.conversion.brief import Brief, Scrubber, folded, make_brief, report_for_agent
 from posttrain_lib.conversion.reference_facts import reference_facts
 from posttrain_lib.models.families import FAMILIES
@@ -49,6 +51,36 @@ def test_facts_say_what_a_field_does_and_what_is_taken_where_it_is_missing(
     assert brief.effects["attention_bias"].result == "parameters"
     assert "model.layers.{n}.self_attn.o_proj.bias" in brief.effects["attention_bias"].parameters
     assert brief.defaults["num_key_value_heads"] == 4
+
+
+def test_what_transformers_says_to_a_value_that_it_refuses_is_kept(family_folder: Callable[[str], Path]) -> None:
+    brief = brief_of(family_folder("gemma2"))
+    refused = {name: effect for name, effect in brief.effects.items() if effect.result == "refused"}
+    assert "not a multiple of the number of attention heads" in refused["hidden_size"].said
+    assert "`num_hidden_layers` (5) must be equal to" in brief.to_dict()["effects"]["num_hidden_layers"]["said"]
+    assert not [name for name, effect in brief.effects.items() if effect.said and name not in refused]
+    assert "said" not in brief.to_dict()["effects"]["rms_norm_eps"]
+
+
+def test_a_refusal_is_scrubbed_of_names() -> None:
+    effect = {"change": "1 -> 2", "result": "refused", "parameters": [], "said": "ValueError: Olmo2Config has no 2"}
+    content = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "n": 1}
+    brief = make_brief(content, {}, {"defaults": {}, "effects": {"n": effect}}, named=False)
+    assert brief.effects["n"].said == "ValueError: -Config has no 2"
+
+
+def test_what_says_nothing_of_a_value_is_no_refusal(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise MemoryError("no memory left")
+
+    folder = family_folder("qwen3")
+    content = json.loads((folder / "config.json").read_text())
+    known = reference_module._parameters(content)
+    monkeypatch.setattr(reference_module, "_logits", out_of_memory)
+    with pytest.raises(MemoryError):
+        reference_module._effect(folder, content, known, torch.zeros(1))
 
 
 def test_tensors_of_layers_and_experts_are_one_line_each() -> None:

@@ -13,14 +13,13 @@ import pytest
 from posttrain_lib.conversion.brief import Brief
 from posttrain_lib.conversion.convert import Conversion, convert, narrow_windows
 from posttrain_lib.conversion.family_file import FamilyFile, objections
-from posttrain_lib.conversion.family_test import TINY_SIZES, tiny_case
 from posttrain_lib.conversion.family_test import test_text as text_of_test
+from posttrain_lib.conversion.family_test import tiny_case
 from posttrain_lib.conversion.judging import Judge
 from posttrain_lib.conversion.protocol import Attempt, Budget, GiveUp
 from posttrain_lib.conversion.sandbox import Limits, run_proposal
 from posttrain_lib.conversion.search import SearchAgent
 from posttrain_lib.conversion.search_space import Space
-from tests.support import tiny_models
 from tests.support.tiny_models import CASES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,10 +90,6 @@ def test_the_test_of_a_proposal_passes_in_the_project(family_folder: Callable[[s
     ast.parse(path.read_text())
     done = subprocess.run(["pytest", "-q", "-c", "pyproject.toml", str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-def test_tiny_sizes_are_those_of_the_tests() -> None:
-    assert dict(TINY_SIZES) == tiny_models._SIZES
 
 
 def test_a_tiny_case_keeps_what_is_on() -> None:

@@ -23,7 +23,7 @@ from posttrain_lib.data.loader import (
     count_steps,
     held_out_batches,
 )
-from posttrain_lib.data.store_feed import StoreFeed
+from posttrain_lib.data.store_feed import MixtureSpec, StoreFeed
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.errors import CheckpointError, DataError
 from posttrain_lib.schema.batches import PackedBatch
@@ -110,7 +110,7 @@ def _check_batch(store: TokenStore, batch: PackedBatch) -> None:
         "loss_weights": "float32",
         "positions": "int32",
         "cu_seqlens": "int32",
-        "supervised_index": "int64",
+        "supervised_index": "int32",
         "document_sources": "int32",
         "document_ids": "int64",
     }
@@ -258,6 +258,16 @@ def test_epochs_visit_every_example_as_often(store: TokenStore, epochs: float) -
     assert len(steps) == counted == steps[-1].step
     # The last step is filled up with padding: its size is as ever.
     assert {sum(batch.num_tokens for batch in step.micro_batches) for step in steps} == {4 * ROW_TOKENS}
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 2.5}, {"mixture": MixtureSpec(exhausted="drop")}])
+def test_counting_steps_leaves_the_feed_at_its_beginning(store: TokenStore, changes: dict[str, Any]) -> None:
+    feed = StoreFeed(store, row_tokens=ROW_TOKENS, seed=3, **changes)
+    counted = count_steps(feed, row_tokens=ROW_TOKENS, rows_per_step=4, packing_buffer=8)
+    loader = PackedLoader(feed, row_tokens=ROW_TOKENS, rows_per_step=4, micro_batch_rows=2, packing_buffer=8)
+    steps = _take(loader, 10_000)
+    assert _digest(steps) == _digest(_take(_loader(store, **changes), 10_000))
+    assert len(steps) == counted > 1
 
 
 def test_the_end_stays_the_end_and_can_be_resumed(store: TokenStore) -> None:

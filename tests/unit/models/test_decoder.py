@@ -212,3 +212,13 @@ def test_matmul_parameters_of_every_kind_of_layer_are_what_the_flop_counter_sees
             by_op = {str(op): count for op, count in counts.items()}
     products = sum(count for op, count in by_op.items() if op in ("aten.mm", "aten.addmm"))
     assert products == 2 * length * sum(matmul_parameters(spec))
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_the_routing_correction_is_float32_at_least(dtype, wide, family_folder):
+    model = build_model(spec_from_folder(family_folder("deepseek_v3")), dtype)
+    assert torch.get_default_dtype() == torch.float32
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    corrections = {name for name in kinds if name.endswith("correction_bias")}
+    assert corrections
+    assert all(kind == (wide if name in corrections else dtype) for name, kind in kinds.items())

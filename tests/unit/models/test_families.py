@@ -59,7 +59,9 @@ def _agrees_with_transformers(content):
     assert len(tables) == len(ours.ropes)
     for rope in ours.ropes:
         frequencies = inverse_frequencies(rope)
-        assert any(value.shape == frequencies.shape and torch.equal(value, frequencies) for value in tables)
+        # Of longrope's two sets transformers begins with the one for short documents.
+        known = frequencies[0] if rope.kind == "longrope" else frequencies
+        assert any(value.shape == known.shape and torch.equal(value, known) for value in tables)
     if len(tables) == 1:
         assert ours.ropes[0].attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
     for own, layer in zip(ours.layers, theirs.model.layers, strict=True):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from posttrain_lib.checkpoint.adapters import save_adapter
+from posttrain_lib.checkpoint.adapters import adapters_trajectory, save_adapter
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.errors import ModelError
 from posttrain_lib.models.decoder import build_model
@@ -68,7 +68,8 @@ def train(folder: Path, run: str, rank: int, world: int) -> dict[str, Any]:
     assert all(torch.equal(local(after[name]), value) for name, value in base.items())
     save_adapter(model, spec, folder / f"{run}-{world}")
     adapters = {name: whole(value) for name, value in after.items() if value.requires_grad}
-    return {"adapters": adapters, "merged": merged_state_dict(model), "losses": losses}
+    merged, trajectory = merged_state_dict(model), adapters_trajectory(model)
+    return {"adapters": adapters, "merged": merged, "losses": losses, "trajectory": trajectory}
 
 
 def local(value: Tensor) -> Tensor:
@@ -133,6 +134,7 @@ def test_two_ranks_train_as_one(both: tuple[Path, list[dict[str, Any]], dict[str
         assert torch.equal(first["adapters"][name], second["adapters"][name])
         moved = max(moved, float(value.abs().max()))
     assert moved > 0.01
+    assert first["trajectory"] == second["trajectory"] == alone[run]["trajectory"]
     assert list(first["merged"]) == list(alone[run]["merged"])
     for name, value in alone[run]["merged"].items():
         assert first["merged"][name].dtype == value.dtype == (torch.bfloat16 if low else torch.float32)

@@ -46,7 +46,9 @@ def test_only_the_regions_of_a_block_are_asked_for(family_folder, monkeypatch):
     folder = family_folder("qwen3_moe")
     spec = spec_from_folder(folder)
     asked = []
-    monkeypatch.setattr(StoredTensors, "copy", lambda self, tensor, index, into, **_: asked.append((tensor, index)))
+    monkeypatch.setattr(
+        StoredTensors, "copy", lambda self, regions: asked.extend((each.tensor, each.index) for each in regions)
+    )
     pieces = pieces_by_parameter(spec)["layers.0.mlp.experts.up_proj"]
     fill_from(StoredTensors(folder), pieces, torch.empty(3, 4, 32), (3, 8, 0))
     assert asked == [
@@ -100,7 +102,7 @@ def test_headers_say_where_bytes_lie(family_folder):
 
 @pytest.mark.parametrize("at_a_time", [1, 500, 1 << 20])
 def test_reading_in_parts_gives_the_whole(family_folder, monkeypatch, at_a_time):
-    monkeypatch.setattr("posttrain_lib.checkpoint.hf_files._AT_A_TIME", at_a_time)
+    monkeypatch.setattr("posttrain_lib.checkpoint.hf_files.AT_A_TIME", at_a_time)
     folder = family_folder("gpt_oss")
     spec = spec_from_folder(folder)
     parts = dict(iter_hf_weights(spec, folder))

@@ -30,7 +30,20 @@ def test_norm_has_the_bits_of_transformers(name, options, dtype):
     assert torch.equal(rms_norm(hidden, theirs.weight, 1e-5, **options), theirs(hidden))
 
 
-@pytest.mark.parametrize("options", [{}, {"late_cast": True}, {"late_cast": True, "plus_one": True}])
+@pytest.mark.parametrize("late_cast", [False, True])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_norm_gives_back_the_dtype_of_its_input(plus_one, late_cast):
+    hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(8).bfloat16()
+    got = rms_norm(hidden, weight, 1e-6, plus_one=plus_one, late_cast=late_cast)
+    exact = rms_norm(hidden.double(), weight.double(), 1e-6, plus_one=plus_one, late_cast=late_cast)
+    assert got.dtype == torch.bfloat16
+    # Three roundings to 8 bits at the most: of the factor, of the normalised value, and of their product.
+    torch.testing.assert_close(got.double(), exact, rtol=3 * 2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"late_cast": True}, {"late_cast": True, "plus_one": True}, {"plus_one": True}]
+)
 def test_norm_gradients_by_finite_differences(options):
     hidden = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, dtype=torch.float64, requires_grad=True)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
+from posttrain_lib.checkpoint.hf_files import read_headers
+from posttrain_lib.checkpoint.weight_files import POINTER
 from posttrain_lib.config.load import build_run_config
-from posttrain_lib.errors import ConfigError, DataError, StoreError
+from posttrain_lib.errors import ConfigError, DataError, ModelError, StoreError
 from posttrain_lib.lineage.digests import FileDigests
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps import inputs, prepare_data
-from steps.base import StepContext
+from steps.base import StepContext, run_step
 
 RAW: dict[str, Any] = {
     "name": "test",
@@ -67,3 +71,52 @@ def test_rows_that_were_edited_after_the_run_began_are_refused(here: Path) -> No
     with pytest.raises(DataError, match="not what it was when the run started") as caught:
         prepare_data.body(context)
     assert "resume start" in str(caught.value)
+
+
+class TestModelInAStore:
+    """On memory://, whose files tell when they were made; real object stores are in checkpoint/test_remote_weights."""
+
+    @pytest.fixture
+    def url(self, tiny_folder: Callable[[str], Path]) -> Iterator[str]:
+        memory = fsspec.filesystem("memory")
+        for path in tiny_folder("llama").iterdir():
+            memory.pipe(f"/models/tiny/{path.name}", path.read_bytes())
+        yield "memory://models/tiny"
+        memory.rm("/models", recursive=True)
+
+    def run(self, url: str, **more: Any) -> Any:
+        raw = {**RAW, "data": {**RAW["data"], "tokenizer": "tokenizer"}, "model": {"path": url, **more}}
+        return run_step(inputs.STEP, build_run_config(raw), {}, say=lambda _: None)
+
+    @pytest.fixture(autouse=True)
+    def _tokenizer(self, here: Path) -> None:
+        (here / "tokenizer").mkdir()
+
+    def test_later_steps_see_a_folder_with_a_pointer(self, url: str, tiny_folder: Callable[[str], Path]) -> None:
+        first = self.run(url)
+        folder = Path(first.outputs["model"].uri)
+        assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer_config.json", POINTER}
+        assert read_headers(folder) == read_headers(tiny_folder("llama"))
+        assert first.inputs["model"].uri == url
+        assert self.run(url).reused
+
+    def test_another_version_is_another_input(self, url: str, tiny_folder: Callable[[str], Path]) -> None:
+        first = self.run(url)
+        content = (tiny_folder("llama") / "model.safetensors").read_bytes()
+        fsspec.filesystem("memory").pipe("/models/tiny/model.safetensors", content)
+        again = self.run(url)
+        assert not again.reused
+        assert again.outputs["model"].digest != first.outputs["model"].digest
+        with pytest.raises(ModelError, match="was replaced in its store"):
+            read_headers(first.outputs["model"].uri)
+
+    def test_a_model_that_is_replaced_while_the_run_starts_is_refused(self, url: str, tmp_path: Path) -> None:
+        found = inputs._stored_model(url)
+        fsspec.filesystem("memory").pipe("/models/tiny/config.json", b"{}")
+        with pytest.raises(ModelError, match="while the run started"):
+            inputs._fetch_stored(found, tmp_path / "model")
+
+    def test_an_empty_place_is_named(self) -> None:
+        with pytest.raises(ModelError, match="does not exist") as caught:
+            self.run("memory://models/nowhere")
+        assert caught.value.where == "memory://models/nowhere"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from posttrain_lib.config.load import build_run_config
@@ -57,3 +58,14 @@ def test_a_made_and_a_found_model_grow_alike(isolated_store: Path) -> None:
 )
 def test_what_decides_the_folder_is_in_its_key(change: dict[str, Any], same: bool, isolated_store: Path) -> None:
     assert (run(RAW["model"], ADDED).key == run(RAW["model"], {**ADDED, **change}).key) is same
+
+
+def test_a_model_in_a_store_grows_alike(isolated_store: Path) -> None:
+    plain = run(RAW["model"], {})
+    memory, folder = fsspec.filesystem("memory"), Path(plain.outputs["model"].uri)
+    for path in folder.iterdir():
+        memory.pipe(f"/growing/model/{path.name}", path.read_bytes())
+    grown, stored = run({"path": str(folder)}, ADDED), run({"path": "memory://growing/model"}, ADDED)
+    memory.rm("/growing", recursive=True)
+    assert stored.outputs["model"].digest == grown.outputs["model"].digest
+    assert not [path for path in Path(stored.outputs["model"].uri).parent.iterdir() if path.name.startswith("tmp")]

@@ -7,6 +7,7 @@ import pytest
 
 from posttrain_lib.config import load_run_config
 from posttrain_lib.errors import ConfigError, DataError, ModelError
+from posttrain_lib.models.spec import parameter_count
 from steps import plan
 from steps.pipeline import DEFAULT_CONFIG
 
@@ -81,3 +82,27 @@ def test_command_names_a_misspelt_key(capsys: pytest.CaptureFixture[str]) -> Non
         plan.main(["--set", "train.stps=7"])
     assert stopped.value.code == 1
     assert "did you mean 'steps'?" in capsys.readouterr().err
+
+
+def test_new_tokens_are_counted() -> None:
+    """A row of the (tied) embedding for each token behind the tokenizer's."""
+    plain = load_run_config(DEFAULT_CONFIG)
+    more = load_run_config(DEFAULT_CONFIG, ["model.vocabulary={add_blocks: [{format: '<item_{n}>', count: 100}]}"])
+    before, after = plan._spec(plain), plan._spec(more)
+    assert before is not None and after is not None
+    assert after.config.vocab_size == before.config.vocab_size + 100
+    rows = 1 if before.config.tie_word_embeddings else 2
+    assert parameter_count(after.config) == parameter_count(before.config) + rows * 100 * before.config.hidden_size
+
+
+def test_new_tokens_of_a_found_model_fill_its_spare_rows_first(tmp_path: Path) -> None:
+    plain = plan._spec(load_run_config(DEFAULT_CONFIG))
+    assert plain is not None
+    vocabulary = {f"t{number}": number for number in range(plain.config.vocab_size - 30)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    (tmp_path / "config.json").write_text(json.dumps(dict(plain.hf_config)))
+    for count, rows in ((30, plain.config.vocab_size), (31, plain.config.vocab_size + 1)):
+        added = f"model.vocabulary={{add_blocks: [{{format: '<item_{{n}}>', count: {count}}}]}}"
+        overrides = ["model.from_scratch=null", f"model.path={tmp_path}", added]
+        grown = plan._spec(load_run_config(DEFAULT_CONFIG, overrides))
+        assert grown is not None and grown.config.vocab_size == rows
