@@ -126,7 +126,9 @@ class Lora(Section):
 class ModelConfig(Section):
     """Which model to train."""
 
-    path: str | None = Field(None, description="Hugging Face folder, its URL in an object store (s3://...), or hub id owner/name[@revision]")
+    path: str | None = Field(
+        None, description="Hugging Face folder, its URL in an object store (s3://...), or hub id owner/name[@revision]"
+    )
     from_scratch: FromScratch | None = None
     verification: VerificationConfig = VerificationConfig()
     vocabulary: Vocabulary = Vocabulary()

@@ -9,7 +9,6 @@ from itertools import chain
 import numpy as np
 
 from posttrain_lib.data.kernels import lay_out, nonzero, pad, place_rows
-from posttrain_lib.data.recycling import recycled
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.data.units import Units
 from posttrain_lib.schema.batches import PackedBatch
@@ -44,8 +43,9 @@ class PackedArrays:
 
     @classmethod
     def empty(cls, total: int) -> PackedArrays:
-        """Arrays [total] of whatever the memory holds, in one piece."""
-        block = recycled(4 * total).reshape(4, total)
+        """Arrays [total] of whatever the memory holds, in one piece: numpy asks for huge pages from 4 MiB on, and page
+        faults cost more here than copying."""
+        block = np.empty((4, total), np.int32)
         return cls(block[0], block[1], block[2].view(np.float32), block[3])
 
     def pad(self, bounds: np.ndarray, segments: np.ndarray) -> None:
@@ -142,7 +142,7 @@ class _Whole:
             parents = None if (parents < 0).all() else np.where(parents < 0, -1, parents - left).astype(np.int32)
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
         weights = self.arrays.loss_weights[begin:stop]
-        supervised = recycled(stop - begin)
+        supervised = np.empty(stop - begin, np.int32)
         return PackedBatch(
             token_ids=self.arrays.token_ids[begin:stop],
             target_ids=self.arrays.target_ids[begin:stop],

@@ -23,7 +23,7 @@ from posttrain_lib.data.near_duplicates import signatures
 from posttrain_lib.data.oddities import Oddities
 from posttrain_lib.data.readers import BadRow
 from posttrain_lib.data.refusal import RefusedRow
-from posttrain_lib.data.split import is_held_out
+from posttrain_lib.data.split import is_held_out, split_place
 from posttrain_lib.data.tokenize import Tokens
 from posttrain_lib.schema.examples import Conversation, Message, ParsedRow, PlainText, PreferencePair, Prompt
 
@@ -70,7 +70,9 @@ class EncodedRow:
 
     ``left_out`` are (row id, reason, detail) of its documents that cannot be used. ``prompt`` is what serving would
     send before the last answer, for held-out rows, or the whole row where it is a prompt for RL. ``answered`` are
-    digests of the prompts that its examples answer.
+    digests of the prompts that its examples answer. ``split_place`` is that of its group (see
+    :func:`~posttrain_lib.data.split.split_place`). ``read_tokens`` and ``left_out_tokens``: see
+    :class:`~posttrain_lib.data.making.Made`; of a refused row all are left out.
     """
 
     source: int
@@ -86,6 +88,9 @@ class EncodedRow:
     notes: Counter[str] = field(default_factory=Counter)
     prompt: dict[str, Any] | None = None
     answered: tuple[bytes, ...] = ()
+    split_place: int = 0
+    read_tokens: int = 0
+    left_out_tokens: int = 0
 
 
 class RowEncoder:
@@ -136,8 +141,15 @@ class RowEncoder:
             made = make(self.tokenizer, parsed, self.config)
         except RefusedRow as refusal:
             content = raw.content.raw if isinstance(raw.content, BadRow) else raw.content
-            return EncodedRow(*raw[:4], refused=(refusal.reason, refusal.detail), raw=content)
-        held_out = is_held_out(parsed.group or raw.row_id, self.config.held_out)
+            return EncodedRow(
+                *raw[:4],
+                refused=(refusal.reason, refusal.detail),
+                raw=content,
+                read_tokens=refusal.tokens,
+                left_out_tokens=refusal.tokens,
+            )
+        place = split_place(parsed.group or raw.row_id, self.config.held_out)
+        held_out = is_held_out(place, self.config.held_out)
         left_out = tuple((raw.row_id + suffix, why.reason, why.detail) for suffix, why in made.left_out)
         return EncodedRow(
             *raw[:4],
@@ -149,6 +161,9 @@ class RowEncoder:
             notes=made.notes + Counter([_grouped_by(parsed.group)]),
             prompt=self._prompt(parsed, made, held_out=held_out),
             answered=() if held_out else tuple(_prompts_answered(made)),
+            split_place=place,
+            read_tokens=made.read_tokens,
+            left_out_tokens=made.left_out_tokens,
         )
 
     def _prompt(self, parsed: ParsedRow, made: Made, *, held_out: bool) -> dict[str, Any] | None:

@@ -75,20 +75,23 @@ class Made:
     """What a row became. ``left_out`` are (suffix, why) of documents that cannot be used beside those that can.
 
     A ``pair`` has exactly two documents, the chosen answer first; a ``prompt`` has one, of weight 0. ``notes`` count
-    what the receipt should mention.
+    what the receipt should mention. ``read_tokens`` are those of the row before anything was cut or left out: they are
+    the tokens of ``documents``, those in ``left_out_tokens`` and the note ``truncated_tokens`` together.
     """
 
     kind: Kind
     documents: tuple[MadeDocument, ...]
     left_out: tuple[tuple[str, RefusedRow], ...] = ()
     notes: Counter[str] = field(default_factory=Counter)
+    read_tokens: int = 0
+    left_out_tokens: int = 0
 
 
 def make(tokenizer: ChatTokenizer, row: ParsedRow, settings: Settings) -> Made:
     """The documents of a row.
 
     Raises:
-        RefusedRow: nothing of the row can be used.
+        RefusedRow: nothing of the row can be used. Its ``tokens`` are all of them, as far as they could be made.
     """
     if isinstance(row, Conversation):
         rendered = render_conversation(
@@ -149,24 +152,27 @@ def _fitted(found: Sequence[MadeDocument | tuple[str, RefusedRow]], settings: Se
     documents: list[MadeDocument] = []
     left_out: list[tuple[str, RefusedRow]] = []
     notes = notes.copy()
+    read = left_out_tokens = 0
     for item in found:
         if isinstance(item, tuple):
             left_out.append(item)
             continue
         whole = len(item.tokens.ids)
+        read += whole
         pieces = [item] if whole <= settings.max_example_tokens else _pieces(item, settings)
-        if settings.over_length != "split":
-            notes["truncated_tokens"] += whole - sum(len(piece.tokens.ids) for piece in pieces)
+        notes["truncated_tokens"] += whole - sum(len(piece.tokens.ids) for piece in pieces)
         for piece in pieces:
             problem = _useless(piece, whole, settings)
             if problem is not None:
                 left_out.append((piece.suffix, problem))
+                left_out_tokens += len(piece.tokens.ids)
                 continue
             notes["split_parts"] += len(pieces) > 1
             documents.append(piece)
     if not documents:
-        raise left_out[0][1]
-    return Made("documents", tuple(documents), tuple(left_out), +notes)
+        why = left_out[0][1]
+        raise RefusedRow(why.reason, why.detail, read)
+    return Made("documents", tuple(documents), tuple(left_out), +notes, read, left_out_tokens)
 
 
 def _pieces(document: MadeDocument, settings: Settings) -> list[MadeDocument]:
@@ -204,7 +210,7 @@ def _useless(piece: MadeDocument, whole: int, settings: Settings) -> RefusedRow 
 
 
 def _too_long(length: int, settings: Settings) -> RefusedRow:
-    return RefusedRow("too_long", f"{length} tokens, data.max_example_tokens is {settings.max_example_tokens}")
+    return RefusedRow("too_long", f"{length} tokens, data.max_example_tokens is {settings.max_example_tokens}", length)
 
 
 def _pair(tokenizer: ChatTokenizer, row: PreferencePair, settings: Settings) -> Made:
@@ -217,23 +223,24 @@ def _pair(tokenizer: ChatTokenizer, row: PreferencePair, settings: Settings) -> 
     if not np.array_equal(chosen.tokens.ids[:first], rejected.tokens.ids[:other]):
         raise RefusedRow("prompts_differ", "the template prints the prompt otherwise before each of the answers")
     lengths = len(chosen.tokens.ids) - first, len(rejected.tokens.ids) - first
-    room = settings.max_example_tokens - 2 * first
+    whole, room = 2 * first + sum(lengths), settings.max_example_tokens - 2 * first
     if sum(lengths) <= room:
-        return _compared(chosen, rejected, notes)
+        return _compared(chosen, rejected, notes, whole)
     if settings.over_length in ("refuse", "split"):  # half a pair compares nothing
-        raise _too_long(2 * first + sum(lengths), settings)
+        raise _too_long(whole, settings)
     most = max(room // 2, room - min(lengths))  # what a short answer does not need is the other's
     if most < 1:
-        raise RefusedRow("nothing_left", f"the prompt of {first} tokens, twice, leaves no room for the answers")
+        raise RefusedRow("nothing_left", f"the prompt of {first} tokens, twice, leaves no room for the answers", whole)
     notes["truncated_tokens"] += sum(max(0, length - most) for length in lengths)
-    return _compared(_shortened(chosen, first + most), _shortened(rejected, first + most), notes)
+    return _compared(_shortened(chosen, first + most), _shortened(rejected, first + most), notes, whole)
 
 
-def _compared(chosen: MadeDocument, rejected: MadeDocument, notes: Counter[str]) -> Made:
+def _compared(chosen: MadeDocument, rejected: MadeDocument, notes: Counter[str], whole: int) -> Made:
+    """The pair, of ``whole`` tokens before it was cut."""
     if np.array_equal(chosen.tokens.ids, rejected.tokens.ids):
         cut = " as far as data.max_example_tokens keeps them" if chosen.truncated else ""
-        raise RefusedRow("answers_equal", f"both answers are the same tokens{cut}")
-    return Made("pair", (chosen, rejected), notes=+notes)
+        raise RefusedRow("answers_equal", f"both answers are the same tokens{cut}", whole)
+    return Made("pair", (chosen, rejected), notes=+notes, read_tokens=whole)
 
 
 def _answered(
@@ -274,7 +281,7 @@ def _prompt(tokenizer: ChatTokenizer, row: Prompt, settings: Settings) -> Made:
     document = _made(tokenizer, rendered.documents[0])
     if len(document.tokens.ids) > settings.max_example_tokens:  # a prompt that is cut asks something else
         raise _too_long(len(document.tokens.ids), settings)
-    return Made("prompt", (document,), notes=rendered.notes)
+    return Made("prompt", (document,), notes=rendered.notes, read_tokens=len(document.tokens.ids))
 
 
 def _plain(tokenizer: ChatTokenizer, encoded: Encoded) -> Tokens:

@@ -26,15 +26,37 @@ def strided(shape: Sequence[int], dtype: torch.dtype, seed: int, device: str = "
     return numbers.to(device, dtype)[..., : shape[-1]]
 
 
-def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], *fixed: Tensor) -> list[Tensor]:
-    """The result and the gradients in the inputs, for a pull whose last dimension is not contiguous."""
+def with_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], *fixed: Tensor, rounded: torch.dtype | None = None
+) -> list[Tensor]:
+    """The result and the gradients in the inputs, for a pull whose last dimension is not contiguous.
+
+    ``rounded``: the pull's numbers are those of this dtype; None: of the result's.
+    """
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     result = function(*leaves, *fixed)
     numbers = torch.randn(result.shape[::-1], generator=torch.Generator().manual_seed(9))
+    numbers = numbers.to(result.dtype if rounded is None else rounded)
     pull = numbers.to(result.device, result.dtype).permute(*range(result.ndim)[::-1])
     return [result.detach(), *torch.autograd.grad(result, leaves, pull)]
 
 
-def in_float64(function: Callable[..., Tensor], inputs: Sequence[Tensor], *fixed: Tensor) -> list[Tensor]:
-    """The same numbers' exact result and gradients; the pull is rounded as that of ``inputs`` would be."""
-    return with_gradients(function, [tensor.double() for tensor in inputs], *(tensor.double() for tensor in fixed))
+def in_float64(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], *fixed: Tensor, rounded: torch.dtype
+) -> list[Tensor]:
+    """The exact result and gradients of the same numbers, for the same pull."""
+    wide = [[tensor.double() for tensor in some] for some in (inputs, fixed)]
+    return with_gradients(function, wide[0], *wide[1], rounded=rounded)
+
+
+def assert_near(found: Sequence[Tensor], exact: Sequence[Tensor], roundings: int, through: torch.dtype) -> None:
+    """Within so many units of the dtype's last place at each tensor's largest entry, or 64 of float32's for its sums.
+
+    ``through``: the dtype that the result was rounded to on its way, which its own may be wider than.
+    """
+    units = 64 if through == torch.float32 else roundings
+    for number, (one, other) in enumerate(zip(found, exact, strict=True)):
+        assert one.shape == other.shape
+        allowed = units * torch.finfo(through).eps * float(other.abs().max())
+        worst = float((one.double() - other.double()).abs().max())
+        assert worst <= allowed, f"tensor {number}: off by {worst:.3g}, allowed {allowed:.3g}"
