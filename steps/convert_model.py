@@ -12,6 +12,7 @@ from posttrain_lib.errors import VerificationError
 from posttrain_lib.models.hf_spec import marks
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult
+from steps.checks import outcome
 
 if TYPE_CHECKING:
     from posttrain_lib.checkpoint.verify_report import VerificationReport
@@ -41,23 +42,39 @@ def body(context: StepContext) -> StepResult:
     found = {**report.to_dict(), **marks(backend), "not_applicable": list(unproven)}
     (context.out / "verification.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     for check in report.checks:
-        context.say(f"convert_model: {'passed' if check.passed else 'FAILED'} {check.name} ({check.reason})")
+        context.say(f"convert_model: {outcome(check, reason=True)}")
     for name in unproven:
         context.say(f"convert_model: not applicable, backend {backend}: {name}")
     if not report.passed:
-        failed = next(check for check in report.checks if not check.passed)
-        raise VerificationError(
-            f"{_DISAGREES[backend]}: {failed.name}",
-            where=f"{folder}: first wrong module {report.first_wrong_module or 'not found'}",
-            got=f"{failed.value} ({failed.reason})",
-            expected=f"at most {failed.limit}",
-            fix=f"{report.detail or 'compare it with the transformers one'}; the model is not trained",
-        )
+        raise _refusal(report, backend)
     return StepResult(
         outputs={"model": context.inputs["model"], "verification": ("verification.json", "verification")},
         checks=list(report.checks),
         metrics=found,
         summary=f"{sum(check.passed for check in report.checks)} of {len(report.checks)} checks passed",
+    )
+
+
+def _refusal(report: VerificationReport, backend: str) -> VerificationError:
+    """What stops the run: the first disagreement, unless the weights are such that nothing can be compared with."""
+    from posttrain_lib.checkpoint.verify_gradients import REFERENCE
+
+    failed = [check for check in report.checks if not check.passed]
+    unusable = next((check for check in failed if check.name == REFERENCE), None)
+    if unusable is not None:
+        return VerificationError(
+            f"the reference itself is not numerically usable with these weights: {unusable.reason}",
+            where=report.folder,
+            got=unusable.value,
+            expected=f"at most {unusable.limit}",
+            fix="look at how the weights were made or changed (scale, all zeros, dtype); the model is not trained",
+        )
+    return VerificationError(
+        f"{_DISAGREES[backend]}: {failed[0].name}",
+        where=f"{report.folder}: first wrong module {report.first_wrong_module or 'not found'}",
+        got=f"{failed[0].value} ({failed[0].reason})",
+        expected=f"at most {failed[0].limit}",
+        fix=f"{report.detail or 'compare it with the transformers one'}; the model is not trained",
     )
 
 

@@ -115,6 +115,9 @@ class Lora(Section):
     dora: bool = Field(False, description="train the lengths of rows by themselves; vLLM serves it merged only")
     seed: int = 0
     base_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights in memory")
+    freeze_new_tokens: bool = Field(
+        False, description="rows of tokens that model.vocabulary adds stay as they begin: nothing trains them"
+    )
 
     @model_validator(mode="after")
     def _dora_has_projections(self) -> Lora:
@@ -146,6 +149,29 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError("the model needs exactly one of 'path' and 'from_scratch'")
+        return self
+
+    @model_validator(mode="after")
+    def _new_tokens_are_trained(self) -> ModelConfig:
+        """Adapters elsewhere leave the rows of new tokens as they begin, and a token with such rows means nothing."""
+        added = len(self.vocabulary.new_tokens())
+        if self.lora is None or not added:
+            return self
+        # A tied model has one weight for both, and either name means it; which models are tied is not known here.
+        pairs = (("embedding", "embed_tokens"), ("head", "lm_head"))
+        lacking = [names[0] for names in pairs if not set(names) & set(self.lora.targets)]
+        if lacking and not self.lora.freeze_new_tokens:
+            dora = "dora: false and " if self.lora.dora else ""
+            raise ValueError(
+                f"lora would never train the rows of the {added} new tokens, for its targets lack "
+                f"{' and '.join(lacking)}: set {dora}lora.targets: [{', '.join([*self.lora.targets, *lacking])}], or "
+                "lora.freeze_new_tokens: true to leave them as they begin"
+            )
+        if self.lora.freeze_new_tokens and len(lacking) < len(pairs):
+            raise ValueError(
+                "lora.freeze_new_tokens: true contradicts lora.targets, which train embedding or head and with it the "
+                "new tokens' rows: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -148,8 +148,8 @@ class RowEncoder:
                 read_tokens=refusal.tokens,
                 left_out_tokens=refusal.tokens,
             )
-        place = split_place(parsed.group or raw.row_id, self.config.held_out)
-        held_out = is_held_out(place, self.config.held_out)
+        group = parsed.group or raw.row_id
+        held_out = is_held_out(group, self.config.held_out)
         left_out = tuple((raw.row_id + suffix, why.reason, why.detail) for suffix, why in made.left_out)
         return EncodedRow(
             *raw[:4],
@@ -161,7 +161,7 @@ class RowEncoder:
             notes=made.notes + Counter([_grouped_by(parsed.group)]),
             prompt=self._prompt(parsed, made, held_out=held_out),
             answered=() if held_out else tuple(_prompts_answered(made)),
-            split_place=place,
+            split_place=split_place(group, self.config.held_out),
             read_tokens=made.read_tokens,
             left_out_tokens=made.left_out_tokens,
         )

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -28,10 +28,12 @@ from posttrain_lib.data.encoding import (
 )
 from posttrain_lib.data.fingerprint import fingerprint
 from posttrain_lib.data.formats import check_fields
+from posttrain_lib.data.misfit import Misfits
 from posttrain_lib.data.oddities import Oddities
 from posttrain_lib.data.probes import check_maskable
 from posttrain_lib.data.receipt import Receipt
 from posttrain_lib.data.sources import files_of, names_of, read_from
+from posttrain_lib.data.split import fraction_up_to
 from posttrain_lib.data.token_store import TokenStoreWriter
 from posttrain_lib.data.workers import OrderedPool
 from posttrain_lib.errors import DataError
@@ -70,15 +72,45 @@ def prepare_dataset(
 ) -> Receipt:
     """Write token stores ``train`` and ``held_out``, prompts, samples, quarantine and receipt below ``out_dir``.
 
+    Of a few groups of rows, chance may hold out none. Then one is held out, the first by its hash, and the rows are
+    read again. Not with ``config.on_the_fly``, where training must tell held-out rows by the config alone.
+
     Args:
         inputs: source name -> path of its rows. ``config.chat_template`` is a path of this machine or None.
         rejects_dir: where receipt and quarantine are also put when the preparation stops; made then.
 
     Raises:
-        DataError: more rows refused than the config allows, a template that cannot be masked, rows of several kinds,
-            nothing to train on or nothing held out. The stores are then not finished.
+        DataError: more rows refused than the config allows, or all of the first ones of a source for one reason; a
+            template that cannot be masked, rows of several kinds, nothing to train on or nothing held out. The stores
+            are then not finished.
         ConfigError: an unknown format, or a field that it does not have.
     """
+    preparation = _prepare(config, tokenizer_folder, inputs, out_dir, rejects_dir, progress)
+    fraction = preparation.fraction_for_one_group()
+    if fraction is None:
+        return preparation.receipt
+    progress(
+        f"prepare_data: data.held_out.fraction {config.held_out.fraction:g} holds out none of the groups of rows; "
+        f"reading again to hold out one"
+    )
+    for name in (TRAIN, HELD_OUT):
+        shutil.rmtree(out_dir / name)
+    wider = config.model_copy(update={"held_out": config.held_out.model_copy(update={"fraction": fraction})})
+    preparation = _prepare(wider, tokenizer_folder, inputs, out_dir, rejects_dir, progress, one_group=True)
+    return preparation.receipt
+
+
+def _prepare(
+    config: DataConfig,
+    tokenizer_folder: str | Path,
+    inputs: Mapping[str, str],
+    out_dir: Path,
+    rejects_dir: Path,
+    progress: Callable[[str], None],
+    *,
+    one_group: bool = False,
+) -> _Preparation:
+    """One reading of all rows. Not finished where the next one shall hold out a group; ``one_group``: this is it."""
     for source in config.sources:
         check_fields(source.format, source.fields)
     encoder = RowEncoder(config, tokenizer_folder)
@@ -86,6 +118,7 @@ def prepare_dataset(
     files = {source.name: files_of(inputs[source.name]) for source in config.sources}
     with ExitStack() as stack:
         preparation = _Preparation(config, encoder, files, out_dir, rejects_dir, stack)
+        preparation.receipt.notes["groups_held_out_against_chance"] += one_group
         for rows, oddities in _encoded(
             config, encoder, tokenizer_folder, preparation.chunks(), preparation.receipt, stack
         ):
@@ -93,8 +126,9 @@ def prepare_dataset(
             for row in rows:
                 preparation.add(row)
             preparation.report(progress)
-        preparation.finish()
-    return preparation.receipt
+        if preparation.fraction_for_one_group() is None:
+            preparation.finish()
+    return preparation
 
 
 def _encoded(
@@ -134,6 +168,8 @@ class _Preparation:
     ) -> None:
         self.config, self.tokenizer, self.out, self.rejects = config, encoder.tokenizer, out, rejects
         self.receipt = Receipt(config.max_refused_fraction)
+        self._misfits = Misfits(config.sources)
+        self._first_groups: set[int] = set()  # where the first two groups stand that gave examples
         self._names = [source.name for source in config.sources]
         self._files = files
         self._called = {name: names_of(files[name]) for name in self._names}
@@ -169,16 +205,22 @@ class _Preparation:
         """Take in what became of one row."""
         name, receipt = self._names[row.source], self.receipt
         receipt.row(name)
+        receipt.notes["read_tokens"] += row.read_tokens
+        receipt.notes["left_out_tokens"] += row.left_out_tokens
+        self._misfits.see(name, row)
         if row.refused is not None:
             # A row that its author keeps out of the loss is no bad row.
             self._refuse(name, row.row_id, row.raw, *row.refused, whole_row=row.refused[0] != "nothing_to_train")
+            with self._kept_rejects():
+                self._misfits.stop_if_hopeless(name, self.rejects / QUARANTINE)
             return
+        receipt.notes.update(row.notes)
         for row_id, reason, detail in row.left_out:
             self._refuse(name, row_id, row.raw, reason, detail, whole_row=False)
         row = self._without_repeated(name, row)
         if not row.examples:
             return
-        receipt.notes.update(row.notes)
+        self._first_groups = set(sorted({*self._first_groups, row.split_place})[:2])
         receipt.trained_prompts(row.answered)
         if row.kind == "pair":
             receipt.pair(row, self.tokenizer.special_ids)
@@ -196,9 +238,16 @@ class _Preparation:
             f"{receipt.total('tokens'):,} tokens"
         )
 
+    def fraction_for_one_group(self) -> float | None:
+        """What ``held_out.fraction`` would hold out one group of rows; None where some are, or that is not to be."""
+        receipt = self.receipt
+        none_of_several = receipt.total("held_out") == 0 and len(self._first_groups) > 1
+        if self.config.on_the_fly or not none_of_several or receipt.refused_fraction > self.config.max_refused_fraction:
+            return None
+        return fraction_up_to(min(self._first_groups))
+
     def finish(self) -> None:
         """Write the small files, and stop where training would be in vain."""
-        self._quarantine.flush()
         for name in self._names:
             for store in self._stores.values():
                 store.state_files(name, list(zip(self._called[name], self._rows_read[name], strict=True)))
@@ -208,14 +257,24 @@ class _Preparation:
         _write_lines(self.out / PROMPTS, [prompt for prompt in ordered if not self._is_leaked(prompt)])
         samples = [sample for found in self._samples.values() for sample in found]
         (self.out / SAMPLES).write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
-        (self.out / RECEIPT).write_text(json.dumps(self.receipt.to_dict(), indent=1), encoding="utf-8")
-        try:
+        with self._kept_rejects():
             self._stop_if_in_vain()
+        self._write_receipt(self.out)
+
+    @contextmanager
+    def _kept_rejects(self) -> Iterator[None]:
+        """Where the preparation stops here, quarantine and receipt as they are then are put where they outlast it."""
+        try:
+            yield
         except DataError:
+            self._quarantine.flush()
             self.rejects.mkdir(parents=True, exist_ok=True)
-            for name in (QUARANTINE, RECEIPT):
-                shutil.copyfile(self.out / name, self.rejects / name)
+            shutil.copyfile(self.out / QUARANTINE, self.rejects / QUARANTINE)
+            self._write_receipt(self.rejects)
             raise
+
+    def _write_receipt(self, folder: Path) -> None:
+        (folder / RECEIPT).write_text(json.dumps(self.receipt.to_dict(), indent=1), encoding="utf-8")
 
     def _without_repeated(self, source: str, row: EncodedRow) -> EncodedRow:
         """Count examples that came before; with ``deduplicate``, leave them out. A pair goes or stays as a whole."""
@@ -231,6 +290,7 @@ class _Preparation:
             # What a document shares with one that is left out, it shares with the one before that at most.
             shared = min(shared, example.shared) if kept else 0
             if repeated:
+                self.receipt.notes["left_out_tokens"] += len(example.ids)
                 why = "an earlier row gave the same tokens"
                 self._refuse(source, example.row_id, row.raw, "duplicate", why, whole_row=False)
                 continue
@@ -290,7 +350,8 @@ class _Preparation:
                 got="; ".join(f"{reason} {count:,}" for reason, count in receipt.refused.most_common())
                 + "".join(f"\n            {_named(first)}" for first in receipt.first_refused),
                 expected=f"at most {limit:.2%} (data.max_refused_fraction)",
-                fix="mend or remove these rows in the source (the quarantine file has them all), or raise that limit",
+                fix=self._misfits.hints()
+                or "mend or remove these rows in the source (the quarantine file has them all), or raise that limit",
             )
         self._check_group_field()
         if len(receipt.kinds) > 1:
@@ -307,7 +368,7 @@ class _Preparation:
                 "there is nothing to train on",
                 where=", ".join(receipt.sources),
                 got=receipt.summary(),
-                fix="add rows with assistant turns, or lower data.held_out.fraction",
+                fix=self._fix_for_nothing_to_train(),
             )
         if receipt.total("held_out") == 0:
             raise DataError(
@@ -317,6 +378,13 @@ class _Preparation:
                 fix="raise data.held_out.fraction, change its seed, or give more groups of rows"
                 + (", or raise data.on_the_fly_sample" if self.config.on_the_fly else ""),
             )
+
+    def _fix_for_nothing_to_train(self) -> str:
+        if self.receipt.total("held_out"):
+            return "lower data.held_out.fraction, change its seed, or give more groups of rows"
+        if self.config.train_on == "flagged" and self.receipt.notes["left_out_nothing_to_train"]:
+            return "give the assistant turns to be learned train: true (or a weight), or set data.train_on: all"
+        return "add rows with assistant turns that are learned (the quarantine says why these are not)"
 
     def _check_group_field(self) -> None:
         """A misspelt field would leave related rows on both sides of the split."""

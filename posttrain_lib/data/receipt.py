@@ -18,9 +18,13 @@ from posttrain_lib.schema.manifests import Check
 _SAID = {
     "duplicate_examples": "duplicate examples",
     "held_out_prompts_also_in_training": "held-out prompts that training answers, not used for evaluation",
+    "groups_held_out_against_chance": "group of rows held out where data.held_out.fraction gave none",
     "left_out_nothing_to_train": "rows without a trained turn",
+    "left_out_nothing_left": "parts without a trained token left out",
+    "left_out_too_long": "examples left out as too long",
     "left_out_duplicate": "duplicate examples left out",
     "truncated_tokens": "tokens cut off",
+    "left_out_tokens": "tokens in what was refused or left out",
 }
 #: counts of a source, in the order of the receipt
 _SOURCE_COUNTS = ("rows", "refused", "examples", "held_out", "truncated", "tokens", "trained_tokens", "shared_tokens")
@@ -33,7 +37,9 @@ class Receipt:
     ``sources`` holds per source the counts of :data:`_SOURCE_COUNTS`; tokens are those of training and held-out
     examples together, ``shared_tokens`` those at the start of an example that the one before it has too. ``roles``
     holds (tokens, trained tokens) per source and role. ``notes`` counts what a person should know of and nothing was
-    refused for. ``made_by`` says which tokenizer, template and engine made the ids.
+    refused for; among them ``read_tokens``, all that rows were encoded to, which are the examples' tokens,
+    ``truncated_tokens`` and ``left_out_tokens`` together. ``made_by`` says which tokenizer, template and engine made
+    the ids.
     """
 
     max_refused_fraction: float
@@ -137,6 +143,9 @@ class Receipt:
             Check("no double begin-of-sequence", doubled == 0, float(doubled), 0.0, "one is what serving sends"),
             Check("the template ends every answer with a marker", open_ended == 0, float(open_ended), 0.0, reason),
         ]
+        lost = self.notes["read_tokens"] - self.total("tokens") - self.notes["truncated_tokens"]
+        lost -= self.notes["left_out_tokens"]
+        checks.append(Check("no token is lost", lost == 0, float(lost), 0.0, "read = kept + cut off + left out"))
         if set(self.kinds) != {"prompt"}:
             checks.insert(1, Check("trained tokens", trained > 0, float(trained), 1.0, "at least one"))
         return checks

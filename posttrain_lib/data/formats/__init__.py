@@ -1,7 +1,8 @@
 """Row formats by name. A new one is one file with ``FIELDS``, ``NEEDED`` and ``parse``, and a line here.
 
 ``FIELDS`` are the names under which the format looks for its values, ``NEEDED`` those without which no row can be used;
-a source's ``fields`` say what its rows call them. A name that ``fields`` gives to one field is no longer looked at for
+a source's ``fields`` say what its rows call them. ``ALSO`` has further names of fields, where the format knows others
+than those of ``common``. A name that ``fields`` gives to one field is no longer looked at for
 the field that it is the own name of.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
+from posttrain_lib.data.formats.common import ALSO
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.schema.examples import ParsedRow
 
@@ -75,6 +77,27 @@ def check_fields(format_name: str, fields: Mapping[str, str]) -> None:
             got=dict(fields),
             expected=f"also what the rows call {', '.join(lost)}",
         )
+
+
+def fields_of(format_name: str, fields: Mapping[str, str]) -> list[tuple[str, set[str]]]:
+    """(field, names under which it is looked for) of every field that no row of the format can do without."""
+    module = _module(format_name)
+    return [(name, {fields[name]} if name in fields else _known_names(module, name)) for name in module.NEEDED]
+
+
+def formats_like(names: Collection[str]) -> list[str]:
+    """The formats that rows with fields of these names may be of: all that is needed is there, and most of the rest."""
+    scores: dict[str, int] = {}
+    for format_name in FORMATS:
+        module = _module(format_name)
+        known = {name for name in module.FIELDS if _known_names(module, name).intersection(names)}
+        if known.issuperset(module.NEEDED):
+            scores[format_name] = len(known)
+    return [name for name, score in scores.items() if score == max(scores.values())]
+
+
+def _known_names(module: ModuleType, field: str) -> set[str]:
+    return {field, *getattr(module, "ALSO", ALSO).get(field, ())}
 
 
 def _module(name: str) -> ModuleType:

@@ -16,7 +16,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 #: what begins a call in the words of an assistant (marked_calls.py reads it)
 CALL_MARK = "<tool_call>"
 #: further names of a row's fields, looked for where the source's ``fields`` say nothing
-_ALSO = {"system": ("system_prompt",), "tools": ("functions",)}
+ALSO = {"system": ("system_prompt",), "tools": ("functions",)}
 #: TRL's variables of the template for one row: here they are the run's
 _UNSUPPORTED_IN_ROW = ("chat_template_kwargs",)
 #: the names under which the field's data sets keep reasoning
@@ -78,7 +78,7 @@ def _called(row: Mapping[str, Any], name: str, fields: Mapping[str, str]) -> str
     """What the row calls it: what the source says, else the name or another known one under which it says something."""
     if name in fields:
         return fields[name]
-    known = [called for called in (name, *_ALSO.get(name, ())) if called not in fields.values() and row.get(called)]
+    known = [called for called in (name, *ALSO.get(name, ())) if called not in fields.values() and row.get(called)]
     if any(row[called] != row[known[0]] for called in known[1:]):
         raise RefusedRow("ambiguous_fields", f"the row has {' and '.join(known)}, which differ")
     return known[0] if known else name

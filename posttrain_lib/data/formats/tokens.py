@@ -23,7 +23,7 @@ FIELDS = ("token_ids", "loss_weights", "mask", "labels", "attention_mask")
 NEEDED = ("token_ids",)
 
 #: further names that the field's data sets use, looked for where the source's ``fields`` say nothing
-_ALSO = {"token_ids": ("input_ids",), "mask": ("loss_mask", "completion_mask", "assistant_masks")}
+ALSO = {"token_ids": ("input_ids",), "mask": ("loss_mask", "completion_mask", "assistant_masks")}
 #: TRL writes both into one row, and learns what neither of them leaves out
 _MULTIPLIED = ["completion_mask", "assistant_masks"]
 _WEIGHTS = ("loss_weights", "mask", "labels")
@@ -61,7 +61,7 @@ def _names(name: str, fields: Mapping[str, str]) -> list[str]:
     """What rows may call it: what the source says, else every known name that is not another field's."""
     if name in fields:
         return [fields[name]]
-    return [called for called in (name, *_ALSO.get(name, ())) if called not in fields.values()]
+    return [called for called in (name, *ALSO.get(name, ())) if called not in fields.values()]
 
 
 def _ids(row: Mapping[str, Any], given: Sequence[str], name: str) -> np.ndarray:

@@ -1,8 +1,12 @@
 """Norm, rotary embedding, activation, delta rule and experts, forward and backward: ours, plain and compiled.
 
-"plain" is the formula as transformers writes it, under autograd; "compiled" the same through ``torch.compile``; "ours,
-compiled" this project's function through it. For what only moves memory, the least bytes (each input and each gradient
+"ours" is what a model calls, which on a GPU is a Triton kernel where there is one; "plain" the formula as transformers
+writes it, under autograd; "compiled" the same through ``torch.compile``; "ours, compiled" this project's function
+through it, which is torch's operations there. For what only moves memory, the least bytes (each input and each gradient
 once) over the measured time stand beside the speed of a copy.
+
+Dtypes and strides are those of a packed step: under autocast the stream between blocks is float32, and so are heads
+behind a norm whose weight is; "of a wider projection" is a part of what one product made.
 """
 
 from __future__ import annotations
@@ -57,9 +61,12 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def compare(
-    part: Part, inputs: list[list[Tensor]], fixed: list[Tensor], ours: Function, plain: Function
+    part: Part, inputs: list[list[Tensor]], fixed: list[Tensor], ours: Function, plain: Function, *, again: bool = True
 ) -> dict[str, Any]:
-    """The four ways over rotated ``inputs``, which get gradients, and ``fixed`` ones, which do not."""
+    """The four ways over rotated ``inputs``, which get gradients, and ``fixed`` ones, which do not.
+
+    ``again``: whether the backward must read the inputs.
+    """
     pulls = [torch.randn_like(plain(*inputs[0], *fixed))]
 
     def run(function: Function) -> Callable[[int], object]:
@@ -73,7 +80,7 @@ def compare(
     ways.update({"ours, compiled": compiled(ours, part.device), "compiled": compiled(plain, part.device)})
     times = measure(part, {name: run(function) for name, function in ways.items()})
     # forward reads the inputs and writes the output; backward reads inputs and the output's gradient, writes gradients
-    moved = 3 * sum(value.nbytes for value in inputs[0]) + 2 * pulls[0].nbytes
+    moved = (3 if again else 2) * sum(value.nbytes for value in inputs[0]) + 2 * pulls[0].nbytes
     moved += 2 * sum(value.nbytes for value in fixed)
     speeds = {
         name: significant(moved / entry["median_ms"] / 1e6) for name, entry in times.items() if "median_ms" in entry
@@ -87,23 +94,27 @@ def compare(
     }
 
 
-def random(part: Part, *shape: int) -> Tensor:
-    """Normal numbers that want a gradient."""
-    return torch.randn(shape, device=part.device).to(part.dtype).requires_grad_()
+def random(part: Part, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Normal numbers that want a gradient; None: in the products' dtype."""
+    return torch.randn(shape, device=part.device).to(part.dtype if dtype is None else dtype).requires_grad_()
 
 
-def norm_case(part: Part, shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """RMS norm over the last dimension."""
-    inputs = [[random(part, *shape), random(part, shape[-1])] for _ in range(ROTATED)]
+def norm_case(part: Part, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Mapping[str, Any]:
+    """RMS norm over the last dimension, its weight float32 as a step under autocast has it."""
+    weight = {"dtype": torch.float32}
+    inputs = [[random(part, *shape, dtype=dtype), random(part, shape[-1], **weight)] for _ in range(ROTATED)]
     return compare(part, inputs, [], lambda hidden, weight: rms_norm(hidden, weight, 1e-6), plain_norm)
 
 
-def rope_case(part: Part, tokens: int, heads: int, size: int) -> Mapping[str, Any]:
-    """Turning the heads of a row."""
+def rope_case(
+    part: Part, tokens: int, heads: int, size: int, *, dtype: torch.dtype | None = None, wider: int = 0
+) -> Mapping[str, Any]:
+    """Turning the heads of a row; they lie in a product that is ``wider`` by so many heads."""
     frequencies = 1e6 ** -(torch.arange(0, size, 2, device=part.device) / size)
     tables = rope_tables(torch.arange(tokens, device=part.device), frequencies)
-    inputs = [[random(part, tokens, heads, size)] for _ in range(ROTATED)]
-    return compare(part, inputs, list(tables), apply_rope, plain_rope)
+    whole = [random(part, tokens, heads + wider, size, dtype=dtype) for _ in range(ROTATED)]
+    inputs = [[heads_TNH.detach()[:, :heads].requires_grad_()] for heads_TNH in whole]
+    return compare(part, inputs, list(tables), apply_rope, plain_rope, again=False)
 
 
 def activation_case(part: Part, tokens: int, size: int) -> Mapping[str, Any]:
@@ -198,9 +209,11 @@ def cases(part: Part) -> Cases:
     yield "ceilings", lambda: ceilings(part)
     tokens = 16384 if part.full else 64
     hidden, heads, size, forward = (2048, 16, 128, 6144) if part.full else (32, 2, 16, 48)
-    yield f"rms_norm, {tokens} x {hidden}", lambda: norm_case(part, (tokens, hidden))
-    yield f"rms_norm per head, {tokens} x {heads} x {size}", lambda: norm_case(part, (tokens, heads, size))
-    yield f"rope, {tokens} x {heads} x {size}", lambda: rope_case(part, tokens, heads, size)
+    stream, row = torch.float32, f"{tokens} x {heads} x {size}"
+    yield f"rms_norm of the float32 stream, {tokens} x {hidden}", lambda: norm_case(part, (tokens, hidden), stream)
+    yield f"rms_norm per head, {row}", lambda: norm_case(part, (tokens, heads, size))
+    yield f"rope of float32 heads, {row}", lambda: rope_case(part, tokens, heads, size, dtype=stream)
+    yield f"rope of a wider projection, {row}", lambda: rope_case(part, tokens, heads, size, wider=heads)
     yield f"swiglu, {tokens} x {forward}", lambda: activation_case(part, tokens, forward)
     experts = (16384, 2048, 768, 128, 8) if part.full else (32, 16, 24, 4, 2)
     yield "experts: {} tokens, {} x {}, {} of which {}".format(*experts), lambda: experts_case(part, *experts)

@@ -67,8 +67,9 @@ def test_rows_are_placed_and_padded_as_the_plain_version_does(rows: list[list[in
 @given(values=st.lists(st.sampled_from([0.0, -0.0, 0.5, 1.0, 1e-30]), max_size=50))
 def test_places_that_are_not_zero(values: list[float]) -> None:
     array = np.array(values, np.float32)
-    found = kernels.nonzero()(array)
-    assert found.dtype == np.int64 and np.array_equal(found, np.flatnonzero(array))
+    for nonzero in (kernels.nonzero_plain, kernels.nonzero()):
+        places = np.empty(len(array), np.int32)
+        assert np.array_equal(places[: nonzero(array, places)], np.flatnonzero(array))
 
 
 def test_a_machine_without_numba_uses_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
