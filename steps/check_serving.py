@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
-from posttrain_lib.errors import ConfigError, ModelError
+from posttrain_lib.errors import ConfigError, DataError, ModelError
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from steps.base import Manifests, Step, StepContext, StepResult
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 #: what transformers and vLLM read before a template inside tokenizer_config.json
 _TEMPLATE_FILE = "chat_template.jinja"
+#: check -> its name in data.serving_accepts
+_ENDS, _BEYOND, _EVERY = (
+    "trained ends of turns end a generation",
+    "serving sends nothing that training never has",
+    "every source with messages is compared",
+)
+_PARTS = {_ENDS: "ends_missing", _BEYOND: "sent_beyond", _EVERY: "unchecked"}
 #: ids of a text that are shown on the terminal
 _SHOWN_IDS = 12
 
@@ -31,6 +38,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     names = ("serving_check", "serving_samples", "template_date", "template_kwargs", "trained_turns", "train_on")
     return {
         **{name: getattr(data, name) for name in (*names, "control_tokens", "max_example_tokens")},
+        "serving_accepts": sorted(data.serving_accepts),
         "group_field": data.held_out.group_field,
         "sources": [{"name": s.name, "format": s.format, "fields": s.fields} for s in data.sources],
     }
@@ -47,8 +55,9 @@ def body(context: StepContext) -> StepResult:
     """Have vLLM render a sample of the rows, compare, and stop at a difference.
 
     Raises:
-        DataError: training and serving make different tokens of a row; names the row and shows the first of them. Or
-            no row with messages can be compared.
+        DataError: training and serving make different tokens of a row, or of all turns of a source a server sends more
+            than training has before an answer; names the row and shows the first of them. Or a trained end of a turn
+            ends no generation, or a source's rows cannot be compared; ``data.serving_accepts`` goes on past these.
         ConfigError: vLLM is not installed.
         ModelError: the model folder has no config.json.
     """
@@ -71,12 +80,34 @@ def body(context: StepContext) -> StepResult:
     checks = [*_checks(report), _tokenizer_check(rebuilt)]
     for check in checks:
         if not check.passed:
-            context.say(f"check_serving: FAILED {check.name}: {check.value} ({check.reason})")
+            _stop_unless_accepted(check, report, config.serving_accepts)
+            context.say(f"check_serving: FAILED, and accepted by the run file, {check.name}: {check.value}")
     return StepResult(
         outputs={"report": (report_file.name, "serving_check")},
         checks=checks,
         metrics=content,
         summary=report.summary(),
+    )
+
+
+def _stop_unless_accepted(check: Check, report: Report, accepts: Sequence[str]) -> None:
+    """DataError for a failed check that the run file does not accept by name."""
+    part = _PARTS.get(check.name)
+    if part in accepts:
+        return
+    where, got, expected = "data.serving_check", str(check.value), str(check.limit)
+    if part == "sent_beyond":
+        never = report.never_sent_alone()
+        first = next(found for found in report.sent_beyond.values() if not set(never).isdisjoint(found["sources"]))
+        where = first["first"]
+        got, expected = f"training  {first['training']}", f"vLLM {report.version}  {first['serving']}"
+    way_on = "data.serving_check: off" if part is None else f"data.serving_accepts: [{part}]"
+    raise DataError(
+        f"training and serving do not agree; {check.name}: {check.value}",
+        where=where,
+        got=got,
+        expected=expected,
+        fix=f"{check.reason}; {way_on} trains it all the same",
     )
 
 
@@ -141,29 +172,31 @@ def _checks(report: Report) -> list[Check]:
             f"{report.renderer} of vLLM {report.version} on a sample of the rows",
         ),
         Check(
-            "trained ends of turns end a generation",
+            _ENDS,
             not missing,
             missing or f"all of {compared:,}",
             "all",
             "else served answers run on; name these ids in eos_token_id of generation_config.json",
         ),
         Check(
-            "serving sends nothing that training never has",
-            not report.sent_beyond,
+            _BEYOND,
+            # Where some turns of a source have it, the model is trained behind it.
+            not report.never_sent_alone(),
             "; ".join(
-                f"{text!r} before {found['turns']:,} turns, first {found['first']}"
+                f"{text!r} before {found['turns']:,} of {compared:,} turns, first {found['first']}"
                 for text, found in report.sent_beyond.items()
             )
             or f"nothing before {compared:,} turns",
-            "nothing",
-            "the model was never trained behind it; train rows that have it, or serve with the variable that closes it",
+            "nothing, or of some turns of a source only",
+            "the model was never trained behind it: have the template's generation prompt begin as its turns do, train "
+            "rows that have it (reasoning, where it opens a think block), or give data.template_kwargs that close it",
         ),
         Check(
-            "every source with messages is compared",
+            _EVERY,
             not report.unchecked,
             "; ".join(f"{source}: {why}" for source, why in report.unchecked.items()) or "all",
             "all",
-            "of the others nobody knows; data.serving_samples says how many rows are looked at",
+            "of the others nobody knows; raise data.serving_samples, the number of rows that are looked at",
         ),
     ]
 

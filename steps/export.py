@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
+from posttrain_lib.config.model import ModelConfig
 from posttrain_lib.errors import ExportError
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from steps import evaluate
 from steps.base import Manifests, Step, StepContext, StepResult
+from steps.checks import outcome
 
 if TYPE_CHECKING:
     import torch
@@ -61,17 +63,18 @@ def body(context: StepContext) -> StepResult:
     model = evaluate.load_base(context)
     trained = load_model_state(context.inputs["checkpoint"].uri)
     state = trained_weights(model, trained, lora)
+    checks = [] if lora is None else [_export_adapter(context, model, trained)]
     _write(context, model, state, folder, dtype)
     names = copy_side_files(Path(context.inputs["tokenizer"].uri), folder)
     if "chat_template" in context.inputs:
         shutil.copyfile(context.inputs["chat_template"].uri, folder / TEMPLATE_FILE)
     # Comparisons are with the weights as exported: rounding to the export's dtype is a choice of the run file.
     model.load_state_dict({name: _rounded(value, getattr(torch, dtype)) for name, value in state.items()})
-    checks = [_same_tokenizer(context, folder, names), *compare_with_reference(model, folder, _prompts(context, 1024))]
+    checks += [_same_tokenizer(context, folder, names), *compare_with_reference(model, folder, _prompts(context, 1024))]
     if context.config.export.verify_vllm:
         checks += _same_in_vllm(context, model, folder)
     for check in checks:
-        context.say(f"export: {'passed' if check.passed else 'FAILED'} {check.name} ({show(check)})")
+        context.say(f"export: {outcome(check)}")
     failed = [check for check in checks if not check.passed]
     if failed:
         raise ExportError(
@@ -86,7 +89,6 @@ def body(context: StepContext) -> StepResult:
         "verification": ("verification.json", "verification"),
     }
     if lora is not None:
-        _export_adapter(context, evaluate.load_base(context), trained)
         outputs["adapter"] = ("adapter", "adapter")
     found = json.dumps([vars(check) for check in checks], indent=1)
     (context.out / "verification.json").write_text(found, encoding="utf-8")
@@ -129,22 +131,49 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype).float() if value.is_floating_point() else value
 
 
-def _export_adapter(context: StepContext, model: Decoder, trained: Mapping[str, Tensor]) -> None:
-    """The adapters alone, for whoever has the base; what a reader cannot do with them is said."""
+def _export_adapter(context: StepContext, model: Decoder, trained: Mapping[str, Tensor]) -> Check:
+    """The adapters alone, for whoever has the base. A base that this run made (from scratch, or by new tokens) no one
+    else has: it goes with them. What a reader cannot do with them is said."""
+    from posttrain_lib.checkpoint.adapter_folder import compare_adapter, put_base, write_readme
+
+    wanted, source, folder = context.config.model, Path(context.inputs["model"].uri), context.out / "adapter"
+    name, revision = _name_of_base(wanted, source)
+    remarks = _save_adapter(context, trained, name, revision)
+    if wanted.path is not None and "://" in name:
+        remarks.append("the base is in an object store, from where PEFT and vLLM do not load: fetch it first")
+    if wanted.lora is not None and wanted.lora.freeze_new_tokens and (count := wanted.vocabulary.count()):
+        remarks.append(f"the rows of the {count} new tokens are untrained, as model.lora.freeze_new_tokens asked for")
+    for remark in remarks:
+        context.say(f"export: adapter: {remark}")
+    made = _is_made(wanted)
+    base = put_base(source, folder) if made else source
+    write_readme(folder, name, revision, enclosed=made, remarks=remarks)
+    return compare_adapter(model, trained, wanted.lora, folder, base)
+
+
+def _save_adapter(context: StepContext, trained: Mapping[str, Tensor], base: str, revision: str | None) -> list[str]:
+    """Write the adapter's two files; the model that they are written from is given up again."""
     from posttrain_lib.checkpoint.adapters import save_adapter
     from posttrain_lib.models.lora import apply_lora
 
-    adapted = apply_lora(model, context.config.model.lora)
+    adapted = apply_lora(evaluate.load_base(context), context.config.model.lora)
     adapted.load_state_dict(trained, strict=False)
-    for remark in save_adapter(adapted, _spec(context), context.out / "adapter", context.config.model.path):
-        context.say(f"export: adapter: {remark}")
+    return save_adapter(adapted, _spec(context), context.out / "adapter", base, revision)
 
 
-def show(check: Check) -> str:
-    """``value, limit limit`` for the terminal."""
-    value = f"{check.value:.3g}" if isinstance(check.value, float) else str(check.value)
-    limit = f"{check.limit:.3g}" if isinstance(check.limit, float) else str(check.limit)
-    return f"{value}, limit {limit}"
+def _is_made(model: ModelConfig) -> bool:
+    """Whether the run began with a model that step ``inputs`` made, and not with ``model.path`` itself."""
+    return model.from_scratch is not None or model.vocabulary.count() > 0
+
+
+def _name_of_base(model: ModelConfig, source: Path) -> tuple[str, str | None]:
+    """What a reader is to load the adapter on: a folder on this machine, or a hub id and its revision."""
+    if model.path is None or _is_made(model) or Path(model.path).expanduser().exists():
+        return str(source), None
+    if "://" in model.path:
+        return model.path, None
+    name, _, revision = model.path.partition("@")
+    return name, revision or None
 
 
 def _prompts(context: StepContext, limit_tokens: int) -> list[list[int]]:

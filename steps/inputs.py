@@ -9,7 +9,6 @@ files and a pointer; its weights stay there, and each later step reads what it n
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,12 +17,11 @@ from typing import Any
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.data import GeneratedConversations
 from posttrain_lib.errors import ConfigError, ModelError
-from posttrain_lib.lineage.digests import FileDigests, digest_value
+from posttrain_lib.lineage.digests import digest_value
 from posttrain_lib.lineage.store import default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
-
-_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(@(?P<revision>.+))?")
+from steps.foresight import HUB_ID, check_model, check_start, local_folder
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -38,23 +36,25 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """References to what already exists: data files, model and tokenizer folders, the template."""
+    """References to what already exists: data files, model and tokenizer folders, the template.
+
+    What is cheap to look at comes first: rows that are not there before a model is fetched, a model folder's headers
+    before anything is read whole for its digest.
+    """
+    from posttrain_lib.data.sources import digest_rows, pinned
+
+    check_start(config)
+    rows = {source.name: pinned(source.path) for source in config.data.sources if source.path is not None}
+    folders = _local_folders(config)
     digests = known_digests()
     found: dict[str, ArtifactRef] = {}
-    for source in config.data.sources:
-        if source.path is not None:
-            found[f"source:{source.name}"] = _data_reference(source.path, digests)
-    scratch = config.model.from_scratch
-    folders = {
-        "model": (config.model.path, "model.path"),
-        "tokenizer": (config.data.tokenizer, "data.tokenizer"),
-        "scratch_tokenizer": (scratch.tokenizer if scratch else None, "model.from_scratch.tokenizer"),
-        "chat_template": (config.data.chat_template, "data.chat_template"),
-    }
-    for name, (path, field) in folders.items():
-        if path is not None:
-            in_store = name == "model" and "://" in path
-            found[name] = _stored_model(path) if in_store else _reference(path, field, name, digests)
+    for name, uri in rows.items():
+        found[f"source:{name}"] = ArtifactRef(uri=uri, kind="rows", digest=digest_rows(uri, digests))
+    path = config.model.path
+    if path is not None and "model" not in folders:
+        found["model"] = _stored_model(path)
+    for name, local in folders.items():
+        found[name] = ArtifactRef(uri=str(local), kind=name, digest=digests.path(local))
     with disk_errors("remembering file digests", default_root()):
         digests.save()
     return found
@@ -82,7 +82,7 @@ def body(context: StepContext) -> StepResult:
 
 def _model(context: StepContext, generated: list[Path]) -> tuple[str, str] | ArtifactRef:
     """The model folder that all later steps see: found, made, or a copy of either with new tokens."""
-    new_tokens = context.config.model.vocabulary.new_tokens()
+    new_tokens = context.config.model.vocabulary.count()
     if context.config.model.from_scratch is None:
         found = context.inputs["model"]
         if not _is_in_store(found):
@@ -95,6 +95,8 @@ def _model(context: StepContext, generated: list[Path]) -> tuple[str, str] | Art
                 _grow(context, Path(folder))
         else:
             _fetch_stored(found, context.out / "model")
+            own = context.inputs.get("tokenizer")
+            check_model(context.config, context.out / "model", None if own is None else own.uri)
     elif new_tokens:
         with tempfile.TemporaryDirectory(dir=context.out) as folder:
             _write_scratch(context, generated, Path(folder))
@@ -132,12 +134,6 @@ def _write_scratch(context: StepContext, generated: list[Path], out: Path) -> No
     if scratch.tokenizer is not None:
         tokenizer = Path(context.inputs["scratch_tokenizer"].uri)
     else:
-        if not generated:
-            raise ConfigError(
-                "there is no generated source to train a tokenizer on",
-                where="model.from_scratch.tokenizer",
-                fix="name a tokenizer folder, or add a source with 'generate'",
-            )
         tokenizer = context.out / "tokenizer"
         build_tokenizer(_texts(generated), scratch.tokenizer_vocab_size, tokenizer)
     write_scratch_model(scratch.family, scratch.architecture, tokenizer, scratch.seed, out)
@@ -157,13 +153,6 @@ def _texts(paths: Iterable[Path]) -> Iterator[str]:
         with open(path, encoding="utf-8") as handle:
             for line in handle:
                 yield from (message["content"] for message in json.loads(line)["messages"])
-
-
-def _data_reference(path: str, digests: FileDigests) -> ArtifactRef:
-    from posttrain_lib.data.sources import digest_rows, pinned
-
-    uri = pinned(path)
-    return ArtifactRef(uri=uri, kind="rows", digest=digest_rows(uri, digests))
 
 
 def _stored_model(url: str) -> ArtifactRef:
@@ -189,24 +178,32 @@ def _fetch_stored(found: ArtifactRef, out: Path) -> None:
     fetch_folder(found.uri, pins, out)
 
 
-def _reference(path: str, field: str, kind: str, digests: FileDigests) -> ArtifactRef:
-    """A local folder or file; a hub id is fetched into the hub's own cache first."""
-    local = Path(path).expanduser()
-    if not local.exists():
-        local = _fetch_from_hub(path, field)
-    local = local.resolve()
-    return ArtifactRef(uri=str(local), kind=kind, digest=digests.path(local))
+def _local_folders(config: RunConfig) -> dict[str, Path]:
+    """Name -> folder or file on this machine, checked; of a model in a store nothing. Hub ids are fetched into the
+    hub's own cache first."""
+    from posttrain_lib.data.chat_tokenizer import read_template
+
+    scratch, template = config.model.from_scratch, config.data.chat_template
+    wanted = {
+        "model": (config.model.path, "model.path"),
+        "tokenizer": (config.data.tokenizer, "data.tokenizer"),
+        "scratch_tokenizer": (scratch.tokenizer if scratch else None, "model.from_scratch.tokenizer"),
+    }
+    found: dict[str, Path] = {}
+    for name, (path, field) in wanted.items():
+        if path is not None and not (name == "model" and "://" in path):
+            found[name] = (local_folder(path, field) or _fetch_from_hub(path, field)).resolve()
+    if template is not None:
+        read_template(template)
+        found["chat_template"] = Path(template).expanduser().resolve()
+    if "model" in found:
+        check_model(config, found["model"], found.get("tokenizer"))
+    return found
 
 
 def _fetch_from_hub(name: str, field: str) -> Path:
-    found = _HUB_ID.fullmatch(name)
-    if found is None:
-        raise ConfigError(
-            "the path does not exist",
-            where=field,
-            got=name,
-            expected="an existing path or a hub id owner/name[@revision]",
-        )
+    found = HUB_ID.fullmatch(name)
+    assert found is not None
     import huggingface_hub
 
     from posttrain_lib.data.remote import patiently
@@ -234,7 +231,7 @@ def _describe(context: StepContext) -> str:
     parts = [f"generated rows for {', '.join(made)}"] if made else []
     if context.config.model.from_scratch is not None:
         parts.append("wrote a new model as a Hugging Face folder")
-    if added := len(context.config.model.vocabulary.new_tokens()):
+    if added := context.config.model.vocabulary.count():
         parts.append(f"gave the model {added} new tokens")
     return "; ".join(parts) or "every input was found"
 

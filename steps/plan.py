@@ -12,8 +12,6 @@ import yaml
 
 from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.model import Lora
-from posttrain_lib.data.formats import check_fields
-from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.models.families import get_family, read_hf_config, spec_from_config
 from posttrain_lib.models.hf_spec import LACKS, HFSpec, check_workers, hf_spec_from_config
@@ -25,7 +23,7 @@ from posttrain_lib.models.spec import (
     matmul_parameters,
     parameter_count,
 )
-from posttrain_lib.registry import resolve
+from steps.foresight import check_model, check_names, local_folder
 from steps.pipeline import add_config_arguments, plain_errors
 
 _FLOAT32_BYTES = 4
@@ -35,7 +33,8 @@ def describe(config: RunConfig) -> str:
     """The resolved plan of a run, from the config, the model's config.json and the names that the config uses."""
     train, compute = config.train, config.compute
     slots = train.rows_per_step * train.row_tokens
-    _check_names(config)
+    check_names(config)
+    _check_compiler(config)
     length = f"{train.steps} steps" if train.steps is not None else "until the mixture ends,"
     if train.epochs is not None:
         length = f"{train.epochs:g} epochs"
@@ -81,29 +80,26 @@ def _points(weight: Any) -> list[tuple[int, float]]:
     return [(1, weight)] if isinstance(weight, int | float) else list(weight)
 
 
-def _check_names(config: RunConfig) -> None:
-    """What the run would otherwise find out later: formats and their fields, local files, the loss, the optimiser.
+def _check_compiler(config: RunConfig) -> None:
+    """Of this machine, where the workers are on it; on another each looks for itself before it loads anything.
 
     Raises:
-        ConfigError, DataError: naming the field or the file.
+        ConfigError: it cannot compile.
     """
-    # These import torch; a plan of a misspelt file should not wait for it.
-    from posttrain_lib.losses import build_loss
-    from posttrain_lib.optim import OPTIMIZERS
+    if config.train.compile == "none" or config.compute.address is not None:
+        return
+    from posttrain_lib.parallel.compilation import check_compiler
+    from posttrain_lib.training.device import pick_device
 
-    for source in config.data.sources:
-        check_fields(source.format, source.fields)
-        if source.path is not None and "://" not in source.path:
-            files_of(source.path)
-    build_loss(config.train.loss, config.train.loss_options)
-    resolve(config.train.optimizer.name, OPTIMIZERS, what="optimiser", where="train.optimizer.name")
+    check_compiler(pick_device(config.compute.device, rank=0))
 
 
 def memory_estimate(spec: ModelSpec, config: RunConfig) -> dict[str, float]:
     """GiB in one worker: weights, gradients and optimiser state of what is trained, activations of one micro-batch.
 
     Activations count what a decoder block keeps for its backward (about 16 hidden-sized and 4 feed-forward-sized
-    values a token; one hidden-sized with checkpointing). An estimate: allocator slack and the runtime come on top.
+    values a token; 9 and 2 with selective checkpointing, one hidden-sized with full). An estimate: allocator slack and
+    the runtime come on top.
     """
     decoder, train = spec.config, config.train
     parameters = parameter_count(decoder) / config.compute.workers
@@ -111,9 +107,9 @@ def memory_estimate(spec: ModelSpec, config: RunConfig) -> dict[str, float]:
     trained = parameters if lora is None else adapter_count(spec, lora) / config.compute.workers
     bytes_each = 2 if lora is not None and lora.base_dtype == "bfloat16" else _FLOAT32_BYTES
     tokens = train.micro_batch_rows * train.row_tokens
-    widths = sum(4 * _forward_width(layer.mlp) for layer in decoder.layers)
-    kept = decoder.num_hidden_layers * (1 if train.activation_checkpointing else 16) * decoder.hidden_size
-    kept += 0 if train.activation_checkpointing else widths
+    hidden_sized, forward_sized = {"none": (16, 4), "selective": (9, 2), "full": (1, 0)}[train.activation_checkpointing]
+    kept = decoder.num_hidden_layers * hidden_sized * decoder.hidden_size
+    kept += sum(forward_sized * _forward_width(layer.mlp) for layer in decoder.layers)
     states = 2 if train.optimizer.name == "adamw" else 1
     estimate = {
         "weights": parameters * bytes_each + (0 if lora is None else trained * _FLOAT32_BYTES),
@@ -141,6 +137,7 @@ def adapter_count(spec: ModelSpec, lora: Lora) -> int:
 
 
 def _model_lines(config: RunConfig) -> list[str]:
+    _check_folder(config)
     if config.model.backend == "hf":
         return _hf_lines(config)
     spec = _spec(config)
@@ -155,7 +152,30 @@ def _model_lines(config: RunConfig) -> list[str]:
     detail = ", ".join(f"{name} {value * scale:.2f}" for name, value in memory.items())
     return [
         f"  model      {spec.family}, {parameter_count(spec.config):,} parameters, {body:,} of them in the blocks",
+        *_lora_lines(spec, config),
         f"  memory     about {total * scale:.2f} {unit} a worker ({detail})",
+    ]
+
+
+def _check_folder(config: RunConfig) -> None:
+    """A model and a tokenizer that are here already are held against each other, by their headers alone."""
+    path, tokenizer = config.model.path, config.data.tokenizer
+    own = None if tokenizer is None else local_folder(tokenizer, "data.tokenizer")
+    folder = None if path is None or "://" in path else local_folder(path, "model.path")
+    if folder is not None:
+        check_model(config, folder, own)
+
+
+def _lora_lines(spec: ModelSpec, config: RunConfig) -> list[str]:
+    """Of the adapters, where they are what is trained."""
+    lora = config.model.lora
+    if lora is None:
+        return []
+    trained, all_ = adapter_count(spec, lora), parameter_count(spec.config)
+    kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
+    return [
+        f"  adapters   {kind} of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}: {trained:,} "
+        f"parameters are trained, {trained / all_:.2%} of the model's; the base is frozen in {lora.base_dtype}"
     ]
 
 
@@ -196,8 +216,9 @@ def _hf_config(config: RunConfig) -> dict[str, Any] | None:
         get_family(scratch.family, where="model.from_scratch.family")
         vocabulary = _vocabulary(Path(scratch.tokenizer)) if scratch.tokenizer else scratch.tokenizer_vocab_size
         return {"model_type": scratch.family, "vocab_size": vocabulary, **scratch.architecture}
-    folder = Path(str(config.model.path)).expanduser()
-    return read_hf_config(folder) if (folder / "config.json").is_file() else None
+    path = str(config.model.path)
+    folder = None if "://" in path else local_folder(path, "model.path")
+    return None if folder is None else read_hf_config(folder)
 
 
 def _spec(config: RunConfig) -> ModelSpec | None:
@@ -209,14 +230,14 @@ def _spec(config: RunConfig) -> ModelSpec | None:
         return _grown(spec_from_config(raw, where="model.from_scratch.architecture"), vocabulary, config)
     path = Path(str(config.model.path)).expanduser() / "config.json"
     spec = spec_from_config(raw, where=str(path))
-    if not config.model.vocabulary.new_tokens():
+    if not config.model.vocabulary.count():
         return spec
     return _grown(spec, _vocabulary(path.parent, "model.path"), config)
 
 
 def _grown(spec: ModelSpec, ids: int, config: RunConfig) -> ModelSpec:
     """The spec with the run's new tokens behind the tokenizer's ``ids``, as the step ``inputs`` will write it."""
-    new = len(config.model.vocabulary.new_tokens())
+    new = config.model.vocabulary.count()
     rows = max(spec.config.vocab_size, ids + new) if new else spec.config.vocab_size
     return dataclasses.replace(spec, config=dataclasses.replace(spec.config, vocab_size=rows))
 

@@ -11,7 +11,7 @@ from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """The data section, without where the rows lie: their content is an input."""
-    elsewhere = {"tokenizer", "chat_template", "serving_check", "serving_samples"}
+    elsewhere = {"tokenizer", "chat_template", "serving_check", "serving_accepts", "serving_samples"}
     section = config.data.model_dump(mode="json", exclude={*elsewhere, "workers"})
     section["sources"] = [source.model_dump(include={"name", "format", "fields"}) for source in config.data.sources]
     return section

@@ -22,6 +22,7 @@ def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any
         "name": run_config["name"],
         "backend": run_config["model"]["backend"],
         "steps": training["step"],
+        "data_end": training["data_end"],
         "tokens_seen": training["tokens_seen"],
         "held_out_before": before,
         "held_out_after": after,
@@ -44,7 +45,10 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     """
     gates = RunConfig.model_validate(run_config).evaluation.gates
     match = summary["exact_match"] or {}
-    print(f"held-out loss {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}")
+    worse = " (training made it worse)" if summary["held_out_after"] > summary["held_out_before"] else ""
+    print(f"held-out loss {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}{worse}")
+    if summary["data_end"]:
+        print(summary["data_end"])
     if match:
         print(
             f"exact match {match['before']:.3f} -> {match['after']:.3f} on {match['prompts']} held-out prompts "
@@ -86,6 +90,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "recipe": run_config["recipe"].upper(),
         "lacks": manifests["train"].metrics.get("lacks", []),
         "headline": _headline(manifests),
+        "data_end": manifests["train"].metrics["data_end"],
         "reports": reports,
         "data": _data_table(receipt),
         "roles": _roles_table(receipt),

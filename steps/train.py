@@ -103,11 +103,20 @@ def body(context: StepContext) -> StepResult:
             "rows": _rows(reports),
             **marks(context.config.model.backend),
         },
-        summary=f"{result.step} steps{' (stopped early)' if result.stopped_early else ''}, best held-out loss "
-        f"{result.best_held_out:.4f}"
-        if result.best_held_out is not None
-        else f"{result.step} steps",
+        summary=summary(result),
     )
+
+
+def summary(result: TrainResult) -> str:
+    """One line for the terminal."""
+    parts = [f"{result.step} steps{' (stopped early)' if result.stopped_early else ''}"]
+    if result.data_end:
+        parts.append(result.data_end)
+    if result.best_held_out is not None:
+        parts.append(f"best held-out loss {result.best_held_out:.4f}")
+        if result.first_held_out is not None and result.best_held_out > result.first_held_out:
+            parts[-1] += f", worse than the {result.first_held_out:.4f} before training"
+    return "; ".join(parts)
 
 
 def throughput(reports: list[StepReport]) -> dict[str, float]:

@@ -225,6 +225,8 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
         card.append(Table([[_text(lack)] for lack in report["lacks"]], headers=["what that lacks"]))
     headline_cells = [[_text(cell) for cell in row] for row in report["headline"]]  # an answer of a row is among them
     card.append(Table(headline_cells, headers=["figure", "before", "after"]))
+    if report["data_end"]:
+        card.append(_text(report["data_end"]))
     card.append(Markdown("## Curves"))
     for spec in curves(reports).values():
         card.append(VegaChart(spec))

@@ -52,12 +52,14 @@ from posttrain_lib.models.spec import ModelSpec
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_adapter(model: LoraDecoder, spec: ModelSpec, folder: str | Path, base: str | None = None) -> list[str]:
+def save_adapter(
+    model: LoraDecoder, spec: ModelSpec, folder: str | Path, base: str | None = None, revision: str | None = None
+) -> list[str]:
     """Write the adapters of a model, whole or sharded (every rank calls, the first writes).
 
     Args:
         folder: created; publishing it atomically is the caller's job.
-        base: what the configuration calls the base model: a folder or a hub id.
+        base: what the configuration calls the base model: a folder or a hub id; ``revision``: of a hub id.
 
     Returns:
         what a reader of the folder cannot do with it, sentences for a person; empty if PEFT and vLLM both can.
@@ -91,7 +93,8 @@ def save_adapter(model: LoraDecoder, spec: ModelSpec, folder: str | Path, base: 
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / ADAPTER_FILE, metadata={"format": "pt"})
-        text = json.dumps({"base_model_name_or_path": base, **config}, indent=2, sort_keys=True)
+        named = {"base_model_name_or_path": base, "revision": revision}
+        text = json.dumps({**named, **config}, indent=2, sort_keys=True)
         (out / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return remarks
 

@@ -132,7 +132,8 @@ def _lay(model: Decoder, kind: str, world: int) -> None:
     if kind == "tensor parallel":
         apply_tensor_parallel(model, init_device_mesh("cpu", (world,)))
     else:
-        apply_parallelism(model, world=world, device=torch.device("cpu"), activation_checkpointing=world > 1)
+        cpu = torch.device("cpu")
+        apply_parallelism(model, world=world, device=cpu, activation_checkpointing="full" if world > 1 else "none")
 
 
 def _free_port() -> int:

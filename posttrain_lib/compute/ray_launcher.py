@@ -86,7 +86,7 @@ def launch_on_ray(job: TrainJob, *, address: str | None, retries: int) -> Events
                     where=str(lost),
                     expected=f"at most {retries} losses (compute.retries)",
                     fix="look for an out-of-memory kill in the system log; lower train.micro_batch_rows or "
-                    "turn on train.activation_checkpointing. Running again goes on from the last checkpoint",
+                    "set train.activation_checkpointing: full. Running again goes on from the last checkpoint",
                 ) from lost
             print(f"{lost}; starting again from the last checkpoint", flush=True)
     raise AssertionError("unreachable: the last attempt returns or raises")

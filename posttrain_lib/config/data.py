@@ -91,6 +91,11 @@ class DataConfig(Section):
     serving_check: Literal["vllm", "off"] = Field(
         "vllm", description="compare the prompts' token ids with those that vLLM makes of the same messages"
     )
+    serving_accepts: tuple[Literal["ends_missing", "sent_beyond", "unchecked"], ...] = Field(
+        (),
+        description="failed parts of that comparison that the run goes on with: ends of turns that end no generation, "
+        "text that serving sends and training never has, sources of which nothing could be compared",
+    )
     serving_samples: int = Field(64, ge=1, description="rows in that comparison, at least one of every source")
     max_refused_fraction: float = Field(0.01, ge=0.0, lt=1.0, description="refused rows allowed before the flow stops")
     held_out: HeldOut = HeldOut()

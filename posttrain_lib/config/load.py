@@ -89,13 +89,14 @@ def parse_config(model: type[Config], text: str, *, where: str, overrides: Seque
 
 def build_config(model: type[Config], raw: dict[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe's config from a plain mapping, after overrides and variable expansion; raises as above."""
-    for override in [piece for text in overrides for piece in _split_overrides(text)]:
+    pieces = [piece for text in overrides for piece in _split_overrides(text)]
+    for override in pieces:
         raw = _override(raw, override)
     raw = _expand(raw, where, ())
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, where, model) from error
+        raise _explain(error, where, model, pieces) from error
 
 
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
@@ -142,11 +143,13 @@ def _expand(value: Any, where: str, place: tuple[str, ...]) -> Any:
     return _VARIABLE.sub(substitute, value)
 
 
-def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
+def _explain(error: ValidationError, where: str, model: type[BaseModel], overrides: Sequence[str]) -> ConfigError:
     """The first problem in full, the number of the others beside it; unknown keys come first."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    place = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+    place = ".".join(str(part) for part in first["loc"])
+    if concerned := [override for override in overrides if _concerns(override, place)]:
+        where = f"{where}, with {' and '.join(concerned)}"
     others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, first["loc"][:-1]))
@@ -158,7 +161,14 @@ def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> Conf
         )
     got = None if first["type"] == "missing" or isinstance(first["input"], dict | BaseModel) else repr(first["input"])
     message = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"config field '{place}': {message}{others}", where=where, got=got)
+    subject = f"config field '{place}'" if place else "the config's sections do not agree"
+    return ConfigError(f"{subject}: {message}{others}", where=where, got=got)
+
+
+def _concerns(override: str, place: str) -> bool:
+    """Whether the override sets what is at the place, something in it, or what it is in; ``place`` is empty for all."""
+    key = override.partition("=")[0].strip()
+    return not place or f"{place}.".startswith(f"{key}.") or f"{key}.".startswith(f"{place}.")
 
 
 def _keys_at(kind: Any, place: Sequence[int | str]) -> set[str]:

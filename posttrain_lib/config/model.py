@@ -63,11 +63,14 @@ class TokenBlock(Section):
             raise ValueError("a block's format needs {n}, which becomes the number, as <item_{n}>")
         return value
 
+    def names(self) -> Iterator[str]:
+        """The texts of the block's tokens in order."""
+        return (self.format.replace("{n}", str(number)) for number in range(self.count))
+
     def tokens(self) -> Iterator[AddedToken]:
         """The block's tokens in order."""
-        for number in range(self.count):
+        for number, name in enumerate(self.names()):
             text = self.description and self.description.replace("{n}", str(number))
-            name = self.format.replace("{n}", str(number))
             yield AddedToken(token=name, special=self.special, description=text)
 
 
@@ -94,10 +97,16 @@ class Vocabulary(Section):
 
     @model_validator(mode="after")
     def _named_once(self) -> Vocabulary:
-        names = Counter(token.token for token in self.new_tokens())
+        names = Counter(token.token for token in self.add_tokens)
+        for block in self.add_blocks:
+            names.update(block.names())
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"new tokens are named twice: {', '.join(twice[:4])}")
         return self
+
+    def count(self) -> int:
+        """How many are added; making the tokens themselves takes a while for a million of them."""
+        return len(self.add_tokens) + sum(block.count for block in self.add_blocks)
 
     def new_tokens(self) -> list[AddedToken]:
         """All that are added, in the order of their ids."""
@@ -154,7 +163,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _new_tokens_are_trained(self) -> ModelConfig:
         """Adapters elsewhere leave the rows of new tokens as they begin, and a token with such rows means nothing."""
-        added = len(self.vocabulary.new_tokens())
+        added = self.vocabulary.count()
         if self.lora is None or not added:
             return self
         # A tied model has one weight for both, and either name means it; which models are tied is not known here.

@@ -69,6 +69,8 @@ class RunConfig(Section):
                 f"train.rows_per_step ({train.rows_per_step}) is not a multiple of compute.workers x "
                 f"train.micro_batch_rows ({self.compute.workers} x {train.micro_batch_rows} = {share})"
             )
+        if self.model.backend == "hf" and train.compile != "none":
+            raise ValueError("train.compile is for decoders of our own definition, not for model.backend 'hf'")
         names = {source.name for source in data.sources}
         mixed = train.mixture.sources if train.mixture is not None else {}
         if unknown := sorted(set(mixed) - names):

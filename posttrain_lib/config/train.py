@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import inf
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain_lib.config.base import Section
 
@@ -130,11 +130,23 @@ class TrainConfig(Section):
     schedule: Schedule = Schedule()
     clip_norm: float | None = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what a block computes again for its backward: nothing, what is cheap, everything"
+    )
+    compile: Literal["none", "blocks"] = Field("none", description="torch.compile, each decoder block by itself")
     evaluate_every_steps: int = Field(50, ge=1)
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     early_stopping: EarlyStopping | None = None
     seed: int = 0
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _says_how_much(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(
+                f"say how much: 'none', 'selective' or 'full' ({value} is '{'full' if value else 'none'}')"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

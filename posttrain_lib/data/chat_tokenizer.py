@@ -29,6 +29,13 @@ _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError,
 #: characters that the reference reads before a faster engine is made: making and proving one takes about as long
 WORTH_AN_ENGINE = 1_000_000
 
+#: one of these is what AutoTokenizer makes a tokenizer of; without any, some classes make an empty one
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "tokenizer_config.json",
+)  # fmt: skip
+_SHOWN_NAMES = 6
+
 Variables = Mapping[str, Any]
 
 #: an added token that is not special is a marker all the same where it is a word in brackets: <tool_call>, </s>
@@ -73,7 +80,7 @@ class ChatTokenizer:
         self._engine: Engine | None = self._reference if self._reference_only else None
         self._verdict = verdict
         self._characters_read = 0
-        self._template: str | None = None if chat_template is None else _read_template(chat_template)
+        self._template: str | None = None if chat_template is None else read_template(chat_template)
         date = datetime.date.fromisoformat(template_date)
         # Hugging Face's templates call strftime_now; a variable of that name takes precedence over the function.
         self._variables = {"strftime_now": date.strftime, **(template_kwargs or {})}
@@ -298,12 +305,13 @@ def _is_marker(content: str) -> bool:
 def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
+    check_files(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise DataError(
-            "the tokenizer cannot be loaded", where=folder, got=error, fix="name a Hugging Face tokenizer folder"
-        ) from error
+    except (
+        Exception
+    ) as error:  # tokenizers raises plain ones, and configuration classes check fields in ways of their own
+        raise _not_loaded(Path(folder), error) from error
     if not tokenizer.is_fast:
         raise DataError(
             "the tokenizer does not say where in the text its tokens stand, so no mask can be made",
@@ -316,6 +324,66 @@ def _load(folder: Path | str) -> Any:
     return tokenizer
 
 
+def check_files(folder: Path) -> None:
+    """DataError where a local folder cannot be a tokenizer's, in the words that AutoTokenizer has not."""
+    if not folder.exists():
+        return  # a hub id, or AutoTokenizer says that there is nothing
+    if not folder.is_dir():
+        raise DataError(
+            "the tokenizer is a file, not a folder",
+            where=folder,
+            fix="name the folder that the tokenizer's files lie in",
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        names = sorted(path.name for path in folder.iterdir())
+        raise DataError(
+            "the folder has no tokenizer",
+            where=folder,
+            got=", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "") or "an empty folder",
+            expected="tokenizer.json, with tokenizer_config.json beside it",
+            fix="put the tokenizer's files there, or name a folder that has them in data.tokenizer",
+        )
+    for name in ("tokenizer_config.json", "tokenizer.json", "config.json"):
+        _check_json(folder / name)
+
+
+def _check_json(path: Path) -> None:
+    """DataError unless a file holds a JSON object, or is not there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = None if isinstance(content, dict) else f"a JSON {type(content).__name__}"
+    except (OSError, ValueError) as error:
+        found = str(error)
+    if found is not None:
+        raise DataError(
+            "a file of the tokenizer's folder is broken",
+            where=path,
+            got=found,
+            expected="a JSON object",
+            fix="fetch the file again",
+        )
+
+
+def _not_loaded(folder: Path, error: Exception) -> DataError:
+    """What to say where AutoTokenizer gives up: it reads config.json too, whose faults are not the tokenizer's."""
+    from transformers import AutoConfig
+
+    got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if (folder / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(folder)
+        except Exception as refusal:  # as above
+            return DataError(
+                "the tokenizer cannot be loaded, because transformers refuses the config.json beside it",
+                where=folder / "config.json",
+                got=f"{type(refusal).__name__}: {' '.join(str(refusal).split())}",
+                fix="correct that field, or name a folder with the tokenizer's files alone in data.tokenizer",
+            )
+    return DataError(
+        "the tokenizer cannot be loaded", where=folder, got=got, fix="name a Hugging Face tokenizer folder"
+    )
+
+
 def _added_words(folder: Path | str) -> frozenset[str]:
     """Tokens that were added to the folder as text, by the record that ``models.growth`` leaves beside them."""
     path = Path(folder) / "added_vocabulary.json"
@@ -323,8 +391,11 @@ def _added_words(folder: Path | str) -> frozenset[str]:
     return frozenset(token["token"] for record in records for token in record["tokens"] if not token["special"])
 
 
-def _read_template(path: Path | str) -> str:
+def read_template(path: Path | str) -> str:
+    """A template file's text. DataError where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError("the chat template cannot be read", where=path, got=error) from error
+        raise DataError(
+            "the chat template cannot be read", where=path, got=error, fix="name a Jinja file in data.chat_template"
+        ) from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote, unquote
@@ -19,6 +20,11 @@ _HUB = "hf://"
 _FILES = "hf://datasets/"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_JSON_FILE = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?$")
+
+Row = dict[str, Any] | readers.BadRow
+#: address of a file -> its rows
+ReadJson = Callable[[str], Iterator[Row]]
 
 
 def is_hub_id(path: str) -> bool:
@@ -70,8 +76,11 @@ class HubId:
             return self
         return replace(self, revision=self._commit())
 
-    def rows(self, first: int) -> Iterator[dict[str, Any]]:
+    def rows(self, first: int, read_json: ReadJson) -> Iterator[Row]:
         """Rows from number ``first`` on, all of one commit.
+
+        A broken line ends a stream of ``datasets`` for good; so JSON files are taken from it by their names alone, and
+        read by ``read_json``, which gives a BadRow in such a place.
 
         ``datasets`` itself waits for minutes where a byte range fails. What it does not wait for (opening, and answers
         like 503 that last longer than some seconds) is waited out here, and read on after the last row given.
@@ -79,9 +88,9 @@ class HubId:
         at = replace(self, revision=self._commit())
         given, stream = 0, None
 
-        def advance() -> dict[str, Any] | None:
+        def advance() -> Row | None:
             nonlocal stream
-            stream = at._stream(first + given) if stream is None else stream
+            stream = at._stream(first + given, read_json) if stream is None else stream
             try:
                 return next(stream, None)
             except ConnectionError as error:  # of datasets, after all its attempts: more of the same would take hours
@@ -99,21 +108,19 @@ class HubId:
             given += 1
             yield row
 
-    def _stream(self, first: int) -> Iterator[dict[str, Any]]:
+    def _stream(self, first: int, read_json: ReadJson) -> Iterator[Row]:
         import datasets
 
         # Where the hub fails, datasets takes what it finds in its cache, whatever commit that is of: an empty one. And
         # by the bare name it would take a folder of the working directory.
         with tempfile.TemporaryDirectory() as empty:
             try:
-                stream = datasets.load_dataset(
-                    f"{_FILES}{self.name}",
-                    self.config,
-                    split=self.split or "train",
-                    streaming=True,
-                    revision=self.revision,
-                    cache_dir=empty,
+                builder = datasets.load_dataset_builder(
+                    f"{_FILES}{self.name}", self.config, revision=self.revision, cache_dir=empty
                 )
+                if files := _plain_json(builder, self.split or "train"):
+                    return itertools.islice(itertools.chain.from_iterable(map(read_json, files)), first, None)
+                stream = builder.as_streaming_dataset(split=self.split or "train")
             except FileNotFoundError as error:  # what datasets makes of every fault, too
                 if fault := _fault_behind(error):
                     raise ConnectionError(f"{type(fault).__name__}: {fault}") from error
@@ -176,6 +183,16 @@ class HubId:
                 fix="check owner and name; for a private one, set HF_TOKEN to a token that may read it",
             )
         return None
+
+
+def _plain_json(builder: Any, split: str) -> list[str]:
+    """Addresses of the files of a split that are JSON and nothing but their rows; none where ``datasets`` itself has
+    to make rows of them, as the data set's README may ask, or where the split is none of the named ones."""
+    config = builder.config
+    if builder.name != "json" or config.field is not None or builder.info.features is not None:
+        return []
+    files = [str(file) for file in (config.data_files or {}).get(split, [])]
+    return files if all(file.startswith(_FILES) and _JSON_FILE.search(file) for file in files) else []
 
 
 def _fault_behind(error: BaseException) -> BaseException | None:

@@ -50,7 +50,8 @@ class TrainedTurn:
     ``end_id`` is None where the template prints no marker, or nothing is trained (a prompt for RL).
 
     ``header_shared``: the generation prompt opens something that this turn does not have (as a think block), so the
-    ids are only the start of what a server sends, which the report then names.
+    ids are only the start of what a server sends, which the report then names. ``answer_ids``: the first of those
+    that the turn is trained to say.
     """
 
     source: str
@@ -61,6 +62,7 @@ class TrainedTurn:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
     header_shared: bool = False
+    answer_ids: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -96,8 +98,9 @@ class Report:
 
     ``variants`` counts by which template variables a server reaches the trained prompt; ``ends_missing`` counts trained
     last tokens of a turn that do not end a generation, by their text. ``sent_beyond`` has, by text, what a server sends
-    behind the ids that a turn is trained behind: the number of ``turns``, and the ``first``. ``unchecked`` is that of
-    the sample. ``server_settings`` are what the server has to be given for these ids beside the exported folder.
+    behind the ids that a turn is trained behind: the number of ``turns``, the same by ``sources``, and the ``first``
+    with its tokens in ``training`` and ``serving``. ``unchecked`` is that of the sample.
+    ``server_settings`` are what the server has to be given for these ids beside the exported folder.
     """
 
     renderer: str
@@ -113,12 +116,22 @@ class Report:
     unchecked: dict[str, str]
     server_settings: list[str]
 
+    def never_sent_alone(self) -> list[str]:
+        """Sources no turn of which is trained behind all that a server sends: what it sends more, training never has.
+
+        Where some turns have it (as those that thought have the think block that the prompt opens), the model knows it.
+        """
+        beyond = Counter[str]()
+        for found in self.sent_beyond.values():
+            beyond.update(found["sources"])
+        return [source for source, turns in self.turns.items() if beyond[source] == turns]
+
     def summary(self) -> str:
         """One line for the terminal."""
         variants = ", ".join(f"{count:,} by {name}" for name, count in self.variants.items())
         left = "".join(f"; {count:,} {name.replace('_', ' ')}" for name, count in self.left_out.items())
         left += "".join(
-            f"; before {found['turns']:,} of them it also sends {text!r}, which training never has (first: "
+            f"; before {found['turns']:,} of them it also sends {text!r}, which their training does not have (first: "
             f"{found['first']})"
             for text, found in self.sent_beyond.items()
         )
@@ -213,6 +226,7 @@ def trained_turns(
                 messages=messages,
                 tools=tools,
                 header_shared=renderings is not None and "generation_prompt_differs" in locate(renderings, index).notes,
+                answer_ids=document.tokens.ids[first : first + 1 + _CONTEXT].tolist(),
             )
 
 
@@ -280,7 +294,10 @@ def compare(
         if more := list(served.prompts[chat][len(turn.prompt_ids) :]):
             place = f"source {turn.source}, row {turn.row_id}, before message {turn.message}"
             text = tokenizer.decode(more, skip_special_tokens=False)
-            beyond.setdefault(text, {"turns": 0, "first": place})["turns"] += 1
+            first = {"turns": 0, "sources": {}, "first": place, **_both(turn, served.prompts[chat], tokenizer)}
+            found = beyond.setdefault(text, first)
+            found["turns"] += 1
+            found["sources"][turn.source] = found["sources"].get(turn.source, 0) + 1
         if turn.end_id is not None and turn.end_id not in served.stop_ids:
             ends_missing[tokenizer.pieces([turn.end_id])[0]] += 1
     rows = Counter(source for source, _ in {(turn.source, turn.row_id.partition("#")[0]) for turn in sample.turns})
@@ -452,6 +469,13 @@ def _difference(
         expected=f"{by} refuses these messages: {refusal}" if refusal else f"{by}  {_shown(theirs, place, tokenizer)}",
         fix=_fix(served),
     )
+
+
+def _both(turn: TrainedTurn, theirs: Sequence[int], tokenizer: ChatTokenizer) -> dict[str, str]:
+    """The first token that training has otherwise than serving where a turn begins, each between its neighbours."""
+    ours = [*turn.prompt_ids, *turn.answer_ids]
+    place = max(len(turn.prompt_ids), _agreement(ours, theirs))
+    return {"training": _shown(ours, place, tokenizer), "serving": _shown(theirs, place, tokenizer)}
 
 
 def _fix(served: Served) -> str:

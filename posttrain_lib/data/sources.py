@@ -177,12 +177,24 @@ def _client_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error).strip() or repr(error)
-        fix = "check the path, the access rights and the file; fetch it again if it is damaged"
-        if is_hub_id(where):
-            fix = f"check the id ({HUB_FORM}), the access rights and the network"
         raise DataError(
-            "the data cannot be read", where=where, got=f"{type(error).__name__}: {text}", fix=fix
+            "the data cannot be read", where=where, got=f"{type(error).__name__}: {text}", fix=_fix_for(error, where)
         ) from error
+
+
+def _fix_for(error: Exception, where: str) -> str:
+    """What to do about a client's exception. Those of botocore are told by name: it is imported for S3 alone."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}:
+        return (
+            "give the store's credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's "
+            "role; for a public bucket, anon in fsspec's config"
+        )
+    if isinstance(error, PermissionError):
+        return "check which account the credentials are of, and what it may read"
+    if is_hub_id(where):
+        return f"check the id ({HUB_FORM}), the access rights and the network"
+    return "check the path, the access rights and the file; fetch it again if it is damaged"
 
 
 def _expand(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -297,7 +309,7 @@ def _stem(name: str) -> tuple[str, str | None]:
 def _read(file: str, place: Place, name: str) -> Iterator[readers.Read]:
     stem, compression = _stem(file.rstrip("/"))
     if is_hub_id(file):
-        yield from readers.numbered(name, HubId.parse(file).rows(place.row), place.row)
+        yield from readers.numbered(name, HubId.parse(file).rows(place.row, _rows_of_file), place.row)
     elif stem.endswith(".json") and readers.is_json_array(file, compression):
         rows = itertools.islice(readers.json_array(file, compression), place.row, None)
         yield from readers.numbered(name, rows, place.row)
@@ -313,6 +325,11 @@ def _read(file: str, place: Place, name: str) -> Iterator[readers.Read]:
         raise DataError(
             "the data file is of an unknown kind", where=file, expected=f"{_KNOWN_KINDS}, or a datasets folder"
         )
+
+
+def _rows_of_file(file: str) -> Iterator[dict[str, Any] | BadRow]:
+    """All rows of a file, without their places."""
+    return (row for _, _, row in _read(file, _START, file))
 
 
 def _saved_parts(folder: str) -> list[str]:

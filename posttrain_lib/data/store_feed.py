@@ -79,6 +79,8 @@ class StoreFeed:
         self.sources = store.sources
         self._unit_source = store.source_index[self._units.first]
         self._weights = np.add.reduceat(store.weight_sums, self._units.first)
+        #: (source, examples, passes over them) of every source that runs dry
+        self.supplies: list[tuple[str, int, float]] = []
         self._identity = {
             "store": store.digest,
             "store_files": store.file_digests,
@@ -90,6 +92,9 @@ class StoreFeed:
         if mixture is None:
             stream = self._stream(np.arange(len(self._units)), seed, epochs)
             policy = "repeat" if epochs is None else "stop"
+            if epochs is not None:
+                counts = np.bincount(store.source_index, minlength=len(self.sources)).tolist()
+                self.supplies = [(name, count, epochs) for name, count in zip(self.sources, counts, strict=True)]
             self.mixer = Mixer([Part(stream, ((1, 1.0),), policy)], by="samples")
         else:
             self.mixer = Mixer([self._part(name, mixture) for name in self.sources], by=mixture.by)
@@ -144,7 +149,10 @@ class StoreFeed:
             keys = self._keys(members, seed)
             members = np.sort(members[np.argsort(keys, kind="stable")[: share.max_examples]])
         policy = share.exhausted or mixture.exhausted
-        stream = self._stream(members, seed, None if policy == "repeat" else (share.epochs or 1.0))
+        epochs = None if policy == "repeat" else (share.epochs or 1.0)
+        if epochs is not None:
+            self.supplies.append((name, int(self._units.count[members].sum()), epochs))
+        stream = self._stream(members, seed, epochs)
         size = int(self._units.lengths[members].sum()) if mixture.by == "tokens" else len(members)
         weight = natural_weight(size, mixture.temperature) if share.weight is None else schedule(share.weight)
         return Part(stream, weight, policy)

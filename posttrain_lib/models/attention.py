@@ -70,7 +70,7 @@ class Attention(nn.Module):
         if own.qk_norm == "head" and own.qk_norm_after_rope:
             query, key = self._normed(query, key)
         sinks = None if self.sinks is None else local(self.sinks)
-        mixed = attend(self.layer, query, key, value, layout, own, sinks).flatten(-2)
+        mixed = attend(self, query, key, value, layout, sinks).flatten(-2)
         return self.o_proj(mixed if gate is None else mixed * torch.sigmoid(gate))
 
     def _query(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +119,7 @@ class LatentAttention(nn.Module):
         plain, value = expanded.split([own.nope_dim, own.value_dim], dim=-1)
         shared = self.rotary(self.shared_key(shared)[:, None], tables).expand(-1, plain.shape[1], -1)
         key = torch.cat((plain, shared), dim=-1)
-        return self.o_proj(attend(self.layer, query, key, value, layout, own, None).flatten(-2))
+        return self.o_proj(attend(self, query, key, value, layout, None).flatten(-2))
 
     def _query(self, hidden_TD: Tensor) -> Tensor:
         if self.own.q_rank is None:
@@ -127,16 +127,21 @@ class LatentAttention(nn.Module):
         return self.q_b_proj(self.q_a_norm(self.q_a_proj(hidden_TD)))
 
 
+@torch.compiler.disable
 def attend(
-    layer: int,
+    module: Attention | LatentAttention,
     query_TNH: Tensor,
     key_TKH: Tensor,
     value_TKV: Tensor,
     layout: DocumentLayout,
-    own: AttentionConfig | LatentAttentionConfig,
     sinks_N: Tensor | None,
 ) -> Tensor:
-    """[T, N, V]: within the packed documents, or over what the layout's cache keeps of them as well."""
+    """[T, N, V]: within the packed documents, or over what the layout's cache keeps of them as well.
+
+    Outside what ``train.compile`` compiles: documents differ from row to row, and a layer's number from layer to layer,
+    which is why it is read here.
+    """
+    own, layer = module.own, module.layer
     softcap = own.softcap if isinstance(own, AttentionConfig) else None
     options: dict[str, Any] = {"scale": own.scale, "window": own.window, "softcap": softcap, "sinks_N": sinks_N}
     if layout.cache is not None:

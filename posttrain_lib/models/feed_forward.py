@@ -121,8 +121,9 @@ class MixtureOfExperts(nn.Module):
         self.shared = MLP(config, own.shared) if own.shared is not None else None
         self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if own.shared_gate else None
 
+    @torch.compiler.disable
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
+        """[T, D] -> [T, D]. Not compiled: how many tokens an expert gets differs from row to row."""
         routed = self.experts(hidden_TD, *self.router(hidden_TD))
         if self.shared is None:
             return routed

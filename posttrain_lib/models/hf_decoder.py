@@ -91,7 +91,7 @@ class HFDecoder(nn.Module):
             "the blocks of the model are not found in transformers' class",
             where=self.spec.architecture,
             expected=f"a list of {self.config.num_hidden_layers} modules",
-            fix="turn train.activation_checkpointing off",
+            fix="set train.activation_checkpointing: none",
         )
 
     @property

@@ -33,8 +33,9 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(own.value_dim, NormConfig(own.norm_eps))
         self.out_proj = nn.Linear(values, config.hidden_size, bias=False)
 
+    @torch.compiler.disable
     def forward(self, hidden_TD: Tensor, tables: RopeTables, layout: DocumentLayout) -> Tensor:
-        """[T, D] -> [T, D]. It has no use for positions."""
+        """[T, D] -> [T, D]. It has no use for positions. Not compiled: documents differ from row to row."""
         own = self.own
         each = own.num_value_heads // own.num_key_heads
         by_key_head = self.in_proj_qkvz(hidden_TD).unflatten(-1, (own.num_key_heads, -1))

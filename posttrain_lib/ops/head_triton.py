@@ -189,7 +189,7 @@ def _put_row_gradient(
         gradient = tl.where(at == target, gradient + pull, gradient) * steepness
         # columns that do not exist can hold anything: replaced, not multiplied by 0
         gradient = tl.where(at < entries, gradient, 0.0)
-        # what is written is read by the next product, after the whole chunk: it should not push out rows still to be read
+        # read next by the product after the whole chunk: it should not push out of the cache what is still to be read
         gradient = gradient.to(products.dtype.element_ty)
         tl.store(products + at, gradient, mask=at < columns, eviction_policy="evict_first")
 

@@ -21,7 +21,7 @@ def apply_parallelism(
     *,
     world: int,
     device: torch.device,
-    activation_checkpointing: Recomputation | bool,
+    activation_checkpointing: Recomputation,
     compilation: Compilation = "none",
 ) -> Decoder:
     """Lay the model over ``world`` ranks in place (FSDP2), its blocks compiled and recomputing if asked.
@@ -35,11 +35,9 @@ def apply_parallelism(
     Weights stay float32 and autocast picks the precision of the products, so that one rank and many compute the same;
     FSDP2's own mixed precision would round norms and embeddings as well.
     """
-    if isinstance(activation_checkpointing, bool):
-        activation_checkpointing = "full" if activation_checkpointing else "none"
     if compilation == "blocks":
         compile_blocks(model)
-    recompute_blocks(model, activation_checkpointing, compiled=compilation == "blocks")
+    recompute_blocks(model, activation_checkpointing)
     if world > 1:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("dp_shard",))
         for layer in model.layers:

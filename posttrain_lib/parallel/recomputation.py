@@ -14,6 +14,8 @@ it is needed again. Hence, with ``selective``:
 * experts: the grouped kernel's results are kept. The loop over experts writes into buffers, which nothing can keep
   under an operator's name: computed again.
 * the gated delta rule: computed again, for its backward needs all that lies between.
+* compiled pieces (:mod:`posttrain_lib.parallel.compilation`): computed again, projections too, for the operators within
+  cannot be told apart. Attention's results are kept.
 """
 
 from __future__ import annotations
@@ -46,12 +48,8 @@ ATTENTION = frozenset(
 _SHARE = 1 / 8
 
 
-def recompute_blocks(model: Decoder, mode: Recomputation, *, compiled: bool = False) -> None:
+def recompute_blocks(model: Decoder, mode: Recomputation) -> None:
     """Make every block of a model keep less, in place. No module appears, so that weights keep their names.
-
-    ``compiled``: the blocks are (:mod:`posttrain_lib.parallel.compilation`). The compiler chooses for its pieces as
-    ``selective`` does, so that a block stays as it is unless it has experts or linear attention, which are not
-    compiled; then its compiled pieces are computed again as well, whole, for operators within cannot be told apart.
 
     Raises:
         ValueError: an unknown mode.
@@ -66,15 +64,7 @@ def recompute_blocks(model: Decoder, mode: Recomputation, *, compiled: bool = Fa
             create_selective_checkpoint_contexts, partial(_policy, _SHARE * model.config.hidden_size)
         )
     for layer in model.layers:
-        if not (compiled and mode == "selective" and _only_attention_is_outside(layer)):
-            layer.forward = partial(checkpoint, layer.forward, **options)
-
-
-def _only_attention_is_outside(layer: Any) -> bool:
-    from posttrain_lib.models.attention import Attention, LatentAttention
-    from posttrain_lib.models.feed_forward import MLP
-
-    return isinstance(layer.attention, Attention | LatentAttention) and isinstance(layer.mlp, MLP)
+        layer.forward = partial(checkpoint, layer.forward, **options)
 
 
 def _policy(narrow: float, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

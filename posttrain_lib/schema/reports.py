@@ -53,7 +53,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished job returns: which checkpoints stand, and how it ended."""
+    """What a finished job returns: which checkpoints stand, and how it ended.
+
+    ``data_end`` says after how many of the steps asked for the data ended; empty where it did not end before them.
+    """
 
     step: int
     tokens_seen: int
@@ -62,3 +65,4 @@ class TrainResult:
     best_held_out: float | None
     first_held_out: float | None
     stopped_early: bool
+    data_end: str = ""

@@ -40,6 +40,7 @@ from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.optim.schedules import lr_factor, set_lr
 from posttrain_lib.parallel.apply import apply_parallelism
+from posttrain_lib.parallel.compilation import check_compiler
 from posttrain_lib.parallel.process_group import global_max, global_sum, process_group
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training.device import peak_memory_gib, pick_device, reproducible
@@ -62,10 +63,13 @@ def train(job: TrainJob) -> Events:
     """Run one rank of a job to its end. Reports are global figures, the same on every rank but for its clock.
 
     Raises:
+        ConfigError: this machine cannot compile what is to be compiled.
         TrainingError: loss or gradient is not finite. CheckpointError: the disk said no.
         ModelError, DataError: the inputs are not what they should be.
     """
     device = pick_device(job.device, job.rank)
+    if job.train.compile != "none":
+        check_compiler(device)
     with reproducible(job.train.seed, job.threads), process_group(job.rank, job.world, job.rendezvous, device):
         trainer = Trainer(job, device)
         try:
@@ -90,14 +94,22 @@ def load_sharded_model(spec: ModelSpec | HFSpec, job: TrainJob, device: torch.de
     if isinstance(spec, HFSpec):
         model = as_decoder(load_hf_decoder(spec, job.model_folder, device))
         return apply_parallelism(
-            model, world=job.world, device=device, activation_checkpointing=job.train.activation_checkpointing
+            model,
+            world=job.world,
+            device=device,
+            activation_checkpointing=job.train.activation_checkpointing,
+            compilation=job.train.compile,
         )
     dtype = torch.float32 if job.lora is None else getattr(torch, job.lora.base_dtype)
     model = build_model(spec, dtype, device="meta" if job.world > 1 else device)
     if job.lora is not None:
         model = apply_lora(model, job.lora)
     apply_parallelism(
-        model, world=job.world, device=device, activation_checkpointing=job.train.activation_checkpointing
+        model,
+        world=job.world,
+        device=device,
+        activation_checkpointing=job.train.activation_checkpointing,
+        compilation=job.train.compile,
     )
     if job.world > 1:
         model.to_empty(device=device)
@@ -275,13 +287,27 @@ class Trainer:
             sources=len(self.feed.sources),
             name_example=self.feed.name_example,
         )
-        self.notes: list[str] = []
+        self.notes: list[str] = [note for note in [self.data_end()] if note]
         self.checkpoints = CheckpointManager(
             job.checkpoint_folder, config.checkpoint.keep_last, job.rank, say=self.notes.append
         )
         self.peak = peak_flops(device, config.precision)
         trained = (parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.adapter_parameters = None if job.lora is None else sum(trained)
+
+    def data_end(self) -> str:
+        """That the data ends before the steps asked for, and what there is of it; empty where it does not, or where
+        rows that are read as training goes have not told yet."""
+        asked = self.config.steps
+        if asked is None or self.total_steps >= asked:
+            return ""
+        supplies = self.feed.supplies if isinstance(self.feed, StoreFeed) else []
+        given = [
+            f"{name}: {examples:,} examples{'' if passes == 1 else f', {passes:g} times'}"
+            for name, examples, passes in supplies
+        ]
+        what = f" ({'; '.join(given)})" if given else ""
+        return f"the data ends after {self.total_steps:,} of the {asked:,} steps asked for{what}"
 
     def run(self) -> Events:
         """Resume if there is something to resume from, then step until the end."""
@@ -308,6 +334,8 @@ class Trainer:
         self.checkpoints.load(path, self.state)
         assert self.state.report is not None, "a checkpoint is saved with the report of its step"
         report = StepReport(**self.state.report)
+        if isinstance(self.feed, LiveFeed) and report.step == report.total_steps:  # it told there where the data ends
+            self.total_steps = report.total_steps
         return dataclasses.replace(report, event=", ".join(["resumed", *self.notes]))
 
     def _first_report(self) -> StepReport:
@@ -369,6 +397,8 @@ class Trainer:
         saves = "best" in events or progress.stopped_early or self._is_due(self.config.checkpoint.every_steps)
         events += ["checkpoint"] if saves else []
         events += ["finished"] if self._is_over() else []
+        if loaded.last and isinstance(self.feed, LiveFeed) and (told := self.data_end()):
+            events.append(told)
         report = self._report(loaded, outcome, lr, flops, seconds, held_out, events)
         if saves:
             state.report = dataclasses.asdict(report)
@@ -465,4 +495,5 @@ class Trainer:
             best_held_out=progress.best_held_out,
             first_held_out=progress.first_held_out,
             stopped_early=progress.stopped_early,
+            data_end=self.data_end(),
         )

@@ -4,8 +4,8 @@
 
 Peers take turns within each round, on one thread, and what counts is the process's own time on a CPU: a busy machine
 disturbs it less than the clock on the wall. ``held_mib`` are the bytes of tensors that are alive between forward and
-backward, weights and gradients not counted; not known of compiled blocks. Where nothing can be compiled, the compiled peers are left out, and the
-reason stands in the result. The result is written after each case.
+backward, weights and gradients not counted; not known of compiled blocks. Where nothing can be compiled, the compiled
+peers are left out, and the reason stands in the result. The result is written after each case.
 """
 
 from __future__ import annotations

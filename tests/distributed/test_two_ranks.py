@@ -80,7 +80,7 @@ def assert_near(one: list[StepReport], other: list[StepReport]) -> None:
 # total norm would show
 LAYOUTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"clip_norm": 0.1}, {}),
-    ({"activation_checkpointing": True, "micro_batch_rows": 1}, {"tie_word_embeddings": False}),
+    ({"activation_checkpointing": "full", "micro_batch_rows": 1}, {"tie_word_embeddings": False}),
 ]
 
 

@@ -70,10 +70,13 @@ def test_norm(dtype, weight_dtype, shape, options, monkeypatch) -> None:
         assert torch.equal(one, other)  # sums have one order
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize(
-    ("shape", "dims", "interleaved"),
-    [((700, 16, 128), 128, False), ((700, 1, 64), 64, True), ((300, 40, 96), 32, False), ((300, 3, 192), 64, True)],
+    ("dtype", "shape", "dims", "interleaved"),
+    [
+        (FLOAT32, (700, 16, 128), 128, False),
+        (BFLOAT16, (300, 40, 96), 32, False),
+        (BFLOAT16, (300, 3, 192), 64, True),
+    ],
 )
 def test_rope_has_the_bits_of_torch(dtype, shape, dims: int, interleaved: bool, monkeypatch) -> None:
     def function(heads: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
@@ -87,8 +90,9 @@ def test_rope_has_the_bits_of_torch(dtype, shape, dims: int, interleaved: bool, 
     assert_near(found, in_float64(function, [heads], *tables, rounded=dtype), 1, dtype)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(FLOAT32, "silu"), (BFLOAT16, "silu"), (BFLOAT16, "gelu_tanh"), (BFLOAT16, "gelu")]
+)
 def test_gated_activations(dtype, name: str, monkeypatch) -> None:
     function = swiglu.GATED[name]
     inputs = [strided((500, 3072), dtype, seed, "cuda") for seed in (0, 1)]

@@ -75,11 +75,11 @@ def get_family(model_type: object, where: str = "model_type") -> Family:
 def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """The ModelSpec of a config.json's content; ModelError names the field that is not supported."""
     refuse_quantised(hf_config, where)
-    if hf_config.get("model_type") not in FAMILIES:
+    if str(hf_config.get("model_type")) not in FAMILIES:
         refuse_own_code(hf_config, where)
     family = get_family(hf_config.get("model_type"), where=f"{where}: model_type")
     architectures = hf_config.get("architectures")
-    if architectures is not None and list(architectures) != [family.architecture]:
+    if architectures not in (None, [family.architecture], (family.architecture,)):
         raise ModelError(
             "the model is not a plain causal language model of its family",
             where=f"{where}: architectures",
@@ -94,6 +94,14 @@ def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -
     except ModelError as error:
         raise ModelError(
             error.what, where=f"{where}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
+        ) from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            "config.json has a value that its architecture cannot be made of",
+            where=where,
+            got=f"{type(error).__name__}: {error}",
+            expected="values of the kinds that transformers writes",
+            fix="compare the file with the maker's",
         ) from error
     return ModelSpec(
         family=family.model_type,
@@ -113,14 +121,26 @@ def spec_from_folder(folder: str | Path) -> ModelSpec:
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The content of a folder's config.json. ModelError where it is missing or broken."""
     path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        there = Path(folder).exists()
+        raise ModelError(
+            "the model is a file, not a folder" if there else "the model folder does not exist",
+            where=folder,
+            fix="name a folder in Hugging Face format",
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(
-            "the model folder has no config.json", where=path, fix="name a folder in Hugging Face format"
+            "the model folder has no config.json",
+            where=path,
+            got=", ".join(sorted(found.name for found in Path(folder).iterdir())[:8]) or "an empty folder",
+            fix="name a folder in Hugging Face format",
         ) from error
     except (OSError, ValueError) as error:
         raise ModelError("config.json cannot be read", where=path, got=error, fix="fetch the folder again") from error
     if not isinstance(content, dict):
-        raise ModelError("config.json does not hold an object", where=path, got=type(content).__name__)
+        raise ModelError(
+            "config.json does not hold an object", where=path, got=type(content).__name__, fix="fetch the folder again"
+        )
     return content

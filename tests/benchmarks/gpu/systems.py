@@ -53,12 +53,6 @@ def own_model(spec: ModelSpec, device: torch.device) -> Decoder:
     return model
 
 
-def compile_blocks(model: Decoder) -> None:
-    """Each decoder block through ``torch.compile``, in place."""
-    for layer in model.layers:
-        layer.compile()
-
-
 def own_step(model: Decoder, steps: Sequence[Sequence[PackedBatch]], device: torch.device) -> Step:
     """This project's training step over packed rows; ``steps`` take turns."""
     loss = SFTLoss()

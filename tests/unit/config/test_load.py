@@ -150,3 +150,24 @@ def test_what_cannot_work_is_refused_before_any_work(override: str) -> None:
 
 def test_a_date_that_yaml_reads_as_one_is_a_date() -> None:
     assert load_run_config(DEFAULT, ["data.template_date=2026-02-01"]).data.template_date == "2026-02-01"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named", "not_named"),
+    [
+        (["train.row_tokens=32", "name=x"], "config, with train.row_tokens=32 and name=x", "whole file"),
+        (["train.steps=0", "name=x"], "config, with train.steps=0", "name=x"),
+        (["train={steps: 0, row_tokens: 64}"], "config, with train={steps: 0, row_tokens: 64}", "whole file"),
+        (["train.epochs=1", "name=x"], "config, with train.epochs=1", "name=x"),
+    ],
+    ids=["sections disagree", "a field", "its section", "fields disagree"],
+)
+def test_the_override_that_is_at_fault_is_named(overrides: list[str], named: str, not_named: str) -> None:
+    message = refused(overrides)
+    assert named in message and not_named not in message
+
+
+def test_no_override_is_named_where_none_is_at_fault() -> None:
+    with pytest.raises(ConfigError, match="field 'train") as caught:
+        build_run_config({**MINIMAL, "train": {"steps": 0, "row_tokens": 64}}, overrides=["name=x"])
+    assert caught.value.where == "config"

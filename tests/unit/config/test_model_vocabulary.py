@@ -25,10 +25,12 @@ def test_nothing_is_added_by_default() -> None:
 
 
 def test_single_tokens_come_first_then_blocks_in_order() -> None:
-    found = vocabulary(
+    section = vocabulary(
         add_tokens=["<|item|>", {"token": "<plus>", "special": False, "description": "plus"}],
         add_blocks=[{"format": "<a_{n}>", "count": 2}, {"format": "<b_{n}>", "count": 1, "description": "item {n}"}],
-    ).new_tokens()
+    )
+    found = section.new_tokens()
+    assert section.count() == len(found)
     assert [(token.token, token.special, token.description) for token in found] == [
         ("<|item|>", True, None),
         ("<plus>", False, "plus"),

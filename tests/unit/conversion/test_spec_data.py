@@ -8,16 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain_lib.conversion.family_test import TINY_SIZES
 from posttrain_lib.conversion.spec_data import FamilyData, family_data, to_data
 from posttrain_lib.errors import ModelError
 from posttrain_lib.models.families import spec_from_config
-from tests.support.tiny_models import _SIZES, CASES
+from tests.support.tiny_models import CASES
 
 
 def data_of(case: str) -> FamilyData:
     from transformers import AutoConfig
 
-    fields = {**_SIZES, **CASES[case]}
+    fields = {**TINY_SIZES, **CASES[case]}
     content = AutoConfig.for_model(fields.pop("model_type"), **fields).to_dict()
     spec = spec_from_config(content | {"architectures": None})
     return FamilyData(spec.config, spec.rules, dict(spec.sharding_plan), spec.left_alone)

@@ -307,3 +307,35 @@ def test_real_rows(
         for document in made.documents:
             assert bool(np.count_nonzero(document.tokens.weights)) == (kind != "prompt")
     assert set(found) == {kind}
+
+
+words = st.integers(1, 60).map(lambda number: "word " * number)
+policies = st.sampled_from(["refuse", "truncate_right", "truncate_left", "split"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(said=st.lists(words, min_size=2, max_size=6), limit=st.integers(8, 120), policy=policies, kind=st.integers(0, 3))
+def test_tokens_read_are_kept_cut_or_left_out(
+    real_tokenizer: Callable[[str], ChatTokenizer], said: list[str], limit: int, policy: str, kind: int
+) -> None:
+    """Qwen3's template makes a document of every turn, so some are left out beside others."""
+    tokenizer = real_tokenizer("qwen3")
+    asked = (Message("user", said[0]),)
+    turns = [Message("assistant" if index % 2 else "user", text) for index, text in enumerate(said)]
+    row = [
+        Conversation("s", "1", tuple(turns[: len(turns) // 2 * 2])),
+        PreferencePair("s", "1", asked, (Message("assistant", said[1]),), (Message("assistant", said[1] + "no"),)),
+        PlainText("s", "1", "".join(said)),
+        Prompt("s", "1", asked),
+    ][kind]
+    free = make(tokenizer, row, config(max_example_tokens=10**6))
+    read = sum(len(document.tokens.ids) for document in free.documents)
+    assert (free.read_tokens, free.left_out_tokens, free.notes["truncated_tokens"]) == (read, 0, 0)
+    try:
+        made = make(tokenizer, row, config(max_example_tokens=limit, over_length=policy))
+    except RefusedRow as refusal:
+        accounts = (refusal.tokens, refusal.tokens)
+    else:
+        kept = sum(len(document.tokens.ids) for document in made.documents)
+        accounts = (made.read_tokens, kept + made.notes["truncated_tokens"] + made.left_out_tokens)
+    assert accounts == (read, read)

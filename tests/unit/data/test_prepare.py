@@ -372,3 +372,79 @@ def test_a_misspelt_group_field_stops_the_preparation(preparation: Preparation) 
     with pytest.raises(DataError, match="no row has the field") as caught:
         preparation.run(held_out={"fraction": 0.2, "group_field": "conversation_id"})
     assert "60 rows were grouped by their first question" in str(caught.value)
+
+
+def _none_by_chance(count: int) -> tuple[list[dict[str, Any]], int]:
+    """Rows of so many groups, and a seed by which a twentieth of them is none."""
+    rows = [row(number) for number in range(count)]
+    asked = [f"user:How is number {number}?" for number in range(count)]
+    seed = next(
+        seed for seed in range(50) if not any(is_held_out(group, HeldOut(fraction=0.05, seed=seed)) for group in asked)
+    )
+    return rows, seed
+
+
+def test_of_a_few_groups_one_is_held_out(preparation: Preparation, tmp_path: Path) -> None:
+    rows, seed = _none_by_chance(20)
+    preparation.write(*rows)
+    held_out = {"fraction": 0.05, "seed": seed}
+    receipt = preparation.run(held_out=held_out)
+    stores = [TokenStore(preparation.out / name) for name in ("train", "held_out")]
+    assert [len(store) for store in stores] == [19, 1]
+    assert (receipt.total("rows"), receipt.total("held_out"), receipt.notes["held_out_prompts"]) == (20, 1, 1)
+    assert len(preparation.lines("prompts.jsonl")) == 1
+    assert "1 group of rows held out where data.held_out.fraction gave none" in receipt.summary()
+    assert any("fraction 0.05 holds out none" in said for said in preparation.said)
+    # Training that reads the rows itself tells held-out ones by the config: it would train on this one.
+    preparation.out = tmp_path / "fly"
+    with pytest.raises(DataError, match="no row is held out"):
+        preparation.run(held_out=held_out, on_the_fly=True)
+
+
+def test_rows_of_another_format_are_told_early(preparation: Preparation) -> None:
+    preparation.write(*({"prompt": f"p {number}", "completion": "c"} for number in range(1500)))
+    with pytest.raises(DataError, match="first 1,000 rows of source 'file'") as caught:
+        preparation.run()
+    assert "is format: prompt_completion meant?" in str(caught.value)
+    kept = preparation.lines("quarantine.jsonl", preparation.rejects)
+    assert [line["row_id"] for line in kept] == [f"rows.jsonl:{number}" for number in range(1, 1001)]
+    written = json.loads((preparation.rejects / "receipt.json").read_text())
+    assert written["refused"] == {"no_messages": 1000}
+
+
+def test_a_small_file_of_another_format_gets_the_same_hint(preparation: Preparation) -> None:
+    preparation.write(*({"prompt": f"p {number}", "completion": "c"} for number in range(5)))
+    with pytest.raises(DataError, match="5 of 5 rows were refused") as caught:
+        preparation.run()
+    assert caught.value.fix == "source 'file': the rows have prompt, completion; is format: prompt_completion meant?"
+
+
+def test_nothing_flagged_is_told_as_such(preparation: Preparation) -> None:
+    preparation.write(*(row(number) for number in range(5)))
+    with pytest.raises(DataError, match="nothing to train on") as caught:
+        preparation.run(train_on="flagged")
+    assert caught.value.fix is not None and "train: true" in caught.value.fix and "data.train_on" in caught.value.fix
+
+
+@pytest.mark.parametrize("policy", ["refuse", "truncate_right", "truncate_left", "split"])
+def test_every_token_is_kept_cut_or_left_out(preparation: Preparation, tmp_path: Path, policy: str) -> None:
+    rows = [row(number, "word " * (1 + number * 7 % 90)) for number in range(40)]
+    asked = [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "b"}]
+    preparation.write(*rows, *rows[:9], {"messages": asked}, {"messages": [*asked, *rows[3]["messages"]]})
+    whole = preparation.run(max_refused_fraction=0.9).total("tokens")
+    preparation.out = tmp_path / "again"
+    receipt = preparation.run(
+        max_example_tokens=48,
+        over_length=policy,
+        deduplicate=True,
+        max_refused_fraction=0.95,
+        held_out={"fraction": 0.3},
+    )
+    notes = receipt.notes
+    assert notes["read_tokens"] == whole
+    assert receipt.total("tokens") + notes["truncated_tokens"] + notes["left_out_tokens"] == whole
+    assert (notes["truncated_tokens"] > 0) == policy.startswith("truncate") and notes["left_out_tokens"] > 0
+    assert f"{notes['left_out_tokens']:,} tokens in what was refused or left out" in receipt.summary()
+    assert next(check for check in receipt.checks() if check.name == "no token is lost").passed
+    notes["left_out_tokens"] -= 1
+    assert not next(check for check in receipt.checks() if check.name == "no token is lost").passed

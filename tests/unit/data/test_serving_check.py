@@ -213,8 +213,12 @@ def test_a_shared_header_needs_only_the_start_and_what_is_sent_beyond_is_named(c
     report = compare(sample, ["default"], longer, chatml)
     more = chatml.decode([5], skip_special_tokens=False)
     first = "source a, row rows:1, before message 1"
-    assert report.sent_beyond == {more: {"turns": 1, "first": first}} and report.left_out == {}
-    assert f"before 1 of them it also sends {more!r}, which training never has (first: {first})" in report.summary()
+    (found,) = report.sent_beyond.values()
+    assert list(report.sent_beyond) == [more] and report.left_out == {}
+    assert (found["turns"], found["sources"], found["first"]) == (1, {"a": 1}, first)
+    assert "'T'] 'om has it." in found["training"] and f"[5 {more!r}]" in found["serving"]
+    assert report.never_sent_alone() == ["a"]
+    assert f"before 1 of them it also sends {more!r}, which their training does not have (first:" in report.summary()
     both = served([[*ours, 5], ours])  # by a variable it may be asked for without
     assert compare(sample, ["default", "other"], both, chatml).variants == {"other": 1}
     assert compare(sample, ["default", "other"], both, chatml).sent_beyond == {}
@@ -242,6 +246,7 @@ def test_only_the_turns_whose_header_is_shared_may_end_early(with_template: Call
     assert prompts[1] == sample.turns[1].prompt_ids
     report = compare(sample, ["default"], served(prompts), tokenizer)
     assert {text: found["turns"] for text, found in report.sent_beyond.items()} == {"<think>\n": 1}
+    assert report.never_sent_alone() == [], "the turn that thought is trained behind it"
     with pytest.raises(DataError, match="1 of 2 trained turns"):
         compare(sample, ["default"], served([prompts[0], [*prompts[1], 5]]), tokenizer)
 

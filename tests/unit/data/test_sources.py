@@ -290,3 +290,15 @@ class TestNames:
     def test_a_name_that_is_given(self, write: Any, tmp_path: Path) -> None:
         [file] = files_of(str(write(tmp_path)))
         assert [row_id for _, row_id, _ in read_from(file, name="a/b")] == [f"a/b:{n}" for n in range(1, 6)]
+
+
+def test_absent_credentials_are_no_damaged_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(DataError, match="NoCredentialsError") as caught:
+        files_of("s3://bucket-of-nobody/rows.jsonl")
+    assert caught.value.fix is not None
+    assert "AWS_ACCESS_KEY_ID" in caught.value.fix and "damaged" not in caught.value.fix

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from posttrain_lib.data import remote
+from posttrain_lib.data.readers import BadRow, Place
 from posttrain_lib.data.sources import digest_rows, files_of, iter_rows, list_files, pinned, read_from
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import FileDigests
@@ -166,9 +167,35 @@ def test_without_a_readme_splits_come_from_the_names_of_files(hub: Hub, ending: 
 
 
 def test_fields_that_a_row_does_not_have_are_not_invented(hub: Hub) -> None:
-    rows = [{"a": 1, "in": {"x": 1}}, {"b": 2, "in": {"y": None}}]
-    hub.commit("datasets", "o/n", {"train.jsonl": json_lines(rows)})
-    assert read("hf://o/n") == [{"a": 1, "in": {"x": 1}}, {"b": 2, "in": {}}]
+    rows = [{"a": 1, "b": None, "in": {"x": 1}}, {"a": None, "b": 2, "in": {"y": 3}}]
+    hub.commit("datasets", "o/n", {"train.parquet": parquet(rows)})
+    assert read("hf://o/n") == [{"a": 1, "in": {"x": 1}}, {"b": 2, "in": {"y": 3}}]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json"])
+def test_json_is_read_as_it_is_written(hub: Hub, ending: str) -> None:
+    rows = [{"a": 1, "in": {"x": 1}}, {"b": "two", "in": {"y": None}}]
+    hub.commit("datasets", "o/n", {f"train.{ending}": json_lines(rows)})
+    assert read("hf://o/n") == rows
+
+
+def test_a_broken_line_is_a_bad_row_among_good_ones(hub: Hub) -> None:
+    good = rows_of("a", 4)
+    files = {"train-0.jsonl": json_lines(good[:2]) + "{broken\n", "train-1.jsonl": json_lines(good[2:])}
+    hub.commit("datasets", "o/n", files)
+    found = [(row_id, row) for _, row_id, row in read_from("hf://o/n")]
+    assert [row_id for row_id, _ in found] == [f"o/n:{number}" for number in range(1, 6)]
+    assert [row for _, row in found if not isinstance(row, BadRow)] == good
+    bad = found[2][1]
+    assert isinstance(bad, BadRow) and (bad.reason, bad.raw) == ("broken_json", "{broken\n")
+    assert [row for _, _, row in read_from("hf://o/n", Place(3))] == good[2:]
+
+
+def test_what_the_readme_says_of_the_fields_holds(hub: Hub) -> None:
+    """``datasets`` makes these rows: a feature is declared, here as text."""
+    told = "---\ndataset_info:\n  features:\n  - {name: n, dtype: string}\n---\n"
+    hub.commit("datasets", "o/n", {"README.md": told, "train.jsonl": json_lines([{"n": 7}])})
+    assert read("hf://o/n") == [{"n": "7"}]
 
 
 def test_a_pinned_id_is_read_at_its_commit_though_main_moved(hub: Hub) -> None:
@@ -313,11 +340,13 @@ def test_a_connection_cut_in_a_file_loses_and_doubles_nothing(hub: Hub, ending: 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_what_outlasts_the_client_is_read_on_after_the_last_row(hub: Hub, ending: str) -> None:
-    """The client gives a file up after six answers of 503, and opening a data set again after six more."""
+    """The client gives a file up after six answers of 503, and opening a data set again after six more. JSON is opened
+    by its file's name: the data set is not asked for again."""
     hub.commit("datasets", "o/n", in_parts(ending))
     rows = read_from("hf://o/n")
     seen = [next(rows)]
-    hub.faults = [Fault(6, 503, key=third_part(hub, ending)), Fault(8, 503, key="README.md", method="HEAD")]
+    again = [Fault(8, 503, key="README.md", method="HEAD")] if ending == "parquet" else []
+    hub.faults = [Fault(6, 503, key=third_part(hub, ending)), *again]
     hub.commit("datasets", "o/n", {"train.jsonl": json_lines(rows_of("moved", 3))})
     seen += rows
     assert [row for _, _, row in seen] == large()

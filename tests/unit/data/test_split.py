@@ -1,7 +1,10 @@
 """The held-out split depends on a row's group alone."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from posttrain_lib.config.data import HeldOut
-from posttrain_lib.data.split import is_held_out
+from posttrain_lib.data.split import fraction_up_to, is_held_out, split_place
 
 
 def test_the_share_is_about_the_fraction() -> None:
@@ -15,3 +18,18 @@ def test_another_seed_holds_out_other_groups_and_a_larger_share_holds_out_more()
     chosen = {fraction: {g for g in groups if is_held_out(g, HeldOut(fraction=fraction))} for fraction in (0.1, 0.2)}
     assert chosen[0.1] < chosen[0.2]
     assert chosen[0.1] != {g for g in groups if is_held_out(g, HeldOut(fraction=0.1, seed=1))}
+
+
+@given(place=st.integers(0, 2**64 - 1))
+def test_the_least_fraction_that_holds_out_a_place(place: int) -> None:
+    fraction = fraction_up_to(place)
+    assert place < fraction * 2**64
+    # A float64 has 53 bits: what it adds is of no account beside the distance of two of a billion groups.
+    assert fraction * 2**64 - place <= max(1, place) * 2**-51
+
+
+def test_it_holds_out_the_first_group_alone() -> None:
+    groups = [f"group:{number}" for number in range(20)]
+    first = min(groups, key=lambda group: split_place(group, HeldOut()))
+    wider = HeldOut().model_copy(update={"fraction": fraction_up_to(split_place(first, HeldOut()))})
+    assert [group for group in groups if is_held_out(group, wider)] == [first]

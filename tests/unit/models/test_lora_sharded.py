@@ -44,7 +44,8 @@ def train(folder: Path, run: str, rank: int, world: int) -> dict[str, Any]:
     model = build_model(spec, dtype, device="meta" if world > 1 else "cpu")
     settings = settings or everything_of(model)
     model = apply_lora(model, settings)
-    apply_parallelism(model, world=world, device=cpu, activation_checkpointing=run == "everything")
+    modes = {"everything": "full", "experts": "selective"}
+    apply_parallelism(model, world=world, device=cpu, activation_checkpointing=modes.get(run, "none"))
     if world > 1:
         model.to_empty(device="cpu")
     load_hf_weights(model, spec, source)
@@ -88,7 +89,7 @@ def on_rank(rank: int, folder: Path) -> None:
     try:
         result: Any = {run: train(folder, run, rank, RANKS) for run in RUNS}
         sharded = build_model(spec_from_folder(folder / "qwen3"))
-        apply_parallelism(sharded, world=RANKS, device=torch.device("cpu"), activation_checkpointing=False)
+        apply_parallelism(sharded, world=RANKS, device=torch.device("cpu"), activation_checkpointing="none")
         with pytest.raises(ModelError, match="cannot be added to a sharded model"):
             apply_lora(sharded, LoraSettings(2, 4.0))
     except BaseException:

@@ -35,6 +35,12 @@ SECRET = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+#: the conversation's last answer is another speaker's than the one that serving asks
+OTHER_NAME = (
+    "{% for m in messages %}<|im_start|>{{ 'bot' if loop.last and m.role == 'assistant' else m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -105,6 +111,7 @@ def test_without_vllm_the_run_file_is_refused_by_field(
         {"train_on": "last"},
         {"max_example_tokens": 128},
         {"serving_check": "off"},
+        {"serving_accepts": ["sent_beyond"]},
     ],
     ids=str,
 )
@@ -171,9 +178,14 @@ def report_of(**figures: Any) -> Report:
         ({"left_out": {"rows_too_long": 64}}, ["training's ids are serving's"]),
         ({"turns": {"a": 3}, "ends_missing": {"x": 1}}, ["trained ends of turns end a generation"]),
         (
-            {"turns": {"a": 3}, "sent_beyond": {"<think>\n": {"turns": 2, "first": "row 7"}}},
+            {
+                "turns": {"a": 3, "b": 2},
+                "sent_beyond": {"<think>\n": {"turns": 2, "sources": {"b": 2}, "first": "row 7"}},
+            },
             ["serving sends nothing that training never has"],
         ),
+        # Some turns of the source are trained behind it.
+        ({"turns": {"a": 3}, "sent_beyond": {"<think>\n": {"turns": 2, "sources": {"a": 2}, "first": "row 7"}}}, []),
         ({"turns": {"a": 3}, "unchecked": {"b": "2 rows too long"}}, ["every source with messages is compared"]),
     ],
     ids=str,
@@ -182,8 +194,31 @@ def test_the_checks_say_what_was_proved(figures: dict[str, Any], failed: list[st
     checks = check_serving._checks(report_of(**figures))
     assert [check.name for check in checks if not check.passed] == failed
     shown = "; ".join(str(check.value) for check in checks)
-    assert ("'<think>\\n' before 2 turns, first row 7" in shown) == ("sent_beyond" in figures)
+    assert ("'<think>\\n' before 2 of" in shown and "first row 7" in shown) == ("sent_beyond" in figures)
     assert ("b: 2 rows too long" in shown) == ("unchecked" in figures)
+
+
+def test_a_failed_check_stops_the_run_unless_the_run_file_names_it() -> None:
+    beyond = {"turns": 3, "sources": {"a": 3}, "first": "row 7", "training": "'' [5 'b']", "serving": "'' [6 'a']"}
+    cases = {
+        "ends_missing": {"turns": {"a": 3}, "ends_missing": {"x": 1}},
+        "sent_beyond": {"turns": {"a": 3}, "sent_beyond": {"a": beyond}},
+        "unchecked": {"turns": {"a": 3}, "unchecked": {"b": "2 rows too long"}},
+    }
+    for part, figures in cases.items():
+        report = report_of(**figures)
+        (failed,) = (check for check in check_serving._checks(report) if not check.passed)
+        with pytest.raises(DataError, match="training and serving do not agree") as caught:
+            check_serving._stop_unless_accepted(failed, report, sorted(set(cases) - {part}))
+        assert f"data.serving_accepts: [{part}]" in str(caught.value.fix)
+        if part == "sent_beyond":
+            assert caught.value.where == "row 7" and "[5 'b']" in str(caught.value.got)
+            assert "[6 'a']" in str(caught.value.expected)
+        check_serving._stop_unless_accepted(failed, report, [part])
+    nothing = report_of()
+    (failed,) = (check for check in check_serving._checks(nothing) if not check.passed)
+    with pytest.raises(DataError, match="ids are serving's"):
+        check_serving._stop_unless_accepted(failed, nothing, sorted(cases))
 
 
 def test_what_auto_tokenizer_makes_of_the_file_is_told_and_stops_nothing() -> None:
@@ -228,7 +263,7 @@ class TestWithVllm:
         assert "'<|im_end|>']" in str(caught.value.expected)
         assert not list(isolated_store.glob("steps/check_serving/*/manifest.json"))
 
-    def test_an_end_that_stops_nothing_is_a_failed_check(
+    def test_an_end_that_stops_nothing_stops_the_run_unless_it_is_accepted(
         self, model: Path, rows: Path, tmp_path: Path, isolated_store: Path
     ) -> None:
         other = tmp_path / "other"
@@ -237,6 +272,21 @@ class TestWithVllm:
             content = json.loads((other / name).read_text())
             content.update({"eos_token": "<|im_start|>"} if name.startswith("tok") else {"eos_token_id": 1})
             (other / name).write_text(json.dumps(content))
-        manifest, said = run(config_of(other, rows, serving_samples=4), isolated_store)
+        with pytest.raises(DataError, match="end a generation") as caught:
+            run(config_of(other, rows, serving_samples=4), isolated_store)
+        assert "<|im_end|> at the end of" in str(caught.value.got)
+        assert "data.serving_accepts: [ends_missing]" in str(caught.value.fix)
+        accepted = config_of(other, rows, serving_samples=4, serving_accepts=["ends_missing"])
+        manifest, said = run(accepted, isolated_store)
         assert [check.passed for check in manifest.checks] == [True, False, True, True, True]
-        assert any("FAILED trained ends of turns end a generation: <|im_end|>" in line for line in said)
+        assert any("FAILED, and accepted by the run file, trained ends of turns" in line for line in said)
+
+    def test_turns_that_begin_otherwise_than_serving_asks_stop_the_run_at_that_token(
+        self, model: Path, rows: Path, tmp_path: Path, isolated_store: Path
+    ) -> None:
+        template = tmp_path / "own.jinja"
+        template.write_text(OTHER_NAME)
+        with pytest.raises(DataError, match="serving sends nothing that training never has") as caught:
+            run(config_of(model, rows, chat_template=str(template), serving_samples=4), isolated_store)
+        assert "source a, row rows.jsonl:" in str(caught.value.where)
+        assert "'b'] 'ot" in str(caught.value.got) and "'assist'] 'ant" in str(caught.value.expected)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from posttrain_lib.config import load_run_config
 from posttrain_lib.errors import VerificationError
@@ -36,13 +38,16 @@ def _inputs(folder: Path) -> dict[str, StepManifest]:
 
 
 def test_a_right_model_passes_once_and_is_then_reused(folder: Path, tmp_path: Path) -> None:
-    store, said = Store(tmp_path / "store"), []
+    said: list[str] = []
+    store = Store(tmp_path / "store")
     config = load_run_config(DEFAULT_CONFIG)
     first = run_step(convert_model.STEP, config, _inputs(folder), store=store, say=said.append)
     report = json.loads(Path(first.outputs["verification"].uri).read_text())
     assert report["passed"] is True
     assert [check.name for check in first.checks] == [check["name"] for check in report["checks"]]
     assert any("passed logits, float32" in line for line in said)
+    # The value stands before the words that it counts.
+    assert any("passed weights round trip (0, limit 0; of " in line for line in said)
     again = run_step(convert_model.STEP, config, _inputs(folder), store=store, say=said.append)
     assert again.reused
 
@@ -58,6 +63,21 @@ def test_a_wrong_definition_stops_the_run_and_names_the_module(
         run_step(convert_model.STEP, load_run_config(DEFAULT_CONFIG), _inputs(folder), store=Store(tmp_path), say=print)
     assert "layers.0.attention" in str(caught.value.where)
     assert "scale" in str(caught.value.fix)
+
+
+def test_weights_that_no_definition_could_be_compared_on_are_not_ours_to_blame(folder: Path, tmp_path: Path) -> None:
+    zeros = Path(shutil.copytree(folder, tmp_path / "hf")) / "model.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(zeros).items()}, zeros, {"format": "pt"})
+    with pytest.raises(VerificationError, match="reference itself is not numerically usable") as caught:
+        run_step(
+            convert_model.STEP,
+            load_run_config(DEFAULT_CONFIG),
+            _inputs(zeros.parent),
+            store=Store(tmp_path / "store"),
+            say=print,
+        )
+    assert "every gradient of the reference is zero" in str(caught.value)
+    assert "our definition" not in str(caught.value)
 
 
 def test_the_result_depends_on_weights_code_and_environment(folder: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("repositories")
     texts = (turn["content"] for row in generate_rows(50, 0) for turn in row["messages"])
     build_tokenizer(texts, 320, root / "tokenizer")
-    model = write_tiny_model("llama", root / "model")
+    model = write_tiny_model("llama", root / "model", vocab_size=320)
     (model / "more").mkdir()
     (model / "more" / "notes.txt").write_text("a file in a folder")
     return {"tokenizer": root / "tokenizer", "model": model}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from steps.base import StepContext, run_step
 RAW: dict[str, Any] = {
     "name": "test",
     "data": {"sources": [{"name": "a", "path": "rows.jsonl"}], "max_example_tokens": 64},
-    "model": {"from_scratch": {"architecture": {}}},
+    "model": {"from_scratch": {"architecture": {}, "tokenizer": "tokenizer"}},
     "train": {"steps": 10, "row_tokens": 64},
 }
 
@@ -31,6 +33,8 @@ RAW: dict[str, Any] = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_store: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}")
     return tmp_path
 
 
@@ -73,6 +77,53 @@ def test_rows_that_were_edited_after_the_run_began_are_refused(here: Path) -> No
     assert "resume start" in str(caught.value)
 
 
+def cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def with_more_ids(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": {f"t{number}": number for number in range(999)}}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "config.json").write_text("["), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "does not hold an object"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors weights"),
+        (cut, "truncated"),
+        (with_more_ids, "larger than the embedding"),
+    ],
+    ids=["config", "list", "no weights", "cut", "tokenizer"],
+)
+def test_a_model_folder_is_refused_before_anything_is_read_whole(
+    here: Path,
+    tiny_folder: Callable[[str], Path],
+    damage: Callable[[Path], Any],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(tiny_folder("llama"), here / "model")
+    config = build_run_config({**RAW, "model": {"path": "model"}})
+    assert inputs.inputs(config, {})["model"].uri == str(here / "model")
+    damage(here / "model")
+    monkeypatch.setattr(FileDigests, "path", lambda *_: pytest.fail("read"))
+    with pytest.raises(ModelError, match=said):
+        inputs.inputs(config, {})
+
+
+@pytest.mark.parametrize("kind", ["preference", "prompts"])
+def test_rows_that_no_recipe_learns_from_are_refused_by_source(here: Path, kind: str) -> None:
+    sources = [{"name": "a", "path": "rows.jsonl", "format": kind}]
+    with pytest.raises(ConfigError, match="does not train on rows of this format") as caught:
+        inputs.inputs(build_run_config({**RAW, "data": {**RAW["data"], "sources": sources}}), {})
+    assert caught.value.where == "data.sources: a: format"
+    assert "messages" in str(caught.value.expected) and kind not in str(caught.value.expected)
+
+
 class TestModelInAStore:
     """On memory://, whose files tell when they were made; real object stores are in checkpoint/test_remote_weights."""
 
@@ -89,8 +140,15 @@ class TestModelInAStore:
         return run_step(inputs.STEP, build_run_config(raw), {}, say=lambda _: None)
 
     @pytest.fixture(autouse=True)
-    def _tokenizer(self, here: Path) -> None:
-        (here / "tokenizer").mkdir()
+    def _here(self, here: Path) -> None:
+        """The tokenizer lies here."""
+
+    def test_its_headers_are_checked_once_its_small_files_are_here(self, url: str) -> None:
+        memory = fsspec.filesystem("memory")
+        content = json.loads(memory.cat("/models/tiny/config.json"))
+        memory.pipe("/models/tiny/config.json", json.dumps({**content, "intermediate_size": 5}).encode())
+        with pytest.raises(ModelError, match="another shape than"):
+            self.run(url)
 
     def test_later_steps_see_a_folder_with_a_pointer(self, url: str, tiny_folder: Callable[[str], Path]) -> None:
         first = self.run(url)

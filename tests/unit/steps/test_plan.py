@@ -1,6 +1,8 @@
 """The dry run prints what would happen, from the config alone."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,41 @@ def test_new_tokens_of_a_found_model_fill_its_spare_rows_first(tmp_path: Path) -
         overrides = ["model.from_scratch=null", f"model.path={tmp_path}", added]
         grown = plan._spec(load_run_config(DEFAULT_CONFIG, overrides))
         assert grown is not None and grown.config.vocab_size == rows
+
+
+def test_adapters_are_spelt_out() -> None:
+    """Two projections of [32, 32] and a rank of 4: 2 x 4 x 64 parameters a layer."""
+    text = plan.describe(load_run_config(DEFAULT_CONFIG, ["model.lora={rank: 4, alpha: 8, targets: [q_proj, o_proj]}"]))
+    config = load_run_config(DEFAULT_CONFIG).model.from_scratch
+    assert config is not None
+    shape = config.architecture
+    heads = shape["num_attention_heads"] * shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    trained = 2 * 4 * (shape["hidden_size"] + heads) * shape["num_hidden_layers"]
+    assert f"LoRA of rank 4, alpha 8, on q_proj, o_proj: {trained:,} parameters are trained" in text
+    assert "adapters" not in plan.describe(load_run_config(DEFAULT_CONFIG))
+
+
+def test_a_model_that_is_here_is_looked_at(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    def planned(path: str) -> str:
+        return plan.describe(load_run_config(DEFAULT_CONFIG, ["model.from_scratch=null", f"model.path={path}"]))
+
+    sized = ["data.max_example_tokens=32", "model.from_scratch=null", f"model.path={tiny_folder('llama')}"]
+    assert "model      llama" in plan.describe(load_run_config(DEFAULT_CONFIG, sized))
+    assert "owner/name (fetched when the run starts)" in planned("owner/name")
+    with pytest.raises(ConfigError, match="does not exist"):
+        planned("/nope/x")
+    with pytest.raises(ModelError, match=r"no config\.json") as caught:
+        planned(str(tmp_path))
+    assert caught.value.got == "an empty folder"
+    shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no safetensors weights"):
+        planned(str(tmp_path / "model"))
+
+
+def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    name = load_run_config(DEFAULT_CONFIG).data.sources[0].name
+    source = f"data.sources=[{{name: {name}, path: {tmp_path / 'rows.jsonl'}, format: preference}}]"
+    with pytest.raises(ConfigError, match="does not train on rows of this format"):
+        plan.describe(load_run_config(DEFAULT_CONFIG, [source, "model.from_scratch.tokenizer=owner/name"]))

@@ -22,10 +22,12 @@ from steps.pipeline import DEFAULT_CONFIG
 from steps.report import check_gates, collect
 from steps.train import shares, throughput
 
+DATA_END = "the data ends after 2 of the 40 steps asked for (a: 3 examples)"
 SUMMARY: dict[str, Any] = {
     "held_out_before": 6.0,
     "held_out_after": 1.5,
     "held_out_ratio": 0.25,
+    "data_end": "",
     "exact_match": {"before": 0.0, "after": 0.9, "majority": 0.1, "majority_answer": "red", "prompts": 100},
     "tokens_per_second": 1000.0,
     "fill": 0.99,
@@ -61,6 +63,14 @@ def test_a_gate_that_does_not_hold_stops_the_run(gate: str, limit: float, said: 
 def test_a_gate_on_what_was_not_measured_fails() -> None:
     with pytest.raises(TrainingError, match="not measured"):
         check_gates(config(min_exact_match=0.5), {**SUMMARY, "exact_match": None})
+
+
+def test_what_went_wrong_without_a_gate_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    check_gates(config(), SUMMARY)
+    assert "worse" not in capsys.readouterr().out
+    check_gates(config(), {**SUMMARY, "held_out_after": 6.5, "data_end": DATA_END})
+    said = capsys.readouterr().out
+    assert "held-out loss 6.0000 -> 6.5000 (training made it worse)" in said and DATA_END in said.splitlines()
 
 
 def test_no_gates_demand_nothing() -> None:
@@ -128,9 +138,10 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     match = {"before": 0.0, "after": 0.5, "majority": 0.1, "majority_answer": PICTURE, "prompts": 4}
     spoken = dict.fromkeys(("prompt", "expected", "before", "after"), PICTURE)
     losses = {"held_out_before": {"all": 3.0, "a": 3.0}, "held_out_after": {"all": 1.0, "a": 1.0}}
+    training = {**throughput(reports), "sources": shares(reports), "data_end": DATA_END}
     return {"name": "small", "recipe": "sft"}, {
         "prepare_data": manifest("prepare_data", {}, receipt=root / RECEIPT, samples=root / SAMPLES),
-        "train": manifest("train", {**throughput(reports), "sources": shares(reports)}, metrics=root / "metrics.jsonl"),
+        "train": manifest("train", training, metrics=root / "metrics.jsonl"),
         "evaluate": manifest("evaluate", {**losses, "exact_match": match, "generations": [spoken]}),
     }
 
@@ -187,5 +198,6 @@ def test_the_card_has_every_part_and_no_text_of_a_row_leaves_its_block(finished:
         assert table._data and {len(row) for row in table._data} == {len(table._headers)}
     cells = [cell for table in tables for row in table._data for cell in row]
     texts = [part._text for part in (*card, *cells) if isinstance(part, Markdown)]
+    assert sum(DATA_END in text for text in texts) == 1
     assert not any("![x]" in cell for cell in cells if isinstance(cell, str))
     assert sum("![x]" in text for text in texts) >= 6 and not any("\r" in text for text in texts)

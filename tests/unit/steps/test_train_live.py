@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,37 @@ def test_the_sample_is_what_is_prepared(trained: tuple[Path, RunConfig, dict[str
     prepared = trained[2]["prepare_data"]
     assert [counts["rows"] for counts in prepared.metrics["sources"].values()] == [60, 60, 60]
     assert len(TokenStore(prepared.outputs["held_out"].uri)) > 0
+
+
+def test_data_that_ends_before_the_steps_is_said_where_it_ends_and_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_STORE", str(tmp_path / "store"))
+    for name in ("more", "less"):
+        _rows(tmp_path / f"{name}.jsonl", name, 60)
+    shares = "{generated: {weight: 0}, more: {weight: 1}, less: {weight: 1}}"
+    config = _config(
+        tmp_path,
+        "data.on_the_fly=true",
+        "data.on_the_fly_sample=60",
+        "train.shuffle_window=50",
+        "train.packing_buffer=16",
+        "train.steps=500",
+        f"train.mixture={{exhausted: stop, sources: {shares}}}",
+    )
+    said: list[str] = []
+    manifests = run_until("train", config, say=said.append)
+    metrics = manifests["train"].metrics
+    end = f"the data ends after {metrics['step']} of the 500 steps asked for"
+    assert metrics["data_end"] == end and 0 < metrics["step"] < 500
+    assert any(end in line and "finished" in line for line in said)
+    # Killed between the last checkpoint and the result: the checkpoint tells that nothing is left.
+    work = tmp_path / "again"
+    context = StepContext(config, train.inputs(config, manifests), tmp_path / "out", work, said.append, print)
+    work.mkdir()
+    context.out.mkdir()
+    checkpoints = Path(manifests["train"].outputs["last"].uri).parent
+    shutil.copytree(checkpoints, work / "checkpoints")
+    said.clear()
+    assert train.body(context).metrics["data_end"] == end
+    assert len(said) == 1 and "(resumed)" in said[0]

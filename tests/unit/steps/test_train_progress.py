@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain_lib.schema.reports import StepReport
-from steps.train import ProgressLine, throughput
+from posttrain_lib.schema.reports import StepReport, TrainResult
+from steps.train import ProgressLine, summary, throughput
 
 REPORT = StepReport(
     step=5, total_steps=10, loss=1.25, lr=0.1, grad_norm=1.0, trained_weight=50.0, real_tokens=90, slot_tokens=100,
@@ -55,3 +55,24 @@ def test_throughput_leaves_out_step_zero_and_the_first_step() -> None:
     assert figures["tokens_per_second"] == pytest.approx(180.0)
     assert figures["data_wait_share"] == pytest.approx(0.1)
     assert figures["fill"] == pytest.approx(0.9)
+
+
+RESULT = TrainResult(
+    step=2, tokens_seen=9, last_checkpoint="c", best_checkpoint="c", best_held_out=6.4052, first_held_out=6.5,
+    stopped_early=False,
+)  # fmt: skip
+
+
+def test_the_summary_says_what_was_reached() -> None:
+    assert summary(RESULT) == "2 steps; best held-out loss 6.4052"
+    assert summary(replace(RESULT, best_held_out=None, stopped_early=True)) == "2 steps (stopped early)"
+
+
+def test_the_summary_says_where_training_made_it_worse() -> None:
+    said = summary(replace(RESULT, first_held_out=6.3856))
+    assert said == "2 steps; best held-out loss 6.4052, worse than the 6.3856 before training"
+
+
+def test_the_summary_says_where_the_data_ended() -> None:
+    end = "the data ends after 2 of the 40 steps asked for (good: 10 examples)"
+    assert summary(replace(RESULT, data_end=end)) == f"2 steps; {end}; best held-out loss 6.4052"

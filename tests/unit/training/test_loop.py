@@ -127,7 +127,7 @@ def test_epochs_decide_the_steps(tmp_path: Path) -> None:
     assert 1.3 * examples < result.tokens_seen < 1.7 * examples
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"activation_checkpointing": "full"}])
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, changes: dict) -> None:
     config = tiny_config(steps=7, **changes)
     whole, result = run(make_job(tmp_path, config, work="whole"))
@@ -253,3 +253,18 @@ def test_a_mixture_that_ends_first_ends_the_run(tmp_path: Path) -> None:
     reports, result = run(make_job(tmp_path, tiny_config(steps=10_000, mixture=mixture)))
     assert result.step == reports[-1].step == reports[-1].total_steps < 10_000
     assert "finished" in reports[-1].event and reports[-1].held_out is not None
+    counts = np.bincount(TokenStore(tmp_path / "train").source_index).tolist()
+    given = "; ".join(f"{name}: {count} examples" for name, count in zip(SOURCES, counts, strict=True))
+    assert result.data_end == f"the data ends after {result.step} of the 10,000 steps asked for ({given})"
+    assert reports[0].event == result.data_end
+
+
+def test_a_cap_on_a_source_is_what_there_is_of_it(tmp_path: Path) -> None:
+    caps = {name: {"max_examples": 25, "epochs": 2} for name in SOURCES}
+    _, result = run(make_job(tmp_path, tiny_config(steps=40, mixture={"exhausted": "drop", "sources": caps})))
+    assert f"{SOURCES[0]}: 25 examples, 2 times" in result.data_end
+
+
+def test_nothing_is_said_where_the_data_lasts(tmp_path: Path) -> None:
+    reports, result = run(make_job(tmp_path, tiny_config(steps=2)))
+    assert (reports[0].event, result.data_end) == ("", "")

@@ -98,7 +98,7 @@ def test_recomputation_changes_nothing(folder: Path) -> None:
     store = TokenStore(folder / "train")
     batch = [pack_rows(store, [(0, 1, 2)], 128)]
     _, expected = gradients(load(folder), batch, store)
-    recomputing = apply_parallelism(load(folder), world=1, device=CPU, activation_checkpointing=True)
+    recomputing = apply_parallelism(load(folder), world=1, device=CPU, activation_checkpointing="full")
     _, found = gradients(recomputing, batch, store)
     assert set(found) == set(expected), "recomputation must not rename weights"
     assert_same(expected, found)

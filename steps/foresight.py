@@ -1,0 +1,167 @@
+"""What a run would only find out later, found from its config alone: by the plan, and by the step ``inputs``."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.data.formats import FORMATS, check_fields
+from posttrain_lib.data.sources import files_of
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.registry import resolve
+
+HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(@(?P<revision>.+))?")
+
+#: row format -> what its rows become; those of all others become documents
+_KINDS = {"preference": "pair", "prompts": "prompt"}
+
+
+def check_names(config: RunConfig) -> None:
+    """Formats and their fields, local files, the loss and what it learns from, the optimiser, mixture and devices.
+
+    Raises:
+        ConfigError, DataError: naming the field or the file.
+    """
+    from posttrain_lib.data.chat_tokenizer import read_template
+
+    for source in config.data.sources:
+        check_fields(source.format, source.fields)
+        if source.path is not None and "://" not in source.path:
+            files_of(source.path)
+    if config.data.chat_template is not None:
+        read_template(config.data.chat_template)
+    check_start(config)
+    _check_optimizer(config)
+    _check_weights(config)
+    _check_compute(config)
+
+
+def check_start(config: RunConfig) -> None:
+    """What the first step needs and no file tells: rows that the loss learns from, something to make a tokenizer of.
+
+    Raises:
+        ConfigError: naming the source, or the field.
+    """
+    # Imports torch; a plan of a misspelt file should not wait for it.
+    from posttrain_lib.losses import build_loss
+
+    loss = build_loss(config.train.loss, config.train.loss_options)
+    wanted = getattr(loss, "kind", "document")
+    for source in config.data.sources:
+        kind = _KINDS.get(source.format, "document")
+        if kind != wanted:
+            fitting = ", ".join(name for name in sorted(FORMATS) if _KINDS.get(name, "document") == wanted)
+            raise ConfigError(
+                f"recipe {config.recipe} does not train on rows of this format: its loss learns from {wanted}s",
+                where=f"data.sources: {source.name}: format",
+                got=f"{source.format} (rows become {kind}s)",
+                expected=f"one of {fitting}",
+                fix=f"no recipe trains on {kind}s yet: take the source out, or name a loss of your own in train.loss "
+                f"that says kind = {kind!r}",
+            )
+    scratch = config.model.from_scratch
+    if scratch is not None and scratch.tokenizer is None and not any(s.generate for s in config.data.sources):
+        raise ConfigError(
+            "there is no generated source to train a tokenizer on",
+            where="model.from_scratch.tokenizer",
+            fix="name a tokenizer folder, or add a source with 'generate'",
+        )
+
+
+def local_folder(path: str, field: str) -> Path | None:
+    """The local folder or file that a path names; None where it is a hub id, to be fetched when the run starts.
+
+    Raises:
+        ConfigError: neither.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if HUB_ID.fullmatch(path) is None:
+        raise ConfigError(
+            "the path does not exist",
+            where=field,
+            got=path,
+            expected="an existing path or a hub id owner/name[@revision]",
+        )
+    return None
+
+
+def check_model(config: RunConfig, folder: Path, tokenizer: str | Path | None) -> None:
+    """A model folder by its headers, and the files of its tokenizer, which is its own where none is given.
+
+    Raises:
+        ModelError, DataError: naming file, tensor or field.
+    """
+    from posttrain_lib.checkpoint.folder_headers import check_folder_headers
+    from posttrain_lib.data.chat_tokenizer import check_files
+
+    check_folder_headers(folder, config.model.backend, tokenizer or folder)
+    check_files(Path(tokenizer or folder))
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """By the signature of what is named: to build one, torch imports its compiler, which takes seconds."""
+    from posttrain_lib.optim import OPTIMIZERS
+
+    wanted = config.train.optimizer
+    factory = resolve(wanted.name, OPTIMIZERS, what="optimiser", where="train.optimizer.name")
+    taken = inspect.signature(factory).parameters
+    unknown = sorted(set(wanted.options) - set(taken))
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        near = difflib.get_close_matches(unknown[0], taken, n=1)
+        raise ConfigError(
+            "the optimiser does not take these options",
+            where="train.optimizer.options",
+            got=", ".join(unknown),
+            expected=f"arguments of {wanted.name}: {', '.join(name for name in taken if name != 'params')}",
+            fix=f"did you mean {near[0]!r}?" if near else "leave them out",
+        )
+
+
+def _check_weights(config: RunConfig) -> None:
+    """At every step of the schedules some source has a weight."""
+    from posttrain_lib.data.store_feed import schedule
+
+    mixture = config.train.mixture
+    shares = [] if mixture is None else [mixture.sources.get(source.name) for source in config.data.sources]
+    weights: list[Any] = [None if share is None else share.weight for share in shares]
+    if not weights or any(weight is None for weight in weights):
+        return  # by size, which is above 0
+    schedules = [schedule(weight) for weight in weights]
+    # Linear in between: where all are 0 somewhere, they are at a step that one of them names.
+    for step in sorted({step for points in schedules for step, _ in points}):
+        if not any(_weight_at(points, step) > 0 for points in schedules):
+            raise ConfigError(
+                "no source has a weight above 0",
+                where="train.mixture.sources",
+                got=f"step {step}: all are 0",
+                fix="give a source a weight there, or take the weights out",
+            )
+
+
+def _weight_at(points: tuple[tuple[int, float], ...], step: int) -> float:
+    import numpy as np
+
+    steps, weights = zip(*points, strict=True)
+    return float(np.interp(step, steps, weights))
+
+
+def _check_compute(config: RunConfig) -> None:
+    """What this machine alone decides; of a cluster's machines nothing is known here."""
+    from posttrain_lib.training.device import pick_device
+
+    compute = config.compute
+    if compute.launcher == "in_process" and compute.address is not None:
+        raise ConfigError(
+            "compute.address names a Ray cluster, and the launcher 'in_process' starts none of its workers",
+            where="compute.address",
+            got=compute.address,
+            fix="use compute.launcher: ray, or leave the address out",
+        )
+    if compute.address is None:
+        pick_device(compute.device, 0)
