@@ -14,8 +14,6 @@ outside of the clock; what their bfloat16 takes is a case of its own, at a small
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import statistics
 import time
@@ -26,20 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain_lib.lineage.environment import describe_code, describe_environment
 from posttrain_lib.ops.head_chunks import cpu_has_products_in
 from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 from posttrain_lib.ops.output_head import OutputHead
 from tests.benchmarks.head_peers import clear, find_peers, relative_error, torchtitan_run, trl_run
+from tests.benchmarks.recording import Recording, argument_parser, load
 
-COMMAND = "python -m tests.benchmarks.head --peers FOLDER --output tests/benchmarks/results/head.json"
 POSITIONS, WIDTH, VOCABULARY, SUPERVISED = 1024, 512, 151936, 0.3
 SMALL_VOCABULARY = 4096
-
-
-def load() -> float:
-    """Processes that wanted to run during the last minute."""
-    return float(Path("/proc/loadavg").read_text(encoding="utf-8").split()[0])
 
 
 def measure(vocabulary: int, ours: torch.dtype, peers: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -122,13 +114,12 @@ def compare(runs: dict[str, Callable[[], Any]], mine: list[Tensor], theirs: list
 
 def main() -> None:
     """All cases, some minutes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--peers", type=Path, required=True, help="folder that holds torchtitan and trl")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="result file to write")
     parser.add_argument("--case", action="append", help="one of the cases; several may be named (default: all)")
     options = parser.parse_args()
-    versions = find_peers(options.peers)
+    recording, versions = Recording(hidden={options.peers: "FOLDER"}), find_peers(options.peers)
     half = torch.bfloat16
     peers_half = half if cpu_has_products_in(half) else torch.float32
     cases = {
@@ -141,21 +132,8 @@ def main() -> None:
         vocabulary, ours, peers = cases[name]
         results[name] = measure(vocabulary, ours, peers, options.rounds)
         print(name, json.dumps(results[name], indent=1), flush=True)
-    if options.output:
-        facts = describe_environment()
-        content = {
-            "command": COMMAND,
-            "date": datetime.date.today().isoformat(),
-            "commit": describe_code().get("commit"),
-            "hardware": {name: facts[name] for name in ("cpu", "cores", "machine", "python", "torch")},
-            "threads": torch.get_num_threads(),
-            "peers": versions,
-            "positions": POSITIONS,
-            "width": WIDTH,
-            "supervised": SUPERVISED,
-            "cases": results,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    facts = {"peers": versions, "positions": POSITIONS, "width": WIDTH, "supervised": SUPERVISED}
+    recording.write(options.output, {**facts, "cases": results})
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import argparse
-import datetime
 import gc
-import json
 import shutil
 import statistics
 import subprocess
@@ -36,13 +34,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from posttrain_lib.data.loader import PackedLoader
 from posttrain_lib.data.planner import Planner
 from posttrain_lib.data.store_feed import StoreFeed
 from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.lineage.environment import describe_code, describe_environment
 from tests.benchmarks.packing_data import (
     HEAVY_TAILED,
     LOG_NORMAL,
@@ -66,6 +61,7 @@ from tests.benchmarks.packing_peers import (
     trl_pack,
 )
 from tests.benchmarks.packing_ranks import ROWS_EACH, rank_imbalance
+from tests.benchmarks.recording import Recording, argument_parser, load
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("POSTTRAIN_DATA") or ROOT.parent / "shared" / "data")
@@ -85,10 +81,6 @@ GRAIN_BINS = (8, 64)
 CLOCKS = ("tokens_per_second_M", "tokens_per_processor_second_M")
 TRL, TRL_ONE_BATCH = "trl, batches of 1000 (default)", "trl, one batch"
 TRL_COLLATOR, TRL_ARRAYS = "trl's collator alone", "trl, batches of 1000, then its collator"
-
-
-def load() -> str:
-    return Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
 
 
 @dataclass(frozen=True)
@@ -432,8 +424,7 @@ def run_sets(options: argparse.Namespace, peers: dict[str, str | None], scratch:
 
 def main() -> None:
     """All sets, then training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file to write")
+    parser = argument_parser(__doc__)
     parser.add_argument("--peers", type=Path, help="folder with the packages of infra/locks/peers.txt")
     parser.add_argument("--documents", type=int, default=50_000, help="documents of the generated sets")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -445,33 +436,18 @@ def main() -> None:
     if options.first_batch:
         first_batch_here(options.first_batch[0], int(options.first_batch[1]))
         return
-    load_at_start, peers = load(), find_peers(options.peers)
+    recording = Recording(hidden={options.peers: "FOLDER", options.scratch: "SCRATCH"})
+    peers = find_peers(options.peers)
     for name in (name for name, version in peers.items() if version is None):
         print(f"{name} cannot be imported: its column is null and no ratio is given")
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         sets, training = run_sets(options, peers, Path(scratch))
-    facts = describe_environment()
-    code, reached = describe_code(), targets(sets, training)
-    content: dict[str, Any] = {
-        "command": "python -m tests.benchmarks.packing "
-        + " ".join(sys.argv[1:]).replace(str(options.peers), "FOLDER").replace(str(options.scratch), "SCRATCH"),
-        "date": datetime.date.today().isoformat(),
-        "commit": code.get("commit"),
-        "uncommitted_changes": code.get("uncommitted_changes"),
-        "hardware": {name: facts[name] for name in ("cpu", "cores", "machine")},
-        "versions": {**{name: facts[name] for name in ("python", "torch", "transformers")}, **peers},
-        "threads": int(os.environ["OMP_NUM_THREADS"]),
-        "load_at_start": load_at_start,
-        "load_at_end": load(),
-        "targets": reached,
-        "sets": sets,
-        "training": training,
-    }
+    reached = targets(sets, training)
     for target in reached:
         of = f"{target['value']!s:>10} of {target['to_reach']!s:5}"
         print(f"{target['reached']!s:5} {of} {target['on']}: {target['figure']}")
-    if options.output:
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    figures = {"peers": peers, "targets": reached, "sets": sets, "training": training}
+    recording.write(options.output, figures)
 
 
 if __name__ == "__main__":
