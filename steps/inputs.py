@@ -43,7 +43,8 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     """
     from posttrain_lib.data.sources import digest_rows, pinned
 
-    check_start(config)
+    if _trains(config):
+        check_start(config)
     rows = {source.name: pinned(source.path) for source in config.data.sources if source.path is not None}
     folders = _local_folders(config)
     digests = known_digests()
@@ -96,7 +97,8 @@ def _model(context: StepContext, generated: list[Path]) -> tuple[str, str] | Art
         else:
             _fetch_stored(found, context.out / "model")
             own = context.inputs.get("tokenizer")
-            check_model(context.config, context.out / "model", None if own is None else own.uri)
+            if _trains(context.config):
+                check_model(context.config, context.out / "model", None if own is None else own.uri)
     elif new_tokens:
         with tempfile.TemporaryDirectory(dir=context.out) as folder:
             _write_scratch(context, generated, Path(folder))
@@ -178,6 +180,11 @@ def _fetch_stored(found: ArtifactRef, out: Path) -> None:
     fetch_folder(found.uri, pins, out)
 
 
+def _trains(config: RunConfig) -> bool:
+    """A conversion has no rows, and takes architectures without a definition: its own steps judge the model."""
+    return config.recipe != "convert"
+
+
 def _local_folders(config: RunConfig) -> dict[str, Path]:
     """Name -> folder or file on this machine, checked; of a model in a store nothing. Hub ids are fetched into the
     hub's own cache first."""
@@ -196,7 +203,7 @@ def _local_folders(config: RunConfig) -> dict[str, Path]:
     if template is not None:
         read_template(template)
         found["chat_template"] = Path(template).expanduser().resolve()
-    if "model" in found:
+    if "model" in found and _trains(config):
         check_model(config, found["model"], found.get("tokenizer"))
     return found
 

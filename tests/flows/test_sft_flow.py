@@ -160,7 +160,7 @@ def test_tokens_that_serving_would_not_send_stop_the_flow(home: Path, tmp_path: 
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     text = TINY.read_text().replace("{name: generated, generate: {rows: 200}}", f"{{name: file, path: '{rows}'}}")
-    text = text.replace('serving_check: "off"', f"serving_check: vllm\n  chat_template: '{template}'")
+    text = text.replace("serving_check: off", f"serving_check: vllm\n  chat_template: '{template}'")
     config.write_text(text.replace("tokenizer_vocab_size: 320", f"tokenizer: '{tokenizer}'"))
     done = flow(home, "run", config=config)
     assert done.returncode != 0
