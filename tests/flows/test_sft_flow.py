@@ -188,6 +188,13 @@ def test_the_config_option_is_taken_as_people_write_it(home: Path, spelling: lis
     assert "no such option" not in done.stdout + done.stderr
 
 
+def _belongs_to(pid: str, home: Path) -> bool:
+    try:
+        return os.fsencode(home) in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended
+        return False
+
+
 @pytest.mark.slow
 def test_kill_of_the_training_process_is_survived(home: Path) -> None:
     command = [
@@ -209,7 +216,8 @@ def test_kill_of_the_training_process_is_survived(home: Path) -> None:
             time.sleep(0.2)
             if not killed and list((home / "store" / "work" / "train").glob("*/checkpoints/step-*")):
                 found = subprocess.run(["pgrep", "-f", "sft_flow.py.* step train"], capture_output=True, text=True)
-                for pid in found.stdout.split():
+                # this run's alone: others of the user's may train on the same machine
+                for pid in [pid for pid in found.stdout.split() if _belongs_to(pid, home)]:
                     os.kill(int(pid), signal.SIGKILL)
                     killed = True
         assert run.wait(timeout=200) == 0, log.read_text()
