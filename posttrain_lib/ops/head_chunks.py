@@ -76,6 +76,7 @@ def cpu_has_products_in(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
+@functools.cache  # asked for every norm of every layer
 def has_kernels(device_type: str) -> bool:
     """Whether the kernels of ``ops.head_triton`` run on this type of device."""
     return device_type == "cuda" and importlib.util.find_spec("triton") is not None

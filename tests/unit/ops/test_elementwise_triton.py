@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from posttrain_lib.ops.fused import fuses
+from tests.support.triton_compilation import compiled_texts
 
 CASES = Path(__file__).with_name("elementwise_triton_cases.py")
 ROOT = CASES.parents[3]
@@ -91,15 +91,7 @@ print(json.dumps(found))
 def test_the_kernels_compile_for_a_gpu_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
     """Without one: the interpreter runs what the compiler refuses, and says nothing of what it makes of it."""
     pytest.importorskip("triton")
-    # a file, for Triton reads a kernel's source; a cache of its own, so that it is compiled
-    script = tmp_path / "compile_kernels.py"
-    script.write_text(COMPILE, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for name, text in json.loads(done.stdout).items():
+    for name, text in compiled_texts(COMPILE, tmp_path).items():
         assert set(re.findall(r"(ld|st)\.global\.\S*v4\.b32", text)) == {"ld", "st"}, name
         if name.startswith("rope"):
             assert "fma.rn.f32" not in text, name
