@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -32,21 +34,46 @@ class Segments:
     per_row: np.ndarray
 
 
+class _Blocks:
+    """Memory that steps are laid out in, used again when nobody holds a view of it any more: fresh pages cost as much
+    as copying the tokens into them."""
+
+    KEPT = 4  # one in work, some handed out
+    IDLE = 2  # references to a block that only ``_blocks`` holds, as getrefcount's caller sees them
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, int]) -> np.ndarray:
+        """An int32 array of whatever the memory holds. Every view of it, a torch tensor's too, keeps it from others."""
+        with self._lock:
+            for number in range(len(self._blocks)):
+                if self._blocks[number].shape == shape and sys.getrefcount(self._blocks[number]) == self.IDLE:
+                    return self._blocks[number]
+            block = np.empty(shape, np.int32)
+            self._blocks = [block, *self._blocks][: self.KEPT]
+            return block
+
+
+_BLOCKS = _Blocks()
+
+
 @dataclass(frozen=True)
 class PackedArrays:
-    """The arrays on T of a batch that is being filled: int32, int32, float32, int32."""
+    """The arrays on T of a batch that is being filled: int32, int32, float32, int32; and int32 room for an index."""
 
     token_ids: np.ndarray
     target_ids: np.ndarray
     loss_weights: np.ndarray
     positions: np.ndarray
+    supervised: np.ndarray
 
     @classmethod
     def empty(cls, total: int) -> PackedArrays:
-        """Arrays [total] of whatever the memory holds, in one piece: numpy asks for huge pages from 4 MiB on, and page
-        faults cost more here than copying."""
-        block = np.empty((4, total), np.int32)
-        return cls(block[0], block[1], block[2].view(np.float32), block[3])
+        """Arrays [total] of whatever the memory holds, views of one block."""
+        block = _BLOCKS.take((5, total))
+        return cls(block[0], block[1], block[2].view(np.float32), block[3], block[4])
 
     def pad(self, bounds: np.ndarray, segments: np.ndarray) -> None:
         """Make what no segment fills documents of zeros; see ``kernels.pad_plain``."""
@@ -77,8 +104,10 @@ def segments_of(store: TokenStore, units: Units, rows: Sequence[Sequence[int]]) 
     flat = np.fromiter(chain.from_iterable(rows), np.int64)
     examples = units.examples(flat)
     skipped = units.skipped[examples]
-    row_of_unit = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    per_row = np.bincount(row_of_unit, weights=units.count[flat], minlength=len(rows)).astype(np.int64)
+    per_row = np.fromiter(map(len, rows), np.int64, len(rows))
+    if len(examples) > len(flat):  # units of several segments
+        row_of_unit = np.repeat(np.arange(len(rows)), per_row)
+        per_row = np.bincount(row_of_unit, weights=units.count[flat], minlength=len(rows)).astype(np.int64)
     return Segments(examples, store.lengths[examples] - skipped, skipped, store.source_index[examples], per_row)
 
 
@@ -108,54 +137,40 @@ def assemble(segments: Segments, fill: Fill, row_tokens: int, rows_per_batch: in
     arrays = PackedArrays.empty(rows * row_tokens)
     fill(bounds[:-1][order >= 0], arrays)
     arrays.pad(bounds, order)
-    whole = _Whole(
-        arrays=arrays,
-        bounds=bounds,
-        # The -1 at the end is what an index of -1, padding, finds.
-        sources=np.append(segments.sources, np.int32(-1))[order],
-        ids=np.append(segments.examples, -1)[order],
-        parents=_parents(segments.firsts, order) if segments.firsts.any() else None,
-    )
-    return [
-        whole.part(first, min(rows, first + rows_per_batch), row_tokens) for first in range(0, rows, rows_per_batch)
-    ]
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """All rows of a step: ``bounds`` int64 [n+1] of the segments, padding among them."""
-
-    arrays: PackedArrays
-    bounds: np.ndarray
-    sources: np.ndarray
-    ids: np.ndarray
-    parents: np.ndarray | None
-
-    def part(self, first: int, end: int, row_tokens: int) -> PackedBatch:
-        """Rows ``first`` to ``end`` as a batch. Every row begins with a segment of its own and ends with one."""
-        begin, stop = first * row_tokens, end * row_tokens
-        left, right = np.searchsorted(self.bounds, (begin, stop))
-        ids = self.ids[left:right]
-        cu_seqlens = (self.bounds[left : right + 1] - begin).astype(np.int32)
-        parents = None if self.parents is None else self.parents[left:right]
-        if parents is not None:
-            parents = None if (parents < 0).all() else np.where(parents < 0, -1, parents - left).astype(np.int32)
-        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-        weights = self.arrays.loss_weights[begin:stop]
-        supervised = np.empty(stop - begin, np.int32)
-        return PackedBatch(
-            token_ids=self.arrays.token_ids[begin:stop],
-            target_ids=self.arrays.target_ids[begin:stop],
-            loss_weights=weights,
-            positions=self.arrays.positions[begin:stop],
-            cu_seqlens=cu_seqlens,
-            supervised_index=supervised[: nonzero()(weights, supervised)],
-            document_sources=self.sources[left:right],
-            document_ids=ids,
-            max_seqlen=int(lengths.max()),
-            real_tokens=int(lengths[ids >= 0].sum()),
-            parents=parents,
+    ids = np.append(segments.examples, -1)[order]  # the -1 at the end is what an index of -1, padding, finds
+    sources = np.append(segments.sources, np.int32(-1))[order]
+    parents = _parents(segments.firsts, order) if segments.firsts.any() else None
+    lengths = np.diff(bounds)
+    # Every row begins with a segment of its own and ends with one.
+    stops = [*range(0, rows * row_tokens, rows_per_batch * row_tokens), rows * row_tokens]
+    cuts = np.searchsorted(bounds, stops)
+    longest = np.maximum.reduceat(lengths, cuts[:-1]).tolist()
+    real = np.add.reduceat(np.where(ids >= 0, lengths, 0), cuts[:-1]).tolist()
+    batches = []
+    for number, ((begin, stop), (left, right)) in enumerate(zip(pairwise(stops), pairwise(cuts.tolist()), strict=True)):
+        weights, supervised = arrays.loss_weights[begin:stop], arrays.supervised[begin:stop]
+        batches.append(
+            PackedBatch(
+                token_ids=arrays.token_ids[begin:stop],
+                target_ids=arrays.target_ids[begin:stop],
+                loss_weights=weights,
+                positions=arrays.positions[begin:stop],
+                cu_seqlens=(bounds[left : right + 1] - begin).astype(np.int32),
+                supervised_index=supervised[: nonzero()(weights, supervised)],
+                document_sources=sources[left:right],
+                document_ids=ids[left:right],
+                max_seqlen=longest[number],
+                real_tokens=real[number],
+                parents=None if parents is None else _within(parents, left, right),
+            )
         )
+    return batches
+
+
+def _within(parents: np.ndarray, left: int, right: int) -> np.ndarray | None:
+    """int32: the parents of segments ``left`` to ``right`` counted from the first of these; None: no one has any."""
+    own = parents[left:right]
+    return None if (own < 0).all() else np.where(own < 0, -1, own - left).astype(np.int32)
 
 
 def _parents(firsts: np.ndarray, order: np.ndarray) -> np.ndarray:

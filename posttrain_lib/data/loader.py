@@ -244,7 +244,7 @@ class PackedLoader:
         facts = self._feed.facts(units)
         # Every rank gets equally many rows: what is missing is padding, of weight 0.
         rows = rows + [()] * (-(-self._rows_per_step // self._world) * self._world - len(rows))
-        row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        row_of = np.repeat(np.arange(len(rows)), np.fromiter(map(len, rows), np.int64, len(rows)))
         costs = self._row_tokens + self._pair_cost * np.bincount(row_of, weights=facts.pairs, minlength=len(rows))
         own = [rows[row] for row in deal_out(costs, self._world)[self._rank]]
         micro_batches = self._feed.pack(own, self._row_tokens, self._micro_batch_rows)

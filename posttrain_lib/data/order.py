@@ -28,7 +28,7 @@ def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     on 64 bits, so no two indices ever tie.
     """
     keys = _hash(np.arange(n, dtype=np.uint64), seed, epoch)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    return np.argsort(keys).astype(np.int64)
 
 
 def row_keys(file: np.ndarray | int, row: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -25,6 +25,7 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -309,8 +310,11 @@ class TokenStore:
     def shards_of(self, examples: np.ndarray) -> Iterator[tuple[np.ndarray, Shard, np.ndarray]]:
         """For each shard that holds some of ``examples``: (which of them, the shard, their numbers within it)."""
         numbers = np.searchsorted(self._starts_array, examples, side="right") - 1
-        for number in np.unique(numbers).tolist():
-            chosen = np.flatnonzero(numbers == number)
+        order = np.argsort(numbers, kind="stable")
+        bounds = [0, *(np.flatnonzero(np.diff(numbers[order])) + 1).tolist(), len(order)]
+        for begin, end in pairwise(bounds if len(order) else ()):
+            chosen = order[begin:end]
+            number = int(numbers[chosen[0]])
             yield chosen, self._shard(number), examples[chosen] - self._starts[number]
 
     def row_id(self, example: int) -> str:
