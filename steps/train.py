@@ -26,8 +26,9 @@ QUARANTINE = "live_quarantine.jsonl"
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """The train section, the vocabulary's padding, adapters and backend, and from compute what can change the result's
-    bits: workers, threads, device."""
-    compute = config.compute.model_dump(mode="json", include={"workers", "threads_per_worker", "device"})
+    bits: mesh, threads, device."""
+    compute = config.compute.model_dump(mode="json", include={"threads_per_worker", "device"})
+    compute["mesh"] = dataclasses.asdict(config.compute.mesh_spec())
     live = prepare_data.settings(config) if config.data.on_the_fly else None
     return {
         "train": config.train.model_dump(mode="json"),
@@ -39,7 +40,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def work_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings without workers and threads: a checkpoint goes on with another number of them."""
+    """The settings without mesh and threads: a checkpoint goes on with another number of them."""
     wanted = settings(config)
     return {**wanted, "compute": {"device": wanted["compute"]["device"]}}
 

@@ -25,6 +25,7 @@ from posttrain_lib.models.lora import whole
 from posttrain_lib.models.scratch import init_weights
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.schema.manifests import Check
+from posttrain_lib.schema.mesh import MeshSpec
 
 #: A missing sum over ranks is of order 1; float64 rounding through a few layers 1e-13. Anything between is a finding.
 _LIMIT = 1e-9
@@ -133,7 +134,8 @@ def _lay(model: Decoder, kind: str, world: int) -> None:
         apply_tensor_parallel(model, init_device_mesh("cpu", (world,)))
     else:
         cpu = torch.device("cpu")
-        apply_parallelism(model, world=world, device=cpu, activation_checkpointing="full" if world > 1 else "none")
+        mesh = MeshSpec(shard=world)
+        apply_parallelism(model, mesh=mesh, device=cpu, activation_checkpointing="full" if world > 1 else "none")
 
 
 def _free_port() -> int:

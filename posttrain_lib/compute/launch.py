@@ -22,7 +22,7 @@ def launch(job: TrainJob, compute: ComputeConfig) -> Events:
     job = dataclasses.replace(
         job,
         device=compute.device,
-        world=compute.workers,
+        mesh=compute.mesh_spec(),
         threads=threads_per_worker(compute),
         loader_workers=compute.loader_workers,
     )
@@ -34,5 +34,5 @@ def launch(job: TrainJob, compute: ComputeConfig) -> Events:
 
 
 def threads_per_worker(compute: ComputeConfig) -> int:
-    """CPU threads of each worker: as configured, else an equal share of the cores."""
-    return compute.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // compute.workers)
+    """CPU threads of each worker: as configured, else an equal share of a machine's cores."""
+    return compute.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // compute.devices_per_node)

@@ -121,10 +121,10 @@ def _resources(job: TrainJob) -> dict[str, float]:
     if job.device == "cuda":
         raise ConfigError(
             "Ray has fewer GPUs than the job has workers",
-            where="compute.workers",
+            where="compute.devices_per_node",
             got=f"{job.world} workers",
             expected=f"at most {gpus:g}",
-            fix="lower compute.workers, or give Ray more GPUs",
+            fix="lower compute.devices_per_node, or give Ray more GPUs",
         )
     return {"num_cpus": 1}
 

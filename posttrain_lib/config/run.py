@@ -63,11 +63,12 @@ class RunConfig(Section):
                 f"data.max_example_tokens ({data.max_example_tokens}) exceeds train.row_tokens ({train.row_tokens}): "
                 "an example could not fit in a packed row; lower the first or raise the second"
             )
-        share = self.compute.workers * train.micro_batch_rows
+        groups = self.compute.mesh_spec().data_degree
+        share = groups * train.micro_batch_rows
         if train.rows_per_step % share:
             raise ValueError(
-                f"train.rows_per_step ({train.rows_per_step}) is not a multiple of compute.workers x "
-                f"train.micro_batch_rows ({self.compute.workers} x {train.micro_batch_rows} = {share})"
+                f"train.rows_per_step ({train.rows_per_step}) is not a multiple of the mesh's replicate x shard times "
+                f"train.micro_batch_rows ({groups} x {train.micro_batch_rows} = {share})"
             )
         if self.model.backend == "hf" and train.compile != "none":
             raise ValueError("train.compile is for decoders of our own definition, not for model.backend 'hf'")

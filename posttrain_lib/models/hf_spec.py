@@ -139,10 +139,10 @@ def check_workers(workers: int) -> None:
     if workers > 1:
         raise ConfigError(
             "model.backend hf runs in one worker",
-            where="compute.workers",
+            where="compute.devices_per_node",
             got=workers,
             expected=1,
-            fix="set compute.workers: 1, or use an architecture that has a definition here",
+            fix="set compute.devices_per_node: 1, or use an architecture that has a definition here",
         )
 
 

@@ -14,17 +14,18 @@ from posttrain_lib.parallel.recomputation import Recomputation, recompute_blocks
 
 if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.schema.mesh import MeshSpec
 
 
 def apply_parallelism(
     model: Decoder,
     *,
-    world: int,
+    mesh: MeshSpec,
     device: torch.device,
     activation_checkpointing: Recomputation,
     compilation: Compilation = "none",
 ) -> Decoder:
-    """Lay the model over ``world`` ranks in place (FSDP2), its blocks compiled and recomputing if asked.
+    """Lay the model over the ranks of ``mesh`` in place (FSDP2), its blocks compiled and recomputing if asked.
 
     1. Compilation and recomputation replace each block's ``forward``; no wrapper module appears, so weight names stay.
        Recomputation stands around the compiled code.
@@ -38,11 +39,11 @@ def apply_parallelism(
     if compilation == "blocks":
         compile_blocks(model)
     recompute_blocks(model, activation_checkpointing)
-    if world > 1:
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("dp_shard",))
+    if mesh.world > 1:
+        ranks = init_device_mesh(device.type, (mesh.world,), mesh_dim_names=("dp_shard",))
         for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=ranks)
+        fully_shard(model, mesh=ranks)
     return model
 
 

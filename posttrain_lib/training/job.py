@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from posttrain_lib.schema.mesh import SINGLE, MeshSpec
+
 if TYPE_CHECKING:
     from posttrain_lib.config.model import Lora
     from posttrain_lib.config.train import TrainConfig
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One rank's orders; ranks of one job differ in ``rank`` alone.
+    """One rank's orders; ranks of one job differ in ``rank`` alone. ``mesh`` says how many there are, and what they
+    share.
 
     ``train`` is a TrainConfig, or anything with its attributes (a bare machine needs no pydantic).
     ``work_dir`` is seen by all ranks and holds ``checkpoints/``; a job whose checkpoints are there goes on from the
@@ -39,8 +42,13 @@ class TrainJob:
     lora: Lora | None = None
     backend: Literal["native", "hf"] = "native"
     rank: int = 0
-    world: int = 1
+    mesh: MeshSpec = SINGLE
     rendezvous: str | None = None
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job."""
+        return self.mesh.world
 
     @property
     def checkpoint_folder(self) -> Path:

@@ -17,43 +17,34 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from posttrain_lib.checkpoint.adapters import adapters_trajectory
-from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.data.live_feed import LiveFeed
-from posttrain_lib.data.loader import LoadedStep, PackedLoader, count_steps
+from posttrain_lib.data.loader import LoadedStep
 from posttrain_lib.data.store_feed import StoreFeed, feed_for
-from posttrain_lib.data.token_store import KINDS, TokenStore
-from posttrain_lib.errors import ConfigError, DataError, TrainingError
+from posttrain_lib.data.token_store import TokenStore
+from posttrain_lib.errors import TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
 from posttrain_lib.losses import build_loss
-from posttrain_lib.models.decoder import Decoder, build_model
-from posttrain_lib.models.families import spec_from_folder
-from posttrain_lib.models.hf_decoder import as_decoder, load_hf_decoder
-from posttrain_lib.models.hf_spec import HFSpec, check_workers, hf_spec_from_folder
-from posttrain_lib.models.lora import LoraDecoder, apply_lora, init_adapters
+from posttrain_lib.models.hf_spec import HFSpec
+from posttrain_lib.models.lora import LoraDecoder
 from posttrain_lib.models.spec import check_prefixes
-from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.optim.schedules import lr_factor, set_lr
-from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.parallel.compilation import check_compiler
 from posttrain_lib.parallel.process_group import global_max, global_sum, process_group
 from posttrain_lib.schema.reports import StepReport, TrainResult
+from posttrain_lib.training.build import build_loader, live_feed, load_sharded_model, planned_steps, spec_of
+from posttrain_lib.training.checks import check_ids, check_kind, check_vocabulary, check_warmup
 from posttrain_lib.training.device import peak_memory_gib, pick_device, reproducible
 from posttrain_lib.training.flops import batch_flops, peak_flops, relative_pair_cost
 from posttrain_lib.training.state import TrainState, trajectory_of
 from posttrain_lib.training.train_step import StepOutcome, StepSettings, train_step
 
 if TYPE_CHECKING:
-    from posttrain_lib.config.train import TrainConfig
-    from posttrain_lib.data.live_feed import LiveSpec
     from posttrain_lib.data.planner import Feed
-    from posttrain_lib.losses.base import Loss
-    from posttrain_lib.models.spec import ModelSpec
     from posttrain_lib.training.job import TrainJob
 
 Events = Generator[StepReport, None, TrainResult]
@@ -77,165 +68,6 @@ def train(job: TrainJob) -> Events:
         finally:
             trainer.state.loader.close()
         return result
-
-
-def spec_of(job: TrainJob) -> ModelSpec | HFSpec:
-    """What the job's model is."""
-    if job.backend == "hf":
-        check_workers(job.world)
-        return hf_spec_from_folder(job.model_folder)
-    return with_padded_vocabulary(spec_from_folder(job.model_folder), job.pad_vocabulary_to)
-
-
-def load_sharded_model(spec: ModelSpec | HFSpec, job: TrainJob, device: torch.device) -> Decoder:
-    """The model, laid over the ranks before its weights are read: no rank holds more than its share and one tensor.
-
-    A class of transformers is loaded whole: it runs in one rank."""
-    if isinstance(spec, HFSpec):
-        model = as_decoder(load_hf_decoder(spec, job.model_folder, device))
-        return apply_parallelism(
-            model,
-            world=job.world,
-            device=device,
-            activation_checkpointing=job.train.activation_checkpointing,
-            compilation=job.train.compile,
-        )
-    dtype = torch.float32 if job.lora is None else getattr(torch, job.lora.base_dtype)
-    model = build_model(spec, dtype, device="meta" if job.world > 1 else device)
-    if job.lora is not None:
-        model = apply_lora(model, job.lora)
-    apply_parallelism(
-        model,
-        world=job.world,
-        device=device,
-        activation_checkpointing=job.train.activation_checkpointing,
-        compilation=job.train.compile,
-    )
-    if job.world > 1:
-        model.to_empty(device=device)
-    load_hf_weights(model, spec, job.model_folder)
-    if job.lora is not None and isinstance(model, LoraDecoder):
-        init_adapters(model, job.lora.seed)
-    return model
-
-
-def live_feed(spec: LiveSpec, job: TrainJob) -> LiveFeed:
-    """The units of rows that are tokenised as training goes; the first rank keeps the refused ones."""
-    config = job.train
-    assert config.shuffle_window is not None, "the config demands a window for rows that are read in sequence"
-    return LiveFeed(
-        spec,
-        row_tokens=config.row_tokens,
-        window=config.shuffle_window,
-        seed=config.seed,
-        epochs=None if config.epochs is None else int(config.epochs),
-        share_prefixes=config.share_prefixes,
-        mixture=config.mixture,
-        workers=job.loader_workers if job.loader_workers > 1 else 0,
-        quarantine=Path(job.work_dir) if job.rank == 0 else None,
-    )
-
-
-def build_loader(
-    feed: Feed, config: TrainConfig, *, rank: int = 0, world: int = 1, pair_cost: float = 0.0, background: bool = True
-) -> PackedLoader:
-    """The training data of one rank."""
-    return PackedLoader(
-        feed,
-        row_tokens=config.row_tokens,
-        rows_per_step=config.rows_per_step,
-        micro_batch_rows=config.micro_batch_rows,
-        packing_buffer=config.packing_buffer,
-        rank=rank,
-        world=world,
-        pair_cost=pair_cost,
-        background=background,
-    )
-
-
-def planned_steps(feed: StoreFeed, config: TrainConfig) -> int:
-    """Optimiser steps of the whole run: as configured, or as many as there are until the data ends.
-
-    ``feed`` stands at its beginning, before and after.
-    """
-    if not feed.mixer.ends():
-        if config.steps is None:
-            raise ConfigError(
-                "the mixture never ends: its sources repeat, or are no longer drawn when one should stop it",
-                where="train.steps",
-                expected="a number of steps, or another train.mixture 'exhausted'",
-            )
-        return int(config.steps)
-    counted = count_steps(
-        feed,
-        row_tokens=config.row_tokens,
-        rows_per_step=config.rows_per_step,
-        packing_buffer=config.packing_buffer,
-    )
-    return counted if config.steps is None else min(counted, int(config.steps))
-
-
-def check_vocabulary(spec: ModelSpec | HFSpec, *stores: TokenStore) -> None:
-    """Refuse data whose ids the model's embedding does not have: on a GPU the look-up would fail without a name.
-
-    Raises:
-        DataError: naming the store, its largest id and the model's vocabulary.
-    """
-    for store in stores:
-        if store.largest_id >= spec.config.vocab_size:
-            raise DataError(
-                "the data has token ids that the model does not know",
-                where=store.folder,
-                got=f"largest id {store.largest_id}",
-                expected=f"ids below {spec.config.vocab_size}, the model's vocab_size",
-                fix="prepare the data with the model's own tokenizer (leave data.tokenizer out)",
-            )
-
-
-def check_ids(spec: ModelSpec | HFSpec, loaded: LoadedStep) -> None:
-    """The same of a step's own tokens, for rows that no store has counted: padding rows would train as tokens.
-
-    Raises:
-        DataError: naming the step and its largest id.
-    """
-    largest = max(int(batch.token_ids.max(initial=-1)) for batch in loaded.micro_batches)
-    if largest >= spec.config.vocab_size:
-        raise DataError(
-            "the data has token ids that the model does not know",
-            where=f"step {loaded.step}",
-            got=f"largest id {largest}",
-            expected=f"ids below {spec.config.vocab_size}, the model's vocab_size",
-            fix="tokenise with the model's own tokenizer (leave data.tokenizer out)",
-        )
-
-
-def check_kind(store: TokenStore, loss: Loss) -> None:
-    """Refuse examples that the loss is not made for: SFT on pairs would learn the rejected answers, too.
-
-    Raises:
-        DataError: naming the kinds.
-    """
-    wanted = getattr(loss, "kind", "document")
-    found = {KINDS[kind] for kind in np.unique(store.kinds).tolist()}
-    if found - {wanted}:
-        raise DataError(
-            "the data is not of the kind that the loss learns from",
-            where=store.folder,
-            got=", ".join(sorted(found)),
-            expected=wanted,
-            fix="choose the recipe for such rows, or another data.sources.format",
-        )
-
-
-def check_warmup(config: TrainConfig, total_steps: int) -> None:
-    """The config checks this where it states steps; with epochs the number is known only here."""
-    if config.schedule.warmup_steps > total_steps:
-        raise ConfigError(
-            "the warm-up is longer than the training",
-            where="train.schedule.warmup_steps",
-            got=config.schedule.warmup_steps,
-            expected=f"at most {total_steps}, the steps until the data ends",
-        )
 
 
 class Trainer:
@@ -263,8 +95,8 @@ class Trainer:
         loader = build_loader(  # before the model: both load side by side
             self.feed,
             config,
-            rank=job.rank,
-            world=job.world,
+            rank=job.mesh.data_rank(job.rank),
+            world=job.mesh.data_degree,
             pair_cost=relative_pair_cost(self.spec),
             background=job.loader_workers > 0,
         )
@@ -419,8 +251,8 @@ class Trainer:
             self.held_out,
             row_tokens=self.config.row_tokens,
             batch_rows=self.config.micro_batch_rows,
-            rank=self.job.rank,
-            world=self.job.world,
+            rank=self.job.mesh.data_rank(self.job.rank),
+            world=self.job.mesh.data_degree,
             device=self.device,
             precision=self.config.precision,
         )

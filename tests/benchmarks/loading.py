@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from posttrain_lib.schema.mesh import MeshSpec
 from tests.benchmarks.recording import Recording, argument_parser
 
 MIB = 1 << 20
@@ -108,7 +109,7 @@ def ours(folder: str, source: str, rank: int, world: int, port: int) -> dict[str
     with process_group(rank, world, f"127.0.0.1:{port}", device):
         spec = spec_from_folder(folder)
         model = build_model(spec, dtype=torch.bfloat16, device="meta")
-        apply_parallelism(model, world=world, device=device, activation_checkpointing="none")
+        apply_parallelism(model, mesh=MeshSpec(shard=world), device=device, activation_checkpointing="none")
         with Resident() as resident:
             begun = time.perf_counter()
             model.to_empty(device=device)

@@ -62,7 +62,7 @@ def test_in_process_and_one_and_two_workers_train_alike(tmp_path: Path) -> None:
     here, result = drain(make_job(tmp_path, config, work="here"), ComputeConfig(launcher="in_process", device="cpu"))
     for workers in (1, 2):
         job = make_job(tmp_path, config, work=f"ray{workers}")
-        reports, ended = drain(job, ComputeConfig(workers=workers, device="cpu"))
+        reports, ended = drain(job, ComputeConfig(devices_per_node=workers, device="cpu"))
         assert [report.step for report in reports] == [report.step for report in here]
         # float32 sums in another order, grown through four updates of Adam
         assert [report.loss for report in reports[1:]] == pytest.approx([r.loss for r in here[1:]], rel=1e-5)
@@ -82,7 +82,9 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None
         if report.step >= 5 and not killed:
             killed.extend(kill_workers(1))
 
-    reports, result = drain(make_job(tmp_path, config), ComputeConfig(workers=2, device="cpu", retries=1), kill_one)
+    reports, result = drain(
+        make_job(tmp_path, config), ComputeConfig(devices_per_node=2, device="cpu", retries=1), kill_one
+    )
     assert len(killed) == 1
     assert result.step == 60
     assert sum(report.event.startswith("resumed") for report in reports) == 1
@@ -118,7 +120,7 @@ class BrokenLoss:
 
 @pytest.mark.slow
 def test_errors_of_the_user_come_back_as_they_are_and_are_not_tried_again(tmp_path: Path) -> None:
-    compute = ComputeConfig(workers=2, device="cpu", retries=2)
+    compute = ComputeConfig(devices_per_node=2, device="cpu", retries=2)
     diverging = tiny_config(
         steps=9, clip_norm=None, optimizer={"name": "sgd", "lr": 1e30}, schedule={"name": "constant"}
     )

@@ -16,6 +16,7 @@ import torch
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.config.train import TrainConfig
 from posttrain_lib.errors import TrainingError
+from posttrain_lib.schema.mesh import MeshSpec
 from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.training.job import TrainJob
 from posttrain_lib.training.loop import train
@@ -50,7 +51,9 @@ def two_ranks() -> Iterator[TwoRanks]:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
-            jobs = [dataclasses.replace(job, rank=rank, world=2, rendezvous=rendezvous) for rank in range(2)]
+            jobs = [
+                dataclasses.replace(job, rank=rank, mesh=MeshSpec(shard=2), rendezvous=rendezvous) for rank in range(2)
+            ]
             running = [pool.submit(run_rank, job, stop_after) for pool, job in zip((first, second), jobs, strict=True)]
             return [done.result(timeout=240) for done in running]
 

@@ -31,8 +31,8 @@ def test_in_process_yields_reports_and_returns_the_result(tmp_path: Path) -> Non
 def test_threads() -> None:
     cores = len(os.sched_getaffinity(0))
     assert threads_per_worker(ComputeConfig()) == cores
-    assert threads_per_worker(ComputeConfig(workers=4 * cores)) == 1
-    assert threads_per_worker(ComputeConfig(workers=2, threads_per_worker=7)) == 7
+    assert threads_per_worker(ComputeConfig(devices_per_node=4 * cores)) == 1
+    assert threads_per_worker(ComputeConfig(devices_per_node=2, threads_per_worker=7)) == 7
 
 
 def test_an_address_nobody_listens_at() -> None:

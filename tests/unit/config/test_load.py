@@ -56,10 +56,10 @@ def test_unknown_keys_name_their_place_and_the_nearest(key: str, place: str, nea
     ("change", "said"),
     [
         (["data.max_example_tokens=128"], "exceeds train.row_tokens"),
-        (["train.rows_per_step=3", "compute.workers=2"], "not a multiple"),
+        (["train.rows_per_step=3", "compute.devices_per_node=2"], "not a multiple"),
         (["train.epochs=1"], "exactly one of 'steps' and 'epochs'"),
         (["train.schedule.warmup_steps=11"], "exceeds steps"),
-        (["compute.launcher=in_process", "compute.workers=2"], "one worker"),
+        (["compute.launcher=in_process", "compute.devices_per_node=2"], "one worker"),
         (["data.sources=[{name: a, path: x}, {name: a, path: y}]"], "must differ"),
         (["data.sources=[{name: a}]"], "exactly one of 'path' and 'generate'"),
         (["model.from_scratch.architecture={}"], "exactly one of 'path' and 'from_scratch'"),

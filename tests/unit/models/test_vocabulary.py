@@ -28,9 +28,11 @@ from posttrain_lib.models.vocabulary import padded, with_padded_vocabulary
 from posttrain_lib.ops.head_divergence import linear_divergence
 from posttrain_lib.ops.head_topk import top_logprobs
 from posttrain_lib.schema.batches import PackedBatch
+from posttrain_lib.schema.mesh import MeshSpec
 from posttrain_lib.schema.reports import StepReport
+from posttrain_lib.training.checks import check_ids
 from posttrain_lib.training.job import TrainJob
-from posttrain_lib.training.loop import Trainer, check_ids, train
+from posttrain_lib.training.loop import Trainer, train
 from tests.oracles.tiny_job import VOCABULARY, make_job, tiny_config
 from tests.support.tiny_models import CASES, write_tiny_model
 
@@ -203,7 +205,7 @@ def test_a_rank_that_holds_padding_and_more_alone(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
-    jobs = [dataclasses.replace(job, rank=rank, world=2, rendezvous=rendezvous) for rank in range(2)]
+    jobs = [dataclasses.replace(job, rank=rank, mesh=MeshSpec(shard=2), rendezvous=rendezvous) for rank in range(2)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         together = pool.map_async(run_rank, jobs, chunksize=1).get(timeout=240)
     for reports in together:

@@ -18,6 +18,7 @@ from posttrain_lib.models.heads import hidden_states
 from posttrain_lib.models.lora import apply_lora
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.parallel.recomputation import ATTENTION, PRODUCTS, recompute_blocks
+from posttrain_lib.schema.mesh import MeshSpec
 from tests.support.held_bytes import HeldBytes
 from tests.support.lora_cases import everything_of, scramble
 from tests.support.packed_row import gradients, row_of, run_row
@@ -35,7 +36,7 @@ def load(folder: Path, mode: Any, *, lora: bool = False) -> Decoder:
     if lora:
         model = apply_lora(model, everything_of(model))
         scramble(model)
-    return apply_parallelism(model, world=1, device=CPU, activation_checkpointing=mode)
+    return apply_parallelism(model, mesh=MeshSpec(), device=CPU, activation_checkpointing=mode)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])

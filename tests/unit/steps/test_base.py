@@ -140,6 +140,6 @@ def test_interrupted_work_goes_on_under_settings_that_do_not_decide_it(tmp_path:
 
 
 def test_training_goes_on_with_another_number_of_workers(config: RunConfig) -> None:
-    two = config.model_copy(update={"compute": config.compute.model_copy(update={"workers": 2})})
+    two = config.model_copy(update={"compute": config.compute.model_copy(update={"devices_per_node": 2})})
     assert train.settings(config) != train.settings(two)
     assert train.work_settings(config) == train.work_settings(two)

@@ -64,7 +64,7 @@ def test_an_unknown_architecture_needs_it(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("compute.workers=2", "one worker"),
+        ("compute.devices_per_node=2", "one worker"),
         ("model.lora={rank: 2}", "has no lora"),
         ("model.vocabulary.add_tokens=['<x>']", "has no vocabulary.add_tokens"),
         ("model.path='s3://bucket/model'", "has no path in an object store"),

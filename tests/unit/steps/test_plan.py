@@ -59,7 +59,7 @@ def test_a_mixture_is_spelt_out() -> None:
 
 def test_more_workers_hold_less_each() -> None:
     one = load_run_config(DEFAULT_CONFIG, ["train.micro_batch_rows=1"])
-    two = load_run_config(DEFAULT_CONFIG, ["train.micro_batch_rows=1", "compute.workers=2"])
+    two = load_run_config(DEFAULT_CONFIG, ["train.micro_batch_rows=1", "compute.devices_per_node=2"])
     spec = plan._spec(one)
     assert spec is not None
     assert plan.memory_estimate(spec, two)["weights"] == plan.memory_estimate(spec, one)["weights"] / 2

@@ -16,10 +16,12 @@ from posttrain_lib.errors import CheckpointError, ConfigError
 from posttrain_lib.evaluation.model import load_model
 from posttrain_lib.evaluation.perplexity import held_out_loss
 from posttrain_lib.losses import build_loss
+from posttrain_lib.schema.mesh import MeshSpec
 from posttrain_lib.schema.reports import StepReport, TrainResult
+from posttrain_lib.training.build import spec_of
 from posttrain_lib.training.flops import batch_flops, relative_pair_cost
 from posttrain_lib.training.job import TrainJob
-from posttrain_lib.training.loop import spec_of, train
+from posttrain_lib.training.loop import train
 from tests.oracles.tiny_job import make_job, pack_rows, tiny_config, write_store
 from tests.support.hf_models import write_hf_model
 from tests.support.tiny_models import write_tiny_model
@@ -116,4 +118,4 @@ def test_flops_are_counted_as_of_plain_attention(job_of: Callable[..., TrainJob]
 
 def test_more_workers_are_refused(job_of: Callable[..., TrainJob]) -> None:
     with pytest.raises(ConfigError, match="one worker"):
-        spec_of(dataclasses.replace(job_of("gpt2"), world=2))
+        spec_of(dataclasses.replace(job_of("gpt2"), mesh=MeshSpec(shard=2)))

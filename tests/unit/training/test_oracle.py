@@ -6,7 +6,8 @@ import pytest
 
 from posttrain_lib.data.store_feed import feed_for
 from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.training.loop import build_loader, train
+from posttrain_lib.training.build import build_loader
+from posttrain_lib.training.loop import train
 from tests.oracles import sft_twin
 from tests.oracles.tiny_job import make_job, tiny_config
 

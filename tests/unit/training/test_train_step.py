@@ -19,6 +19,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.schema.batches import PackedBatch
+from posttrain_lib.schema.mesh import SINGLE
 from posttrain_lib.schema.examples import TokenizedExample
 from posttrain_lib.training.train_step import StepSettings, accumulate_gradients, train_step
 from tests.oracles.tiny_job import make_job, pack_rows, tiny_config
@@ -98,7 +99,7 @@ def test_recomputation_changes_nothing(folder: Path) -> None:
     store = TokenStore(folder / "train")
     batch = [pack_rows(store, [(0, 1, 2)], 128)]
     _, expected = gradients(load(folder), batch, store)
-    recomputing = apply_parallelism(load(folder), world=1, device=CPU, activation_checkpointing="full")
+    recomputing = apply_parallelism(load(folder), mesh=SINGLE, device=CPU, activation_checkpointing="full")
     _, found = gradients(recomputing, batch, store)
     assert set(found) == set(expected), "recomputation must not rename weights"
     assert_same(expected, found)

@@ -1,0 +1,80 @@
+"""What a run is refused for before its first step: data and model that do not belong together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from posttrain_lib.data.token_store import KINDS, TokenStore
+from posttrain_lib.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from posttrain_lib.config.train import TrainConfig
+    from posttrain_lib.data.loader import LoadedStep
+    from posttrain_lib.losses.base import Loss
+    from posttrain_lib.models.hf_spec import HFSpec
+    from posttrain_lib.models.spec import ModelSpec
+
+
+def check_vocabulary(spec: ModelSpec | HFSpec, *stores: TokenStore) -> None:
+    """Refuse data whose ids the model's embedding does not have: on a GPU the look-up would fail without a name.
+
+    Raises:
+        DataError: naming the store, its largest id and the model's vocabulary.
+    """
+    for store in stores:
+        if store.largest_id >= spec.config.vocab_size:
+            raise DataError(
+                "the data has token ids that the model does not know",
+                where=store.folder,
+                got=f"largest id {store.largest_id}",
+                expected=f"ids below {spec.config.vocab_size}, the model's vocab_size",
+                fix="prepare the data with the model's own tokenizer (leave data.tokenizer out)",
+            )
+
+
+def check_ids(spec: ModelSpec | HFSpec, loaded: LoadedStep) -> None:
+    """The same of a step's own tokens, for rows that no store has counted: padding rows would train as tokens.
+
+    Raises:
+        DataError: naming the step and its largest id.
+    """
+    largest = max(int(batch.token_ids.max(initial=-1)) for batch in loaded.micro_batches)
+    if largest >= spec.config.vocab_size:
+        raise DataError(
+            "the data has token ids that the model does not know",
+            where=f"step {loaded.step}",
+            got=f"largest id {largest}",
+            expected=f"ids below {spec.config.vocab_size}, the model's vocab_size",
+            fix="tokenise with the model's own tokenizer (leave data.tokenizer out)",
+        )
+
+
+def check_kind(store: TokenStore, loss: Loss) -> None:
+    """Refuse examples that the loss is not made for: SFT on pairs would learn the rejected answers, too.
+
+    Raises:
+        DataError: naming the kinds.
+    """
+    wanted = getattr(loss, "kind", "document")
+    found = {KINDS[kind] for kind in np.unique(store.kinds).tolist()}
+    if found - {wanted}:
+        raise DataError(
+            "the data is not of the kind that the loss learns from",
+            where=store.folder,
+            got=", ".join(sorted(found)),
+            expected=wanted,
+            fix="choose the recipe for such rows, or another data.sources.format",
+        )
+
+
+def check_warmup(config: TrainConfig, total_steps: int) -> None:
+    """The config checks this where it states steps; with epochs the number is known only here."""
+    if config.schedule.warmup_steps > total_steps:
+        raise ConfigError(
+            "the warm-up is longer than the training",
+            where="train.schedule.warmup_steps",
+            got=config.schedule.warmup_steps,
+            expected=f"at most {total_steps}, the steps until the data ends",
+        )
