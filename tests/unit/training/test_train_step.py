@@ -19,8 +19,8 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.schema.batches import PackedBatch
-from posttrain_lib.schema.mesh import SINGLE
 from posttrain_lib.schema.examples import TokenizedExample
+from posttrain_lib.schema.mesh import SINGLE
 from posttrain_lib.training.train_step import StepSettings, accumulate_gradients, train_step
 from tests.oracles.tiny_job import make_job, pack_rows, tiny_config
 
