@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
-from posttrain_lib.ops.head_chunks import has_kernels
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache  # asked for every norm of every layer
+def has_kernels(device_type: str) -> bool:
+    """Whether Triton kernels run on this type of device."""
+    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def fuses(*tensors: Tensor) -> bool:

@@ -22,8 +22,6 @@ operations the device does while its memory moves a byte: with R = 250, 3 % at 8
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from collections.abc import Iterator
 
@@ -31,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from posttrain_lib.ops.fused import has_kernels
 from posttrain_lib.ops.output_head import OutputHead
 
 # Rows per chunk: enough for the products to run at full rate. The byte bound, on a chunk as if in float32, keeps large
@@ -73,13 +72,6 @@ def cpu_has_products_in(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return True
-
-
-@functools.cache
-@functools.cache  # asked for every norm of every layer
-def has_kernels(device_type: str) -> bool:
-    """Whether the kernels of ``ops.head_triton`` run on this type of device."""
-    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 class ChunkedHead:

@@ -16,7 +16,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from posttrain_lib.ops.head_chunks import ChunkedHead, has_kernels  # noqa: E402
+from posttrain_lib.ops.fused import has_kernels  # noqa: E402
+from posttrain_lib.ops.head_chunks import ChunkedHead  # noqa: E402
 from posttrain_lib.ops.head_reference import (  # noqa: E402
     linear_cross_entropy_reference,
     token_logprobs_reference,
