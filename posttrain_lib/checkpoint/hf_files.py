@@ -102,6 +102,14 @@ def _read_index(files: WeightFiles, folder: str) -> dict[str, str] | None:
         if WEIGHTS_FILE in names:
             return None
         other = sorted(name for name in names if PurePosixPath(name).suffix in WEIGHT_SUFFIXES)
+        if any(name.endswith(".safetensors") for name in other):
+            raise ModelError(
+                "the model's weights lie in several files and their index is missing",
+                where=folder,
+                got=", ".join(other),
+                expected=f"{INDEX_FILE}, which says where each tensor lies; or all of them in {WEIGHTS_FILE}",
+                fix=f"fetch {INDEX_FILE} as well",
+            )
         raise ModelError(
             "the model folder has no safetensors weights",
             where=folder,

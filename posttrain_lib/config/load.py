@@ -144,13 +144,14 @@ def _expand(value: Any, where: str, place: tuple[str, ...]) -> Any:
 
 
 def _explain(error: ValidationError, where: str, model: type[BaseModel], overrides: Sequence[str]) -> ConfigError:
-    """The first problem in full, the number of the others beside it; unknown keys come first."""
+    """The first problem in full, the places of the others beside it; unknown keys come first."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     place = ".".join(str(part) for part in first["loc"])
     if concerned := [override for override in overrides if _concerns(override, place)]:
         where = f"{where}, with {' and '.join(concerned)}"
-    others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    more = [".".join(str(part) for part in problem["loc"]) for problem in problems[1:]]
+    others = f" (also wrong: {', '.join(dict.fromkeys(more))})" if more else ""
     if first["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, first["loc"][:-1]))
         wrong = str(first["loc"][-1])

@@ -101,7 +101,7 @@ class Vocabulary(Section):
         for block in self.add_blocks:
             names.update(block.names())
         if twice := [name for name, count in names.items() if count > 1]:
-            raise ValueError(f"new tokens are named twice: {', '.join(twice[:4])}")
+            raise ValueError(f"add_tokens and add_blocks name tokens twice: {', '.join(twice[:4])}")
         return self
 
     def count(self) -> int:

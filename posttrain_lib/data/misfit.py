@@ -24,12 +24,14 @@ _NAMED_AT_MOST = 8
 @dataclass
 class _Seen:
     """Rows of a source; of the first one its reason and detail, and the names of its fields (none where it is no row).
-    ``alike``: all were refused, for that reason."""
+    ``alike``: all were refused, for that reason. ``inner``: a field of the first row that is a list of objects, and
+    how many it has."""
 
     rows: int
     reason: str
     detail: str
     names: tuple[str, ...]
+    inner: tuple[str, int] | None
     alike: bool = True
 
 
@@ -45,7 +47,7 @@ class Misfits:
         reason, detail = row.refused or ("", "")
         if name not in self._seen:
             names = tuple(map(str, row.raw)) if isinstance(row.raw, dict) else ()
-            self._seen[name] = _Seen(0, reason, detail, names)
+            self._seen[name] = _Seen(0, reason, detail, names, _list_within(row.raw))
         seen = self._seen[name]
         seen.rows += 1
         seen.alike = seen.alike and bool(reason) and reason == seen.reason
@@ -75,10 +77,12 @@ class Misfits:
 
     def _hint(self, name: str) -> str:
         """What the rows have, where that is not what their format needs."""
-        source, names = self._sources[name], self._seen[name].names
+        source, names, inner = self._sources[name], self._seen[name].names, self._seen[name].inner
         lacking = [field for field, called in fields_of(source.format, source.fields) if not called & set(names)]
         if not names or not lacking:
             return ""
+        if inner is not None and self._seen[name].rows == 1:
+            return f"the file is one object whose {inner[0]!r} is a list of {inner[1]:,}: store that list alone"
         more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
         have = f"the rows have {', '.join(names[:_NAMED_AT_MOST])}{more}"
         if like := [known for known in formats_like(names) if known != source.format]:
@@ -87,3 +91,10 @@ class Misfits:
             f"{have}, and format {source.format} needs {', '.join(lacking)}: say in data.sources.fields what the rows "
             f"call it, or name another format"
         )
+
+
+def _list_within(raw: object) -> tuple[str, int] | None:
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return str(name), len(value)
+    return None

@@ -19,6 +19,7 @@ from typing import Any
 import fsspec
 import pyarrow
 
+from posttrain_lib.data.refusal import kind_of
 from posttrain_lib.data.remote import RemoteFile, RemoteObject, file_system, protocols
 from posttrain_lib.errors import DataError
 
@@ -190,7 +191,10 @@ def json_array(file: str, compression: str | None) -> Iterator[dict[str, Any] | 
         if window.peek() != "]":
             while True:
                 row = window.element()
-                yield row if isinstance(row, dict) else _no_object(row, json.dumps(row))
+                if window.repeated is not None:
+                    yield _repeated(window.repeated, json.dumps(row))
+                else:
+                    yield row if isinstance(row, dict) else _no_object(row, json.dumps(row))
                 if window.peek() != ",":
                     break
                 window.expect(",")
@@ -205,7 +209,9 @@ class _Window:
     def __init__(self, handle: io.BufferedReader, file: str) -> None:
         self._handle, self._file = handle, file
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
+        #: a key that the last element has twice in one object
+        self.repeated: str | None = None
         self._text, self._at, self._ended = "", 0, False
 
     def peek(self) -> str:
@@ -226,6 +232,7 @@ class _Window:
         """Pass over one value. One that touches the window's end may go on behind it: 12 is the start of 123."""
         self.peek()
         while True:
+            self.repeated = None
             try:
                 value, end = self._decode(self._text, self._at)
             except json.JSONDecodeError as error:
@@ -239,6 +246,10 @@ class _Window:
                     self._at = end
                     return value
             self._grow()
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self.repeated = self.repeated or _twice(pairs)
+        return dict(pairs)
 
     def broken(self, problem: str) -> DataError:
         """The error for an array that is none."""
@@ -390,13 +401,37 @@ def _end_of_blank(text: str, at: int) -> int:
 
 def _parse(line: bytes) -> dict[str, Any] | BadRow:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(text := line.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", str(error), line.decode("utf-8", errors="replace"))
+    except _RepeatedKeyError as error:
+        return _repeated(str(error), text)
     except (ValueError, RecursionError) as error:
         return BadRow("broken_json", str(error), line.decode("utf-8"))
     return row if isinstance(row, dict) else _no_object(row, line.decode("utf-8"))
 
 
+class _RepeatedKeyError(Exception):
+    """Carries the key."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (key := _twice(pairs)) is not None:
+        raise _RepeatedKeyError(key)
+    return dict(pairs)
+
+
+def _twice(pairs: list[tuple[str, Any]]) -> str | None:
+    """A key that is there twice; Python's reader would keep its last value without a word."""
+    if len(pairs) == len(dict(pairs)):
+        return None
+    keys = [key for key, _ in pairs]
+    return next(key for number, key in enumerate(keys) if key in keys[:number])
+
+
+def _repeated(key: str, raw: str) -> BadRow:
+    return BadRow("repeated_key", f"the key {key!r} is there twice in one object: which value is meant?", raw)
+
+
 def _no_object(value: Any, raw: str) -> BadRow:
-    return BadRow("not_an_object", f"the row is a {type(value).__name__}", raw)
+    return BadRow("not_an_object", f"the row is {kind_of(value)}, expected an object", raw)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class RefusedRow(Exception):
     """A row that cannot be used. ``reason`` is a stable code for counting, ``detail`` says it for a person.
@@ -14,3 +17,16 @@ class RefusedRow(Exception):
         self.detail = detail
         self.tokens = tokens
         super().__init__(f"{reason}: {detail}")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in JSON's words: it may come from Parquet or Arrow as well."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a text that holds JSON" if value.lstrip().startswith(("[", "{")) else "a text"
+    return "an object" if isinstance(value, Mapping) else "a list"

@@ -27,6 +27,7 @@ from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.models.feed_forward import Experts
 from posttrain_lib.models.seeds import named_generator
 from posttrain_lib.ops.experts import ExpertAdapter
+from posttrain_lib.ops.local import local
 from posttrain_lib.ops.output_head import HeadAdapter, OutputHead
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -129,9 +130,12 @@ class LoraEmbedding(nn.Embedding):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T, D] of int64 [T]."""
-        output = embedding(token_ids, self.weight)
-        low = embedding(token_ids, self.lora_down.t()).to(output.dtype)
-        return torch.add(output, linear(low, self.lora_up.to(low.dtype)), alpha=self.lora_scale)
+        return self.with_adapter(embedding(token_ids, self.weight), embedding(token_ids, self.lora_down.t()))
+
+    def with_adapter(self, output: Tensor, low: Tensor) -> Tensor:
+        """Rows [T, D] of the weight and [T, R] of the adapter's down -> [T, D]."""
+        low = low.to(output.dtype)
+        return torch.add(output, linear(low, local(self.lora_up).to(low.dtype)), alpha=self.lora_scale)
 
 
 class LoraExperts(Experts):
@@ -162,10 +166,11 @@ class LoraDecoder(Decoder):
         dtype = head.weight_VD.dtype
         if isinstance(self.lm_head, LoraLinear):
             own = self.lm_head
-            adapter = HeadAdapter(own.lora_down.to(dtype), own.lora_up.to(dtype), own.lora_scale)
+            adapter = HeadAdapter(local(own.lora_down).to(dtype), local(own.lora_up).to(dtype), own.lora_scale)
         elif self.lm_head is None and isinstance(self.embed_tokens, LoraEmbedding):
             tied = self.embed_tokens
-            adapter = HeadAdapter(tied.lora_up.t().to(dtype), tied.lora_down.t().to(dtype), tied.lora_scale)
+            down, up = local(tied.lora_up).t(), local(tied.lora_down).t()
+            adapter = HeadAdapter(down.to(dtype), up.to(dtype), tied.lora_scale)
         else:
             return head
         return replace(head, adapter=adapter)
@@ -202,7 +207,8 @@ def planned_adapters(model: Decoder, settings: LoraSettings | Any) -> list[Adapt
                 "LoRA targets something that the model does not have",
                 where=f"model.lora.targets: {target}",
                 got=target,
-                expected=", ".join(known),
+                expected=f"{', '.join(known)}; or one weight of the layers 0 to {len(model.layers) - 1}, as "
+                f"{next(iter(names)).removesuffix('.weight')}",
                 fix=f"did you mean {near[0]!r}?" if near else "choose among those",
             )
         chosen |= found
@@ -302,13 +308,27 @@ def init_adapters(model: LoraDecoder, seed: int) -> None:
     with torch.no_grad():
         for adapted in model.adapters.values():
             for kind, name in adapted.parts.items():
-                local, begin = local_block(parameters[name])
+                block, begin = local_block(parameters[name])
                 if kind == "magnitude":  # rows are cut alike, so that a rank has the weights of its own lengths
-                    local.copy_(row_lengths(local_block(parameters[adapted.name])[0]))
+                    block.copy_(_lengths_here(parameters[adapted.name]))
                     continue
                 whole = _initial(adapted, kind, name, tuple(parameters[name].shape), seed)
-                here = tuple(slice(first, first + size) for first, size in zip(begin, local.shape, strict=True))
-                local.copy_(whole[here])
+                here = tuple(slice(first, first + size) for first, size in zip(begin, block.shape, strict=True))
+                block.copy_(whole[here])
+
+
+def _lengths_here(weight: Tensor) -> Tensor:
+    """:func:`row_lengths` of this rank's rows, put together where each is spread over tensor ranks."""
+    from torch.distributed.tensor import DTensor
+
+    lengths = row_lengths(local(weight))
+    if isinstance(weight, DTensor):
+        for axis, placement in enumerate(weight.placements):
+            if placement.is_shard(1):
+                squares = lengths.square()
+                torch.distributed.all_reduce(squares, group=weight.device_mesh.get_group(axis))
+                lengths = squares.sqrt()
+    return lengths
 
 
 def _initial(adapted: Adapted, kind: str, name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.data.refusal import RefusedRow, kind_of
 from posttrain_lib.data.words import strings
 from posttrain_lib.schema.examples import Message
 
@@ -115,7 +115,9 @@ def only_text(value: Any, name: str, *, empty: bool = False) -> str:
     if value is None and empty:
         return ""
     if not isinstance(value, str):
-        raise RefusedRow("content_not_text", f"{name!r} is {_kind(value)}, expected text")
+        raise RefusedRow(
+            "content_not_text", f"{name!r} is {'missing' if value is None else kind_of(value)}, expected text"
+        )
     if not empty and not value.strip():
         raise RefusedRow("empty_text", f"{name!r} is empty")
     return value
@@ -129,7 +131,8 @@ def is_list(value: Any) -> bool:
 def messages_of(raw: Any, name: str) -> tuple[Message, ...]:
     """Validated messages of a non-empty list; their order is checked by :func:`check_order`."""
     if not is_list(raw) or not raw:
-        raise RefusedRow("no_messages", f"{name!r} is {'missing or empty' if not raw else _kind(raw)}")
+        found = "missing or empty" if not raw else kind_of(raw)
+        raise RefusedRow("no_messages", f"{name!r} is {found}, expected a list")
     return tuple(message_of(item, index) for index, item in enumerate(raw))
 
 
@@ -145,7 +148,7 @@ def turns_of(raw: Any, role: str, name: str) -> tuple[Message, ...]:
 def message_of(raw: Any, index: int) -> Message:
     """One validated message."""
     if not isinstance(raw, Mapping):
-        raise RefusedRow("bad_message", f"message {index} is a {type(raw).__name__}, expected an object")
+        raise RefusedRow("bad_message", f"message {index} is {kind_of(raw)}, expected an object")
     check_spelling(raw, _OWN_FIELDS, _OTHER_FIELDS, f"message {index}")
     if unsupported := [name for name in _UNSUPPORTED if raw.get(name) is not None]:
         raise RefusedRow(
@@ -157,13 +160,13 @@ def message_of(raw: Any, index: int) -> Message:
         raise RefusedRow("unknown_role", f"message {index} has role {role!r}, expected one of {', '.join(ROLES)}")
     content = _joined(raw.get("content"))
     if content is not None and not isinstance(content, str):
-        raise RefusedRow("content_not_text", f"message {index} has content of type {type(content).__name__}")
+        raise RefusedRow("content_not_text", f"message {index} has content that is {kind_of(content)}")
     calls = _calls(raw, index)
     if calls and role != "assistant":
         raise RefusedRow("bad_tool_calls", f"message {index} ({role}) calls a tool, which only an assistant can")
     reasoning = next((raw[name] for name in _REASONING_FIELDS if raw.get(name) is not None), None)
     if reasoning is not None and not isinstance(reasoning, str):
-        raise RefusedRow("content_not_text", f"message {index} has reasoning of type {type(reasoning).__name__}")
+        raise RefusedRow("content_not_text", f"message {index} has reasoning that is {kind_of(reasoning)}")
     if role == "assistant" and not (content or "").strip() and not calls:
         raise RefusedRow("empty_assistant_turn", f"message {index} says nothing and calls no tool")
     if role != "assistant" and content is None:
@@ -199,7 +202,8 @@ def _weights(raw: Mapping[str, Any], index: int) -> tuple[bool | None, float | N
     if not number or not (weight == 0 or LEAST_WEIGHT <= weight <= MOST_WEIGHT):
         raise RefusedRow(
             "bad_weight",
-            f"message {index} has weight={str(weight)[:40]}, expected 0 or {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}",
+            f"message {index} has weight={repr(weight)[:40]}, expected the number 0, or one from {LEAST_WEIGHT:g} to "
+            f"{MOST_WEIGHT:g}",
         )
     return train, float(weight)
 
@@ -356,7 +360,3 @@ def group_is_named(group: str | None) -> bool:
     messages, in one of its own (None). A group field that is called ``user`` is told apart by the sign before it.
     """
     return group is not None and not group.startswith(_BY_QUESTION)
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from posttrain_lib.data.formats.common import check_order, group_of, read, tools_of, turns_of, with_system
 from posttrain_lib.data.formats.marked_calls import with_calls_read
-from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.data.refusal import RefusedRow, kind_of
 from posttrain_lib.schema.examples import Prompt
 
 FIELDS = ("prompt", "answer", "system", "tools")
@@ -32,7 +32,7 @@ def parse(
     check_order(messages, tools, answered=False)
     answer = found["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-        raise RefusedRow("answer_not_text", f"the answer is a {type(answer).__name__}, expected a text or a number")
+        raise RefusedRow("answer_not_text", f"the answer is {kind_of(answer)}, expected a text or a number")
     extra = {key: value for key, value in row.items() if key not in names.values() and value is not None}
     group = group_of(row, messages, group_field)
     return Prompt(source, row_id, messages, None if answer is None else str(answer), tools, group, extra)

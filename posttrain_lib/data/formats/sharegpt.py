@@ -24,7 +24,7 @@ from posttrain_lib.data.formats.common import (
     with_system,
 )
 from posttrain_lib.data.formats.marked_calls import with_calls_read
-from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.data.refusal import RefusedRow, kind_of
 from posttrain_lib.schema.examples import Conversation, Message
 
 FIELDS = ("conversations", "system", "tools")
@@ -60,7 +60,8 @@ def parse(
     found, names = read(row, FIELDS, fields)
     turns, name = found["conversations"], names["conversations"]
     if not is_list(turns) or not turns:
-        raise RefusedRow("no_messages", f"{name!r} is {'missing or empty' if not turns else type(turns).__name__}")
+        given = "missing or empty" if not turns else kind_of(turns)
+        raise RefusedRow("no_messages", f"{name!r} is {given}, expected a list")
     tools = tools_of(found["tools"], names["tools"])
     talk = tuple(_message(turn, index) for index, turn in enumerate(turns))
     messages = greeting_untrained(with_calls_read(with_system(found["system"], names["system"], talk), tools))
@@ -70,7 +71,7 @@ def parse(
 
 def _message(turn: Any, index: int) -> Message:
     if not isinstance(turn, Mapping):
-        raise RefusedRow("bad_message", f"message {index} is a {type(turn).__name__}, expected an object")
+        raise RefusedRow("bad_message", f"message {index} is {kind_of(turn)}, expected an object")
     who, said = ("from", "value") if turn.get("from") is not None else ("role", "content")
     if not isinstance(turn.get(who), str) or turn[who] not in _ROLES:
         raise RefusedRow(

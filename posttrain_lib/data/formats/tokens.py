@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_lib.data.formats.common import LEAST_WEIGHT, MOST_WEIGHT, check_spelling, is_list, named_group
-from posttrain_lib.data.refusal import RefusedRow
+from posttrain_lib.data.refusal import RefusedRow, kind_of
 from posttrain_lib.schema.examples import TokenRow
 
 FIELDS = ("token_ids", "loss_weights", "mask", "labels", "attention_mask")
@@ -111,7 +111,7 @@ def _list(raw: Any, name: str, reason: str) -> np.ndarray:
     if raw is None:
         raise RefusedRow("no_tokens", f"{name!r} is missing")
     if not is_list(raw) and not isinstance(raw, np.ndarray):
-        raise RefusedRow(reason, f"{name!r} is a {type(raw).__name__}, expected a list of numbers")
+        raise RefusedRow(reason, f"{name!r} is {kind_of(raw)}, expected a list of numbers")
     try:
         values = np.asarray(raw)
     except (ValueError, OverflowError) as error:  # lists within the list, numbers beyond 64 bits

@@ -64,8 +64,8 @@ def get_family(model_type: object, where: str = "model_type") -> Family:
             where=where,
             got=model_type,
             expected="one of " + ", ".join(sorted(FAMILIES)),
-            fix="use a model of a supported architecture; or train it through transformers' own class with "
-            "model.backend: hf; or let flows/convert_flow.py look for a definition of it",
+            fix="use a model of a supported architecture; or, where transformers has a class of it, train it through "
+            "that with model.backend: hf, or let flows/convert_flow.py look for a definition of it",
         )
     module, _, attribute = FAMILIES[model_type].partition(":")
     family: Family = getattr(importlib.import_module(module), attribute)

@@ -56,6 +56,10 @@ def too_many_tokens(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
 
 
+def no_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+
+
 #: of the folder as such, whoever runs the model
 OF_ANY: Cases = {
     "no folder": (shutil.rmtree, "does not exist"),
@@ -65,6 +69,7 @@ OF_ANY: Cases = {
     "quantised": (settings(quantization_config={"quant_method": "fp8"}), "quantised"),
     "another head": (settings(architectures=["LlamaForSequenceClassification"]), "not a plain causal language model"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors weights"),
+    "no index": (no_index, "their index is missing"),
     "other weights": (renamed, "no safetensors weights"),
     "cut": (cut, "truncated"),
     "tokenizer": (too_many_tokens, "larger than the embedding"),

@@ -46,7 +46,7 @@ def test_single_tokens_come_first_then_blocks_in_order() -> None:
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of"),
         ({"add_blocks": [{"format": "<a>", "count": 2}]}, "needs {n}"),
         ({"add_blocks": [{"format": "<a_{n}>", "count": 0}]}, "count"),
-        ({"add_tokens": ["<a_1>"], "add_blocks": [{"format": "<a_{n}>", "count": 2}]}, "named twice: <a_1>"),
+        ({"add_tokens": ["<a_1>"], "add_blocks": [{"format": "<a_{n}>", "count": 2}]}, "name tokens twice: <a_1>"),
         ({"add_tokens": [""]}, "token"),
         ({"add_tokens": "<a>"}, "add_tokens"),
         ({"initialise": "zero"}, "initialise"),

@@ -66,3 +66,9 @@ def test_the_hint_names_what_the_rows_have(raw: dict[str, Any], source: dict[str
 @pytest.mark.parametrize("raw", ["{broken", {"messages": [{"role": "robot"}]}])
 def test_no_hint_where_the_fields_are_the_right_ones_or_there_are_none(raw: Any) -> None:
     assert seen(2, raw=raw).hints() == ""
+
+
+def test_a_file_that_is_one_object_around_its_rows_is_told() -> None:
+    wrapped = {"version": 1, "data": [{"messages": []}] * 300}
+    assert seen(1, raw=wrapped).hints().endswith("one object whose 'data' is a list of 300: store that list alone")
+    assert "one object" not in seen(2, raw=wrapped).hints()

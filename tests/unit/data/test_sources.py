@@ -180,6 +180,22 @@ def test_what_a_json_array_holds_besides_objects_is_a_bad_row(tmp_path: Path) ->
     assert isinstance(found[1], BadRow) and found[1].reason == "not_an_object"
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "between", "behind"), [("rows.jsonl", "", "\n", ""), ("rows.json", "[", ",", "]")]
+)
+def test_a_key_that_is_there_twice_is_a_bad_row(
+    tmp_path: Path, name: str, before: str, between: str, behind: str
+) -> None:
+    inner = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    rows = ['{"text": "a", "text": "b"}', '{"text": "c"}', inner, '{"a": {"x": 1}, "b": {"x": 2}}']
+    (tmp_path / name).write_text(before + between.join(rows) + behind, encoding="utf-8")
+    found = [row for _, row in iter_rows(str(tmp_path / name))]
+    assert [row for row in found if isinstance(row, dict)] == [{"text": "c"}, {"a": {"x": 1}, "b": {"x": 2}}]
+    bad = [row for row in found if isinstance(row, BadRow)]
+    assert [row.reason for row in bad] == ["repeated_key"] * 2
+    assert ["'text'" in bad[0].detail, "'content'" in bad[1].detail] == [True, True]
+
+
 def test_json_nested_beyond_reading_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"a": 1}\n')
     found = [row for _, row in iter_rows(str(tmp_path / "rows.jsonl"))]
