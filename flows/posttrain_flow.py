@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 try:
     from posttrain_lib.config.load import parse_run_config
-    from posttrain_lib.errors import ConfigError, PosttrainError
+    from posttrain_lib.errors import RETRY_EXIT_CODE, ConfigError, PosttrainError, PreemptedError
 except ModuleNotFoundError as error:
     print(
         f"{error}\nThe project's environment is not active. Run the same command through it:\n"
@@ -96,9 +96,13 @@ parse_config = parser_of(parse_run_config)
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Print what a user can act on without a traceback, and tell Metaflow that a retry would not help."""
+    """Print what a user can act on without a traceback, and tell Metaflow whether a retry would help: it goes on behind
+    a stop that was asked for, and would fail the same way behind anything else."""
     try:
         yield
+    except PreemptedError as stop:
+        print(f"{type(stop).__name__}: {stop}", file=sys.stderr, flush=True)
+        raise SystemExit(RETRY_EXIT_CODE) from None
     except PosttrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(_DO_NOT_RETRY) from None

@@ -57,7 +57,7 @@ class SFTFlow(FlowSpec):
     @card(type="blank", id="training", refresh_interval=5)
     @step
     def train(self):
-        """Train on Ray workers; a retry and a resume go on from the last checkpoint."""
+        """Train on the devices of the compute section; a retry and a resume go on from the last checkpoint."""
         from posttrain_lib.adapters.metaflow_card import TrainingCard
 
         again = current.retry_count > 0 or current.origin_run_id is not None

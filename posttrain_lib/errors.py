@@ -5,6 +5,9 @@ They carry plain strings, so they survive pickling between a Ray worker and its 
 
 from __future__ import annotations
 
+#: exit code of a process whose work a plain retry goes on with (EX_TEMPFAIL of sysexits.h)
+RETRY_EXIT_CODE = 75
+
 
 class PosttrainError(Exception):
     """Base of every error that is the user's to act on.
@@ -65,6 +68,10 @@ class CheckpointError(PosttrainError):
 
 class TrainingError(PosttrainError):
     """Training that must not go on: non-finite loss, lost worker."""
+
+
+class PreemptedError(PosttrainError):
+    """Training that was asked to stop and did, behind a checkpoint: the same command again goes on from there."""
 
 
 class StoreError(PosttrainError):

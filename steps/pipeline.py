@@ -10,7 +10,7 @@ from typing import Any
 
 from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.load import build_run_config
-from posttrain_lib.errors import PosttrainError
+from posttrain_lib.errors import RETRY_EXIT_CODE, PosttrainError, PreemptedError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.schema.manifests import StepManifest
 from steps import check_serving, convert_model, evaluate, export, inputs, prepare_data, train
@@ -124,7 +124,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class plain_errors:  # noqa: N801 - used as a statement
-    """Show a :class:`PosttrainError` as its message instead of a traceback, and exit with 1."""
+    """Show a :class:`PosttrainError` as its message instead of a traceback, and exit with 1; with 75 (EX_TEMPFAIL)
+    where the same command goes on from a checkpoint."""
 
     def __enter__(self) -> None:
         return None
@@ -132,7 +133,7 @@ class plain_errors:  # noqa: N801 - used as a statement
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, PosttrainError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
+            raise SystemExit(RETRY_EXIT_CODE if isinstance(error, PreemptedError) else 1) from None
         if isinstance(error, KeyboardInterrupt):
             print(
                 "stopped by the user; finished steps are in the store, training resumes from its last checkpoint",

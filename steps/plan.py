@@ -5,24 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from posttrain_lib.compute.plan import PlanError, make_plan, plan_lines, refuse_what_does_not_fit
+from posttrain_lib.compute.plan_memory import weights_of
 from posttrain_lib.config import RunConfig, load_run_config
-from posttrain_lib.config.model import Lora
-from posttrain_lib.errors import ConfigError
+from posttrain_lib.data.sources import files_of
+from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.models.families import get_family, read_hf_config, spec_from_config
 from posttrain_lib.models.hf_spec import LACKS, HFSpec, check_workers, hf_spec_from_config
-from posttrain_lib.models.spec import (
-    ExpertsConfig,
-    MLPConfig,
-    ModelSpec,
-    check_prefixes,
-    matmul_parameters,
-    parameter_count,
-)
+from posttrain_lib.models.spec import ModelSpec, check_prefixes, matmul_parameters, parameter_count
 from steps.foresight import check_model, check_names, local_folder
 from steps.pipeline import add_config_arguments, plain_errors
 
@@ -33,19 +29,21 @@ def describe(config: RunConfig) -> str:
     """The resolved plan of a run, from the config, the model's config.json and the names that the config uses."""
     train, compute = config.train, config.compute
     slots = train.rows_per_step * train.row_tokens
-    check_names(config)
+    elsewhere = _data_elsewhere(config)
+    check_names(_without(config, elsewhere))
     _check_compiler(config)
     length = f"{train.steps} steps" if train.steps is not None else "until the mixture ends,"
     if train.epochs is not None:
         length = f"{train.epochs:g} epochs"
-    accumulation = train.rows_per_step // (train.micro_batch_rows * compute.workers)
+    accumulation = train.rows_per_step // (train.micro_batch_rows * compute.mesh_spec().data_degree)
     lines = [
         f"plan of {config.name} ({config.recipe})",
         f"  data       {', '.join(source.name for source in config.data.sources)}; "
         f"examples up to {config.data.max_example_tokens} tokens ({config.data.over_length} longer ones)",
         *_mixture_lines(config),
+        *(f"  not here   {name}: its files are not on this machine and were not checked" for name in elsewhere),
         f"  training   {length} x {slots:,} token slots ({train.rows_per_step} rows of {train.row_tokens}), "
-        f"{compute.workers} worker(s), {accumulation} micro-batch(es) each",
+        f"{compute.workers} device(s), {accumulation} micro-batch(es) each",
         f"  optimiser  {train.optimizer.name}, lr {train.optimizer.lr:g}, {train.schedule.name} after "
         f"{train.schedule.warmup_steps} warm-up steps, {train.precision}",
         f"  evaluation every {train.evaluate_every_steps} steps; checkpoint every {train.checkpoint.every_steps}, "
@@ -76,6 +74,28 @@ def _mixture_lines(config: RunConfig) -> list[str]:
     return lines
 
 
+def _data_elsewhere(config: RunConfig) -> list[str]:
+    """Sources whose local files are not on this machine, where the run itself is not either."""
+    if config.compute.address is None:
+        return []
+    found = []
+    for source in config.data.sources:
+        if source.path is not None and "://" not in source.path:
+            try:
+                files_of(source.path)
+            except DataError:
+                found.append(source.name)
+    return found
+
+
+def _without(config: RunConfig, names: list[str]) -> RunConfig:
+    """The config without these sources, for checks that would read them."""
+    if not names:
+        return config
+    kept = tuple(source for source in config.data.sources if source.name not in names)
+    return config.model_copy(update={"data": config.data.model_copy(update={"sources": kept})})
+
+
 def _points(weight: Any) -> list[tuple[int, float]]:
     return [(1, weight)] if isinstance(weight, int | float) else list(weight)
 
@@ -94,48 +114,6 @@ def _check_compiler(config: RunConfig) -> None:
     check_compiler(pick_device(config.compute.device, rank=0))
 
 
-def memory_estimate(spec: ModelSpec, config: RunConfig) -> dict[str, float]:
-    """GiB in one worker: weights, gradients and optimiser state of what is trained, activations of one micro-batch.
-
-    Activations count what a decoder block keeps for its backward (about 16 hidden-sized and 4 feed-forward-sized
-    values a token; 9 and 2 with selective checkpointing, one hidden-sized with full). An estimate: allocator slack and
-    the runtime come on top.
-    """
-    decoder, train = spec.config, config.train
-    parameters = parameter_count(decoder) / config.compute.workers
-    lora = config.model.lora
-    trained = parameters if lora is None else adapter_count(spec, lora) / config.compute.workers
-    bytes_each = 2 if lora is not None and lora.base_dtype == "bfloat16" else _FLOAT32_BYTES
-    tokens = train.micro_batch_rows * train.row_tokens
-    hidden_sized, forward_sized = {"none": (16, 4), "selective": (9, 2), "full": (1, 0)}[train.activation_checkpointing]
-    kept = decoder.num_hidden_layers * hidden_sized * decoder.hidden_size
-    kept += sum(forward_sized * _forward_width(layer.mlp) for layer in decoder.layers)
-    states = 2 if train.optimizer.name == "adamw" else 1
-    estimate = {
-        "weights": parameters * bytes_each + (0 if lora is None else trained * _FLOAT32_BYTES),
-        "gradients": trained * _FLOAT32_BYTES,
-        "optimiser": trained * _FLOAT32_BYTES * states,
-        "activations": tokens * kept * _FLOAT32_BYTES,
-    }
-    return {name: value / 2**30 for name, value in estimate.items()}
-
-
-def _forward_width(mlp: MLPConfig | ExpertsConfig) -> int:
-    """Feed-forward entries that a token goes through in a layer."""
-    if isinstance(mlp, MLPConfig):
-        return mlp.intermediate_size
-    return mlp.top_k * mlp.intermediate_size + (0 if mlp.shared is None else mlp.shared.intermediate_size)
-
-
-def adapter_count(spec: ModelSpec, lora: Lora) -> int:
-    """Parameters of the low-rank adapters that are trained in place of the weights."""
-    from posttrain_lib.models.decoder import build_model
-    from posttrain_lib.models.lora import apply_lora
-
-    model = apply_lora(build_model(spec, device="meta"), lora)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def _model_lines(config: RunConfig) -> list[str]:
     _check_folder(config)
     if config.model.backend == "hf":
@@ -146,15 +124,18 @@ def _model_lines(config: RunConfig) -> list[str]:
     _check_positions(spec, config)
     check_prefixes(spec.config, config.train.share_prefixes, config.data.max_example_tokens)
     body, _ = matmul_parameters(spec)
-    memory = memory_estimate(spec, config)
-    total = sum(memory.values())
-    unit, scale = ("GiB", 1.0) if total >= 1 else ("MiB", 1024.0)
-    detail = ", ".join(f"{name} {value * scale:.2f}" for name, value in memory.items())
-    return [
+    plan = make_plan(spec, config)
+    lines = [
         f"  model      {spec.family}, {parameter_count(spec.config):,} parameters, {body:,} of them in the blocks",
         *_lora_lines(spec, config),
-        f"  memory     about {total * scale:.2f} {unit} a worker ({detail})",
+        *plan_lines(plan),
     ]
+    try:
+        refuse_what_does_not_fit(plan)
+    except PlanError:
+        print("\n".join(lines))  # the refusal is easier to read below what it is about
+        raise
+    return lines
 
 
 def _check_folder(config: RunConfig) -> None:
@@ -171,7 +152,8 @@ def _lora_lines(spec: ModelSpec, config: RunConfig) -> list[str]:
     lora = config.model.lora
     if lora is None:
         return []
-    trained, all_ = adapter_count(spec, lora), parameter_count(spec.config)
+    trained = sum(math.prod(shape) for _, shape, is_trained in weights_of(spec, lora) if is_trained)
+    all_ = parameter_count(spec.config)
     kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
     return [
         f"  adapters   {kind} of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}: {trained:,} "

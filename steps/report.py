@@ -13,6 +13,9 @@ from posttrain_lib.schema.manifests import StepManifest
 
 Manifests = Mapping[str, StepManifest]
 
+#: how shares of the peak are called, and their fields: by data sheet, by the product measured, with recomputation
+_PEAK_SHARES = {"MFU": "mfu", "MFU of the measured peak": "mfu_measured", "HFU": "hfu"}
+
 
 def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
     """The figures a person asks for first, as plain values (an artifact of the flow's last step)."""
@@ -31,6 +34,9 @@ def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any
         "tokens_per_second": training["tokens_per_second"],
         "fill": training["fill"],
         "data_wait_share": training["data_wait_share"],
+        "mfu": training["mfu"],
+        "mfu_measured": training["mfu_measured"],
+        "hfu": training["hfu"],
         "peak_memory_gib": training["peak_memory_gib"],
         "export": manifests["export"].outputs["hf"].uri,
         "checks_passed": all(check.passed for manifest in manifests.values() for check in manifest.checks),
@@ -55,7 +61,8 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
             f"(always answering '{match['majority_answer']}' would give {match['majority']:.3f})"
         )
     speed = f"{summary['tokens_per_second']:,.0f} tokens/s"
-    print(f"{speed}, fill {summary['fill']:.3f}, {summary['peak_memory_gib']:.2f} GiB")
+    shares = [f"{name} {summary[key]:.1%}" for name, key in _PEAK_SHARES.items() if summary.get(key) is not None]
+    print(", ".join([speed, f"fill {summary['fill']:.3f}", *shares, f"{summary['peak_memory_gib']:.2f} GiB"]))
     print(f"exported to {summary['export']}")
     demands = [
         ("held-out loss ratio", summary["held_out_ratio"], gates.max_held_out_loss_ratio, "at most"),
@@ -92,6 +99,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "headline": _headline(manifests),
         "data_end": manifests["train"].metrics["data_end"],
         "reports": reports,
+        "performance": _performance_table(manifests["train"].metrics),
         "data": _data_table(receipt),
         "roles": _roles_table(receipt),
         "sources": _sources_table(manifests["train"].metrics, reports),
@@ -133,6 +141,19 @@ def _sources_table(training: Mapping[str, Any], reports: list[dict[str, Any]]) -
         first_and_last = [f"{loss:.4f}" for loss in losses[:1] + losses[-1:]] or ["", ""]  # mixed in, but not yet
         rows.append([source, f"{given['tokens']:,}", *shares, *first_and_last])
     return rows
+
+
+def _performance_table(training: Mapping[str, Any]) -> list[list[str]]:
+    """Speed, shares of the peak, where the time of a step went, and what held memory."""
+    rows = [
+        ["tokens/s", f"{training['tokens_per_second']:,.0f}"],
+        ["trained tokens/s", f"{training['trained_tokens_per_second']:,.0f}"],
+        ["model TFLOP/s", f"{training['model_tflops']:.4g}"],
+    ]
+    rows += [[name, f"{training[key]:.1%}"] for name, key in _PEAK_SHARES.items() if training[key] is not None]
+    rows += [[f"time: {kind}", f"{share:.1%}"] for kind, share in training["time_shares"].items()]
+    rows += [[f"memory: {kind}", f"{size:.3f} GiB"] for kind, size in training["memory_gib"].items()]
+    return [*rows, ["memory: peak", f"{training['peak_memory_gib']:.3f} GiB"]]
 
 
 def _findings_table(receipt: Mapping[str, Any]) -> list[list[str]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +14,20 @@ from posttrain_lib.schema.manifests import ArtifactRef, Check
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from steps import prepare_data
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
+from steps.watch import METRICS, watch
 
 if TYPE_CHECKING:
     from posttrain_lib.data.live_feed import LiveSpec
 
-METRICS = "metrics.jsonl"
 QUARANTINE = "live_quarantine.jsonl"
+PROFILE = "profile"
+INCIDENTS = "incidents.jsonl"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """The train section, the vocabulary's padding, adapters and backend, and from compute what can change the result's
     bits: mesh, threads, device."""
-    compute = config.compute.model_dump(mode="json", include={"threads_per_worker", "device"})
+    compute = config.compute.model_dump(mode="json", include={"threads_per_worker", "device", "offload"})
     compute["mesh"] = dataclasses.asdict(config.compute.mesh_spec())
     live = prepare_data.settings(config) if config.data.on_the_fly else None
     return {
@@ -40,9 +40,11 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def work_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings without mesh and threads: a checkpoint goes on with another number of them."""
+    """The settings without mesh and threads: a checkpoint goes on with another number of them. Without the profile
+    too: it changes no result, so that a run can be looked at from where it stands."""
     wanted = settings(config)
-    return {**wanted, "compute": {"device": wanted["compute"]["device"]}}
+    train = {name: value for name, value in wanted["train"].items() if name != "profile"}
+    return {**wanted, "train": train, "compute": {"device": wanted["compute"]["device"]}}
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
@@ -65,6 +67,7 @@ def body(context: StepContext) -> StepResult:
     from posttrain_lib.models.hf_spec import marks
     from posttrain_lib.training.job import TrainJob
 
+    planned = _planned(context)
     context.work.mkdir(parents=True, exist_ok=True)
     made_by = _check_made_by_this_tokenizer(context)
     job = TrainJob(
@@ -78,34 +81,82 @@ def body(context: StepContext) -> StepResult:
         lora=context.config.model.lora,
         backend=context.config.model.backend,
     )
-    result, reports = _watch(launch(job, context.config.compute), context)
-    checkpoints = Path(result.last_checkpoint).parent
-    checkpoints.rename(context.out / "checkpoints")
+    result, reports, tracked = watch(launch(job, context.config.compute), context)
+    _bring_checkpoints(result, context.out / "checkpoints")
+    if (context.work / "logs").is_dir():  # of ranks that are not this process
+        (context.work / "logs").rename(context.out / "logs")
     (context.out / METRICS).write_text(
         "".join(json.dumps(dataclasses.asdict(report)) + "\n" for report in reports), encoding="utf-8"
     )
-    refused = {}
+    besides = {}
+    if (context.work / INCIDENTS).exists():
+        shutil.copyfile(context.work / INCIDENTS, context.out / INCIDENTS)
+        besides["incidents"] = (INCIDENTS, "incidents")
     if (context.work / QUARANTINE).exists():
         shutil.copyfile(context.work / QUARANTINE, context.out / QUARANTINE)
-        refused["quarantine"] = (QUARANTINE, "quarantine")
+        besides["quarantine"] = (QUARANTINE, "quarantine")
+    if (context.work / PROFILE).exists():
+        shutil.copytree(context.work / PROFILE, context.out / PROFILE)
+        besides["profile"] = (PROFILE, "profile")
     best = result.best_checkpoint or result.last_checkpoint
     return StepResult(
         outputs={
             "last": (f"checkpoints/{Path(result.last_checkpoint).name}", "checkpoint"),
             "best": (f"checkpoints/{Path(best).name}", "checkpoint"),
             "metrics": (METRICS, "metrics"),
-            **refused,
+            **besides,
         },
-        checks=[Check("every step's loss was finite", True, len(reports), reason="a non-finite one stops training")],
+        checks=[_finite(result, reports)],
         metrics={
             **dataclasses.asdict(result),
             **throughput(reports),
             "sources": shares(reports),
             "rows": _rows(reports),
+            "tracking": tracked,
+            "plan": planned,
             **marks(context.config.model.backend),
         },
         summary=summary(result),
     )
+
+
+def _planned(context: StepContext) -> dict[str, Any] | None:
+    """The job's plan, said in short before it is launched; None for a class of transformers.
+
+    Raises:
+        PlanError: a device has too little memory, or the mesh does not fit the model.
+    """
+    from posttrain_lib.compute.plan import make_plan, plan_lines, refuse_what_does_not_fit
+    from posttrain_lib.models.families import spec_from_folder
+
+    if context.config.model.backend == "hf":
+        return None
+    plan = make_plan(spec_from_folder(context.inputs["model"].uri), context.config)
+    for line in plan_lines(plan, short=True):
+        context.say(line)
+    refuse_what_does_not_fit(plan)
+    return plan.as_json()
+
+
+def _finite(result: TrainResult, reports: list[StepReport]) -> Check:
+    """What of the steps reached the weights."""
+    name, steps = "every step's loss was finite", len(reports)
+    if not result.incidents:
+        return Check(name, True, steps, reason="a non-finite one stops training, unless train.incidents says otherwise")
+    reason = f"{result.incidents} steps went wrong and were left out, as train.incidents says; see {INCIDENTS}"
+    return Check("every step that was taken was finite", True, steps, reason=reason)
+
+
+def _bring_checkpoints(result: TrainResult, out: Path) -> None:
+    """The job's checkpoints, moved; of those in a store, the last and the best, fetched: a step's result is local."""
+    from posttrain_lib.checkpoint.manager import fetch_checkpoint
+
+    last = result.last_checkpoint
+    if "://" not in last:
+        Path(last).parent.rename(out)
+        return
+    for url in dict.fromkeys([last, result.best_checkpoint or last]):
+        fetch_checkpoint(url, out)
 
 
 def summary(result: TrainResult) -> str:
@@ -120,19 +171,39 @@ def summary(result: TrainResult) -> str:
     return "; ".join(parts)
 
 
-def throughput(reports: list[StepReport]) -> dict[str, float]:
-    """Means over all optimiser steps but the first, which pays for warm-up."""
+def throughput(reports: list[StepReport]) -> dict[str, Any]:
+    """Means over all optimiser steps but the first, which pays for warm-up.
+
+    ``time_shares``: where the time of whole steps went, evaluation and checkpoints included. ``memory_gib``: of each
+    kind the most that a rank held.
+    """
     timed = [report for report in reports if report.step > 0][1:]
-    seconds = sum(report.step_seconds for report in timed)
+    seconds = max(sum(report.step_seconds for report in timed), 1e-9)
     slots = sum(report.slot_tokens for report in timed)
+    real = sum(report.real_tokens for report in timed)
+    first = min((report.step for report in reports if report.step > 0), default=0)
+    spent, held = Counter[str](), dict[str, float]()
+    for report in timed:
+        spent.update(report.seconds if report.seconds_of_step > first else {})
+        held |= {kind: max(size, held.get(kind, 0.0)) for kind, size in report.memory_gib.items()}
     return {
-        "tokens_per_second": sum(report.real_tokens for report in timed) / max(seconds, 1e-9),
-        "fill": sum(report.real_tokens for report in timed) / max(slots, 1),
-        "data_wait_share": sum(report.data_wait_seconds for report in timed) / max(seconds, 1e-9),
+        "tokens_per_second": real / seconds,
+        "trained_tokens_per_second": sum(report.trained_tokens for report in timed) / seconds,
+        "fill": real / max(slots, 1),
+        "data_wait_share": sum(report.data_wait_seconds for report in timed) / seconds,
         "train_seconds": seconds,
-        "model_tflops": sum(report.model_flops for report in timed) / max(seconds, 1e-9) / 1e12,
+        "model_tflops": sum(report.model_flops for report in timed) / seconds / 1e12,
+        **{name: _over_time(timed, name) for name in ("mfu", "mfu_measured", "hfu")},
+        "time_shares": {kind: time / max(spent.total(), 1e-9) for kind, time in spent.items()},
+        "memory_gib": held,
         "peak_memory_gib": max((report.peak_memory_gib for report in reports), default=0.0),
     }
+
+
+def _over_time(reports: list[StepReport], name: str) -> float | None:
+    """A share of the peak over all these steps: their own, weighed by how long they took. None where none has it."""
+    known = [(value, report.step_seconds) for report in reports if (value := getattr(report, name)) is not None]
+    return sum(value * time for value, time in known) / sum(time for _, time in known) if known else None
 
 
 def shares(reports: list[StepReport]) -> dict[str, dict[str, float]]:
@@ -188,76 +259,15 @@ def _live_spec(context: StepContext, made_by: dict[str, str]) -> LiveSpec:
     return LiveSpec(config, context.inputs["tokenizer"].uri, files, made_by)
 
 
-def _watch(events: Iterator[StepReport], context: StepContext) -> tuple[TrainResult, list[StepReport]]:
-    """Drain the job. Reports are also kept in the work folder, so that a resumed job has the whole curve."""
-    path = context.work / METRICS
-    reports = {report.step: report for report in _earlier(path)}
-    bar = ProgressLine()
-    with open(path, "a", encoding="utf-8") as log:
-        while True:
-            try:
-                report = next(events)
-            except StopIteration as stop:
-                return stop.value, [reports[step] for step in sorted(reports)]
-            reports[report.step] = report
-            log.write(json.dumps(dataclasses.asdict(report)) + "\n")
-            log.flush()
-            line = bar.line(report)
-            if line:
-                context.say(line)
-            context.observe(report)
-
-
-def _earlier(path: Path) -> Iterator[StepReport]:
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield StepReport(**json.loads(line))
-        except ValueError:
-            continue  # the line a killed process was writing; that step is trained and reported again
-
-
-class ProgressLine:
-    """A progress bar in lines: Metaflow and log files show whole lines only. One every few seconds, plus events."""
-
-    def __init__(self, every_seconds: float = 5.0) -> None:
-        self._every_seconds = every_seconds
-        self._last = -every_seconds
-        self._started: tuple[float, int] | None = None
-
-    def line(self, report: StepReport) -> str | None:
-        """The line to print for this report, or None to stay quiet."""
-        now = time.monotonic()
-        if self._started is None:
-            self._started = (now, report.step)
-        notable = bool(report.event) or report.held_out is not None or report.step == report.total_steps
-        if not notable and now - self._last < self._every_seconds:
-            return None
-        self._last = now
-        return self._format(report, now)
-
-    def _format(self, report: StepReport, now: float) -> str:
-        filled = round(20 * report.step / max(1, report.total_steps))
-        parts = [f"[{'#' * filled}{'.' * (20 - filled)}] {report.step}/{report.total_steps}"]
-        if report.step > 0:
-            parts += [f"loss {report.loss:.4f}", f"{report.tokens_per_second:,.0f} tok/s", f"fill {report.fill:.3f}"]
-        if report.mfu is not None:
-            parts.append(f"MFU {report.mfu:.1%}")
-        if report.held_out is not None:
-            parts.append(f"held-out {report.held_out['all']:.4f}")
-        started, first = self._started or (now, report.step)
-        if first < report.step < report.total_steps:
-            left = (now - started) / (report.step - first) * (report.total_steps - report.step)
-            parts.append(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
-        if report.event:
-            parts.append(f"({report.event})")
-        return "  ".join(parts)
-
-
 STEP: Step = Step("train", 1, "steps.train", settings, inputs, body, work_settings)
 
 if __name__ == "__main__":
+    from posttrain_lib.compute.launch import under_torchrun
     from steps.pipeline import main
 
-    main("train")
+    if under_torchrun():
+        from posttrain_lib.compute import torchrun
+
+        torchrun.run(lambda: main("train"))
+    else:
+        main("train")

@@ -54,6 +54,8 @@ class TrainingCard:
 
 def headline(report: StepReport) -> str:
     """One line on where training stands."""
+    if report.loss is None and report.step > 0:
+        return f"step **{report.step}** of {report.total_steps} · {report.event}"
     if report.loss is None:
         held_out = (
             "" if report.held_out is None else f" · held-out loss **{report.held_out['all']:.4f}** before training"
@@ -71,7 +73,7 @@ def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
     """Vega-Lite charts by name: loss and held-out, learning rate and gradient norm, throughput, packing fill."""
     thin = reports[:: max(1, math.ceil(len(reports) / _MAX_POINTS))]
     held = [report for report in reports if report.held_out]
-    loss = [{"step": r.step, "value": r.loss, "curve": "training loss"} for r in thin if r.step > 0]
+    loss = [{"step": r.step, "value": r.loss, "curve": "training loss"} for r in thin if r.loss is not None]
     loss += [
         {"step": r.step, "value": value, "curve": f"held-out {'loss' if name == 'all' else name}"}
         for r in held
@@ -79,11 +81,29 @@ def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
         if name == "all" or len(r.held_out or {}) > 2
     ]
     steps = [r for r in thin if r.step > 0]
+    peaks = {"MFU": "mfu", "MFU of the measured peak": "mfu_measured", "HFU": "hfu"}
     return {
         "loss": line_chart("Loss (nats per trained token)", loss),
         "throughput": line_chart(
             "Throughput (real tokens per second)",
             [{"step": r.step, "value": r.tokens_per_second, "curve": "tokens/s"} for r in steps],
+        ),
+        "mfu": line_chart(
+            "Share of the peak (model FLOPs; HFU with what is computed again)",
+            [
+                {"step": r.step, "value": getattr(r, name), "curve": curve}
+                for r in steps
+                for curve, name in peaks.items()
+                if getattr(r, name) is not None
+            ],
+        ),
+        "time": line_chart(
+            "Where a step's time goes (seconds)",
+            [
+                {"step": r.seconds_of_step, "value": value, "curve": kind}
+                for r in steps
+                for kind, value in r.seconds.items()
+            ],
         ),
         "fill": line_chart(
             "Packing fill (real tokens / row slots)",
@@ -230,6 +250,8 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(Markdown("## Curves"))
     for spec in curves(reports).values():
         card.append(VegaChart(spec))
+    card.append(Markdown("## Performance"))
+    card.append(Table(report["performance"], headers=["over all steps but the first", ""]))
     card.append(Markdown("## Data"))
     card.append(Table(report["data"], headers=["", "rows", "examples", "tokens", "trained tokens"]))
     card.append(Table(report["roles"], headers=["source", "role", "tokens", "trained tokens"]))

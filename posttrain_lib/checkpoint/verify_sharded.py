@@ -90,6 +90,7 @@ class _Result:
 
 
 def _run(spec: ModelSpec, folder: str | None, kind: str, rank: int, world: int, port: int) -> _Result:
+    from posttrain_lib.parallel.apply import settle_gradients
     from posttrain_lib.parallel.process_group import process_group
 
     if world > 1:  # a process of its own; the ranks share the machine
@@ -104,8 +105,10 @@ def _run(spec: ModelSpec, folder: str | None, kind: str, rank: int, world: int, 
         positions = torch.cat([torch.arange(length) for length in _LENGTHS])
         ends = torch.tensor([0, *_LENGTHS]).cumsum(0).to(torch.int32)
         logits = model(token_ids, positions, ends, max(_LENGTHS))
-        # Every rank computes the same tokens: FSDP's average over ranks is the gradient itself.
-        (logits * torch.randn(logits.shape, generator=generator, dtype=torch.float64)).sum().backward()
+        total = (logits * torch.randn(logits.shape, generator=generator, dtype=torch.float64)).sum()
+        # Gradients are summed over ranks with different rows; here these have the same, so each gives its share.
+        (total / _mesh(kind, world).data_degree).backward()
+        settle_gradients(model)
         grads = {name: whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
         return _Result(logits.detach(), grads)
 
@@ -125,17 +128,15 @@ def _laid(spec: ModelSpec, folder: str | None, kind: str, world: int) -> Decoder
 
 
 def _lay(model: Decoder, kind: str, world: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-
     from posttrain_lib.parallel.apply import apply_parallelism
-    from posttrain_lib.parallel.tensor import apply_tensor_parallel
+    from posttrain_lib.parallel.mesh import rank_mesh
 
-    if kind == "tensor parallel":
-        apply_tensor_parallel(model, init_device_mesh("cpu", (world,)))
-    else:
-        cpu = torch.device("cpu")
-        mesh = MeshSpec(shard=world)
-        apply_parallelism(model, mesh=mesh, device=cpu, activation_checkpointing="full" if world > 1 else "none")
+    mesh = rank_mesh(_mesh(kind, world), torch.device("cpu"))
+    apply_parallelism(model, mesh=mesh, activation_checkpointing="full" if kind == "fsdp" else "none")
+
+
+def _mesh(kind: str, world: int) -> MeshSpec:
+    return MeshSpec(tensor=world) if kind == "tensor parallel" else MeshSpec(shard=world)
 
 
 def _free_port() -> int:

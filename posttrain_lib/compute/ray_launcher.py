@@ -1,48 +1,60 @@
 """A training job on Ray: N identical actors, a driver that only listens.
 
-Driver  consumes: the ranks' reports, through Ray's streaming generators. Produces: rank 0's reports for the caller.
+Driver  consumes: the ranks' reports, as results of calls. Produces: rank 0's reports for the caller.
         Waits for: any rank, a second at a time, so that Ctrl-C and a step's time limit get through.
 Actor   runs the whole loop of one rank. Waits for: its peers, in collectives. Unblocked by: them, or their death.
 
-A lost actor (killed, out of memory, its node gone) fails its peers' collectives; all are stopped and started again
-from the last checkpoint. Anything an actor raised itself is the user's to see and is not tried again.
+A lost actor (killed, hung, its node gone) fails its peers' collectives; all are stopped and started again from the
+last checkpoint. Anything an actor raised itself is the user's to see and is not tried again.
+
+Rank 0 is called again and again, each time for a moment; the others once, for the whole run. Calls wait in line at
+the actor, so none of them makes it pause; and unlike a stream of results they also go through ``ray://``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
+from posttrain_lib.compute.heart import Watchdog, ask_all_to_stop, clear, write_driver_pulse
+from posttrain_lib.compute.logs import Tail, log_path, logs_folder, redirect
+from posttrain_lib.compute.memory import KillEvidence
+from posttrain_lib.compute.rank import on_signals, run_rank
+from posttrain_lib.compute.ray_failures import WorkerLostError, first_cause
+from posttrain_lib.compute.ray_placement import START_SECONDS, Placement, actor_resources, fit_to_devices, unit_of
 from posttrain_lib.compute.ray_session import RaySession, ray_session
-from posttrain_lib.errors import ConfigError, PosttrainError, TrainingError
+from posttrain_lib.errors import TrainingError
 from posttrain_lib.schema.reports import StepReport, TrainResult
+from posttrain_lib.training import pulse
 from posttrain_lib.training.job import TrainJob
-from posttrain_lib.training.loop import Events, train
 
-#: after the first failure, how long to listen for the others: the first heard is often only a victim
-_SETTLE_SECONDS = 5.0
-#: how long the actors may take to come up; a cluster may have to start machines for them
-_START_SECONDS = 900.0
-_POLL_SECONDS = 1.0
-#: what a rank says whose peer has gone
-_VICTIM_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
-_VICTIM_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+if TYPE_CHECKING:
+    from posttrain_lib.config.compute import ComputeConfig
+    from posttrain_lib.training.loop import Events
 
-
-class WorkerLostError(Exception):
-    """A rank's process died; the job can go on from its last checkpoint."""
+_POLL_SECONDS = 0.5
+#: of one call to rank 0: how long it collects reports
+_CALL_SECONDS = 0.25
+#: calls in line at rank 0
+_CALLS = 2
 
 
 class TrainingWorker:
     """One rank, as an actor."""
+
+    def __init__(self, work_dir: str, rank: int) -> None:
+        redirect(Path(work_dir), rank)
+        self._events: Iterator[StepReport] | None = None
+        self._result: TrainResult | None = None
 
     def rendezvous(self, private: bool) -> str:
         """A free ``host:port`` of this actor's node, for rank 0 to listen on; loopback if all ranks are on one."""
@@ -51,88 +63,107 @@ class TrainingWorker:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"
 
-    def run(self, job: TrainJob) -> Iterator[StepReport | TrainResult]:
-        """The loop of this rank: rank 0 streams its reports, every rank ends with the result."""
-        events = train(job)
-        while True:
+    def begin(self, job: TrainJob, stop_signals: list[str]) -> None:
+        """Take the orders."""
+        self._events = run_rank(job, stop_signals)
+
+    def advance(self, seconds: float | None) -> tuple[list[StepReport], TrainResult | None]:
+        """Train until a report comes ``seconds`` or more from now; without ``seconds`` to the end, reporting nothing.
+
+        Returns the reports, and the result once there is one.
+        """
+        assert self._events is not None, "begin comes first"
+        reports: list[StepReport] = []
+        begun = time.monotonic()
+        while self._result is None:
             try:
-                report = next(events)
+                report = next(self._events)
             except StopIteration as stop:
-                yield stop.value
-                return
-            if job.rank == 0:
-                yield report
+                self._result = stop.value
+                break
+            if seconds is not None:
+                reports.append(report)
+                if time.monotonic() - begun >= seconds or report.step == 0:
+                    break
+        return reports, self._result
 
 
-def launch_on_ray(job: TrainJob, *, address: str | None, retries: int) -> Events:
+def launch_on_ray(job: TrainJob, compute: ComputeConfig) -> Events:
     """Run ``job.world`` ranks as actors, restarting them from the last checkpoint when one is lost.
 
     On a cluster, the job's folders must be on storage that every node sees.
 
     Raises:
-        TrainingError: a rank was lost more than ``retries`` times; or whatever :class:`PosttrainError` a rank raised.
-        ConfigError: no cluster at ``address``, or fewer GPUs than workers where ``device`` asks for them.
+        TrainingError: a rank was lost more than ``compute.retries`` times, or ran out of memory; or whatever
+            :class:`PosttrainError` a rank raised.
+        PreemptedError: stopped by a signal to the driver or a rank, behind a checkpoint.
+        ConfigError: no cluster at the address, or fewer GPUs than workers where ``device`` asks for them.
     """
     cores = max(job.world, len(os.sched_getaffinity(0)))
-    for attempt in range(retries + 1):
+    work = Path(job.work_dir)
+    for attempt in range(compute.retries + 1):
+        pulse.begin()
+        pulse.beat("Ray")
         try:
             # A session of its own for each attempt: whatever killed a worker may have hurt Ray as well.
-            with ray_session(Path(job.work_dir), address, cores) as session:
-                return (yield from _run_once(job, session))
+            with (
+                ray_session(work, compute.address, cores) as session,
+                on_signals(compute.stop_signals, lambda name: ask_all_to_stop(work, f"the driver got {name}")),
+            ):
+                unit = unit_of(job)
+                if attempt and not session.private:
+                    job = fit_to_devices(job, unit, compute.devices_per_node, compute.min_devices)
+                return (yield from _run_once(job, compute, session, unit))
         except WorkerLostError as lost:
-            if attempt == retries:
+            if attempt == compute.retries:
                 raise TrainingError(
                     f"a training worker was lost {attempt + 1} times",
                     where=str(lost),
-                    expected=f"at most {retries} losses (compute.retries)",
-                    fix="look for an out-of-memory kill in the system log; lower train.micro_batch_rows or "
-                    "set train.activation_checkpointing: full. Running again goes on from the last checkpoint",
+                    expected=f"at most {compute.retries} losses (compute.retries)",
+                    fix=f"look at the ranks' logs in {logs_folder(work)} and for an out-of-memory kill in the system "
+                    "log. Running again goes on from the last checkpoint",
                 ) from lost
             print(f"{lost}; starting again from the last checkpoint", flush=True)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _run_once(job: TrainJob, session: RaySession) -> Events:
-    actor = ray.remote(max_restarts=0, max_task_retries=0, **_resources(job))(TrainingWorker)
-    workers = [actor.remote() for _ in range(job.world)]
-    try:
+def _run_once(job: TrainJob, compute: ComputeConfig, session: RaySession, unit: dict[str, float]) -> Events:
+    work = Path(job.work_dir)
+    clear(work)
+    evidence = KillEvidence()
+    actor = ray.remote(max_restarts=0, max_task_retries=0)(TrainingWorker)
+    workers: list[Any] = []
+    with contextlib.ExitStack() as undo:
+        placement = None
+        if not session.private:
+            placement = Placement(job, unit, compute.devices_per_node)
+            undo.callback(placement.give_back)
+            placement.wait(lambda: None)
+        undo.callback(_kill, workers)
+        pulse.beat("actors")
+        for rank in range(job.world):
+            options = actor_resources(unit) if placement is None else placement.options(rank)
+            workers.append(actor.options(**options).remote(job.work_dir, rank))
         rendezvous = _first_contact(workers, private=session.private)
         session.record()
-        streams = {
-            rank: worker.run.options(num_returns="streaming").remote(
-                dataclasses.replace(job, rank=rank, rendezvous=rendezvous)
-            )
-            for rank, worker in enumerate(workers)
-        }
-        return (yield from _listen(streams))
-    finally:
-        for worker in workers:
-            if ray.is_initialized():
-                ray.kill(worker)
+        pulse.beat("ranks")
+        write_driver_pulse(work)
+        for rank, worker in enumerate(workers):
+            orders = dataclasses.replace(job, rank=rank, rendezvous=rendezvous)
+            worker.begin.remote(orders, list(compute.stop_signals))
+        return (yield from _listen(workers, job, evidence, compute.hang_seconds))
 
 
-def _resources(job: TrainJob) -> dict[str, float]:
-    """What Ray reserves for a rank: its threads, and a GPU where the job uses them."""
-    if job.device == "cpu":
-        return {"num_cpus": 1}
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if gpus >= job.world:
-        return {"num_cpus": 1, "num_gpus": 1}
-    if job.device == "cuda":
-        raise ConfigError(
-            "Ray has fewer GPUs than the job has workers",
-            where="compute.devices_per_node",
-            got=f"{job.world} workers",
-            expected=f"at most {gpus:g}",
-            fix="lower compute.devices_per_node, or give Ray more GPUs",
-        )
-    return {"num_cpus": 1}
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        if ray.is_initialized():
+            ray.kill(worker)
 
 
 def _first_contact(workers: list[Any], *, private: bool) -> str:
     """Wait until every actor answers; rank 0's answer is the rendezvous."""
     answers = [worker.rendezvous.remote(private) for worker in workers]
-    deadline = time.monotonic() + _START_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while len(ray.wait(answers, num_returns=len(answers), timeout=_POLL_SECONDS)[0]) < len(answers):
         if time.monotonic() > deadline:
             raise TrainingError(
@@ -144,67 +175,39 @@ def _first_contact(workers: list[Any], *, private: bool) -> str:
     try:
         return str(ray.get(answers)[0])
     except RayActorError as error:
-        raise WorkerLostError(f"a training worker died while starting ({_first_line(error)})") from error
+        raise WorkerLostError(f"a training worker died while starting ({str(error).strip()})") from error
 
 
-def _listen(streams: dict[int, Any]) -> Events:
-    """Pass on what the ranks stream until all have ended."""
-    ranks = {stream: rank for rank, stream in streams.items()}
+def _listen(workers: list[Any], job: TrainJob, evidence: KillEvidence, hang_seconds: float) -> Events:
+    """Pass on what rank 0 reports and prints until all ranks have ended."""
+    calls = {worker.advance.remote(None): rank for rank, worker in enumerate(workers) if rank > 0}
+    calls.update({workers[0].advance.remote(_CALL_SECONDS): 0 for _ in range(_CALLS)})
     result: TrainResult | None = None
-    while ranks:
-        ready, _ = ray.wait(list(ranks), num_returns=1, timeout=_POLL_SECONDS)
-        for stream in ready:
-            try:
-                item = ray.get(next(stream))
-            except StopIteration:
-                del ranks[stream]
-                continue
-            except RayError as error:
-                raise _blame({ranks.pop(stream): error}, ranks) from None
-            if isinstance(item, TrainResult):
-                result = item
-            else:
-                yield item
-    if result is None:
-        raise TrainingError("the workers ended without a result", fix="see the workers' output above")
+    words = Tail(log_path(Path(job.work_dir), 0))
+    dog = Watchdog(Path(job.work_dir), hang_seconds)
+    try:
+        while calls:
+            ready, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_SECONDS)
+            for call in ready:
+                rank = calls.pop(call)
+                try:
+                    reports, ended = ray.get(call)
+                except RayError as error:
+                    raise first_cause({rank: error}, calls, job, evidence) from None
+                _print(words)
+                yield from reports
+                if rank == 0 and ended is None:
+                    calls[workers[0].advance.remote(_CALL_SECONDS)] = 0
+                result = ended or result
+            _print(words)
+            if (hung := dog.check()) is not None:
+                raise WorkerLostError(hung)
+    finally:
+        _print(words)
+    assert result is not None, "a rank ends with its result or with an error"
     return result
 
 
-def _blame(failures: dict[int, RayError], others: dict[Any, int]) -> Exception:
-    """What to raise for the rank that failed first in the chain.
-
-    A dead rank comes first, then one that raised an error of ours, then one that raised anything but the loss of a
-    peer's connection.
-    """
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while others and time.monotonic() < deadline:
-        ready, _ = ray.wait(list(others), num_returns=1, timeout=_POLL_SECONDS / 4)
-        for stream in ready:
-            try:
-                ray.get(next(stream))
-            except StopIteration:
-                del others[stream]
-            except RayError as another:
-                failures[others.pop(stream)] = another
-    for rank, failure in failures.items():
-        if isinstance(failure, RayActorError | ActorUnavailableError):
-            return WorkerLostError(f"training worker {rank} died ({_first_line(failure)})")
-    causes = {rank: getattr(failure, "cause", failure) for rank, failure in failures.items()}
-    for cause in causes.values():
-        if isinstance(cause, PosttrainError):
-            return cause
-    rank = next((rank for rank, cause in causes.items() if not _is_victim(cause)), next(iter(causes)))
-    return TrainingError(
-        f"training worker {rank} failed: {type(causes[rank]).__name__}: {_first_line(causes[rank])}",
-        where=f"rank {rank}",
-        got=f"\n{failures[rank]}" if isinstance(failures[rank], RayTaskError) else failures[rank],
-        fix="see the worker's traceback above",
-    )
-
-
-def _is_victim(cause: BaseException) -> bool:
-    return type(cause).__name__ in _VICTIM_TYPES or any(text in str(cause) for text in _VICTIM_TEXTS)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _print(words: Tail) -> None:
+    for line in words.lines():
+        print(line, flush=True)

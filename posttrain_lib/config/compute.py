@@ -24,15 +24,33 @@ class Mesh(Section):
     )
 
 
+#: names that the plan knows; ``compute.plan`` has their memory, ``training.peaks`` what they compute
+Gpu = Literal["GB200", "B200", "H200", "H100", "A100", "A100-40", "L40S", "A10", "RTX 4090", "MI300X"]
+
+
 class ComputeConfig(Section):
     """The same job on one device or hundreds; nothing else in the run file changes."""
 
     nodes: int = Field(1, ge=1, description="machines")
     devices_per_node: int = Field(1, ge=1, description="GPUs of each; on a CPU, processes")
     mesh: Mesh = Mesh()
-    launcher: Literal["ray", "in_process"] = "ray"
-    address: str | None = Field(None, description="host:port of a running Ray cluster; default: a local one")
+    launcher: Literal["auto", "in_process", "ray", "torchrun"] = Field(
+        "auto",
+        description="auto: torchrun under torchrun, in_process for one device without an address, else ray",
+    )
+    address: str | None = Field(
+        None,
+        description="a running Ray cluster: host:port, ray://host:port, or auto = $RAY_ADDRESS; default: a local one",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpu: Gpu | None = Field(None, description="what the devices are, for the plan's memory and time")
+    device_memory_gib: float | None = Field(
+        None, gt=0, description="of a device, for the plan; default: by compute.gpu, or this machine's own"
+    )
+    offload: Literal["none", "parameters"] = Field(
+        "none",
+        description="parameters: each device's share of weights, gradients and optimiser state lies in host memory",
+    )
     threads_per_worker: int | None = Field(None, ge=1, description="CPU threads of a worker; default: cores / workers")
     loader_workers: int = Field(
         1,
@@ -41,6 +59,15 @@ class ComputeConfig(Section):
         "with data.on_the_fly this many tokenising processes",
     )
     retries: int = Field(2, ge=0, le=4, description="restarts from the last checkpoint after a lost worker or process")
+    min_devices: int | None = Field(
+        None, ge=1, description="after a loss, go on with as few as this many devices; default: wait for all of them"
+    )
+    hang_seconds: float = Field(
+        1800.0, gt=0, description="without any rank moving for this long, the job counts as hung: lost and restarted"
+    )
+    stop_signals: list[Literal["SIGTERM", "SIGUSR1", "SIGXCPU", "SIGHUP"]] = Field(
+        ["SIGTERM", "SIGUSR1"], description="announce that the machine is taken back: step, checkpoint, retryable exit"
+    )
 
     @property
     def workers(self) -> int:
@@ -64,4 +91,8 @@ class ComputeConfig(Section):
                 f"compute.mesh has {mesh.world} devices ({degrees}) and nodes x devices_per_node "
                 f"({self.nodes} x {self.devices_per_node}) gives {self.workers}"
             )
+        if self.offload == "parameters" and mesh.world == 1:
+            raise ValueError("compute.offload: parameters is of sharded models: it needs two devices at least")
+        if self.min_devices is not None and self.min_devices > self.workers:
+            raise ValueError(f"compute.min_devices ({self.min_devices}) is above the {self.workers} devices asked for")
         return self

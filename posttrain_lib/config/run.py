@@ -12,6 +12,7 @@ from posttrain_lib.config.data import DataConfig
 from posttrain_lib.config.evaluation import EvaluationConfig
 from posttrain_lib.config.export import ExportConfig
 from posttrain_lib.config.model import ModelConfig
+from posttrain_lib.config.tracking import Tracker
 from posttrain_lib.config.train import TrainConfig
 
 
@@ -54,6 +55,7 @@ class RunConfig(Section):
     compute: ComputeConfig = ComputeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+    tracking: tuple[Tracker, ...] = Field((), description="where figures go besides the run's own metrics.jsonl")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -69,6 +71,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.rows_per_step ({train.rows_per_step}) is not a multiple of the mesh's replicate x shard times "
                 f"train.micro_batch_rows ({groups} x {train.micro_batch_rows} = {share})"
+            )
+        context = self.compute.mesh.context
+        if context > 1 and train.row_tokens % (2 * context):
+            raise ValueError(
+                f"train.row_tokens ({train.row_tokens}) is not a multiple of 2 x compute.mesh.context ({2 * context}): "
+                "each of those devices gets two equal chunks of a row"
             )
         if self.model.backend == "hf" and train.compile != "none":
             raise ValueError("train.compile is for decoders of our own definition, not for model.backend 'hf'")

@@ -32,10 +32,19 @@ class Schedule(Section):
 
 
 class CheckpointPolicy(Section):
-    """When to save, and how many of the latest to keep (the best is kept besides)."""
+    """When to save, how many of the latest to keep (the best is kept besides), where, and how."""
 
     every_steps: int = Field(100, ge=1)
     keep_last: int = Field(2, ge=1)
+    keep_every_steps: int | None = Field(None, ge=1, description="checkpoints of steps that it divides stay as well")
+    asynchronous: bool = Field(
+        True,
+        description="write while training goes on. Each worker's share of weights and optimiser is copied into the "
+        "host's memory first, where it takes the room once more",
+    )
+    folder: str | None = Field(
+        None, description="URL of a store's folder (s3://bucket/runs) to write them to; default: the work folder"
+    )
 
 
 class EarlyStopping(Section):
@@ -43,6 +52,35 @@ class EarlyStopping(Section):
 
     patience: int = Field(3, ge=1)
     min_delta: float = Field(0.0, ge=0)
+
+
+class Profile(Section):
+    """Steps to trace with torch.profiler. It changes no result, and costs the steps named alone."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="optimiser steps, from 1")
+    memory: bool = Field(False, description="record memory besides: CUDA's allocator snapshot, or a CPU's operators")
+
+
+class Incidents(Section):
+    """What a step leads to whose loss or gradient norm is not finite, or far above those of the steps before it.
+
+    stop: the run ends. skip: the optimiser step is not taken, and the data goes on. roll_back: to the weights of the
+    last checkpoint, and on with the data behind the step. Every incident is a line of incidents.jsonl.
+    """
+
+    non_finite: Literal["stop", "skip", "roll_back"] = "stop"
+    spike: Literal["off", "stop", "skip", "roll_back"] = "off"
+    spike_deviations: float = Field(
+        10.0,
+        gt=0,
+        description="a loss is a spike above the window's median by more than this many deviations (of "
+        "medians, scaled to a normal distribution's)",
+    )
+    spike_norm_factor: float = Field(
+        10.0, gt=1, description="a gradient norm (before clipping) is a spike above this many medians of the window"
+    )
+    window: int = Field(64, ge=8, description="accepted steps that a step is held against")
+    most: int = Field(10, ge=1, description="incidents of a run; one more and it stops")
 
 
 class MixedSource(Section):
@@ -137,6 +175,8 @@ class TrainConfig(Section):
     evaluate_every_steps: int = Field(50, ge=1)
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     early_stopping: EarlyStopping | None = None
+    incidents: Incidents = Incidents()
+    profile: Profile | None = None
     seed: int = 0
 
     @field_validator("activation_checkpointing", mode="before")

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.loader import held_out_batches
-from posttrain_lib.parallel.process_group import global_sum
+from posttrain_lib.parallel.context import own_part
+from posttrain_lib.parallel.mesh import RankMesh
+from posttrain_lib.schema.mesh import SINGLE
 from posttrain_lib.training.device import autocast
 
 if TYPE_CHECKING:
@@ -44,25 +46,24 @@ def held_out_loss(
     *,
     row_tokens: int,
     batch_rows: int = 1,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | None = None,
+    mesh: RankMesh | None = None,
     precision: str = "fp32",
 ) -> dict[str, float]:
     """Mean loss per trained token over the whole store, overall and per source, the same on every rank.
 
     ``row_tokens`` is the length of a packed row and bounds memory with ``batch_rows``; neither changes the result
-    beyond rounding. ``device``: default, where the model is.
+    beyond rounding. ``mesh``: of the ranks that share the work; default: this process alone, where the model is.
     """
-    device = device or next(model.parameters()).device
+    mesh = mesh or RankMesh(SINGLE, next(model.parameters()).device)
+    device, rank, world = mesh.device, mesh.data_rank, mesh.spec.data_degree
     sums = torch.zeros(len(store.sources), 2, dtype=torch.float64, device=device)
     shared = not (model.config.is_recurrent or model.config.changes_rope(1, store.longest))
     for arrays in held_out_batches(
         store, row_tokens=row_tokens, rank=rank, world=world, batch_rows=batch_rows, share_prefixes=shared
     ):
-        batch = to_torch(arrays, device)
+        batch = to_torch(own_part(arrays, mesh), device)
         with autocast(device, precision):
             output = loss(model, batch)
         sums += source_sums(batch, output.nll, len(store.sources))
-    total = torch.tensor(global_sum(sums.flatten().tolist()), dtype=torch.float64)
+    total = torch.tensor(mesh.sum_over_tokens(sums.flatten().tolist()), dtype=torch.float64)
     return mean_losses(total.view(len(store.sources), 2), store.sources)

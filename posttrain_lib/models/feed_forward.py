@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from posttrain_lib.models.spec import DecoderConfig, ExpertsConfig, MLPConfig
-from posttrain_lib.ops.experts import ExpertAdapter, mixture
+from posttrain_lib.ops.experts import Exchange, ExpertAdapter, mixture
 from posttrain_lib.ops.swiglu import GATED
 
 
@@ -89,6 +89,7 @@ class Experts(nn.Module):
         self.gate_bias = nn.Parameter(torch.empty(count, forward)) if own.bias else None
         self.up_bias = nn.Parameter(torch.empty(count, forward)) if own.bias else None
         self.down_bias = nn.Parameter(torch.empty(count, hidden)) if own.bias else None
+        self.exchange: Exchange | None = None  # set where experts lie over ranks
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """[T, D] -> [T, D]: the weighted sum of each token's experts."""
@@ -103,6 +104,7 @@ class Experts(nn.Module):
             up_bias_EF=self.up_bias,
             down_bias_ED=self.down_bias,
             activation=self.activation,
+            exchange=self.exchange,
             **self.adapters(),
         )
 

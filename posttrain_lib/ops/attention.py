@@ -4,7 +4,8 @@ Segments that continue another one (``schema.shared_prefix``) see the beginning 
 several places of the row; one gather lays context and own tokens of every segment end to end, and from there on each
 path below works as before, with more keys than queries and the causal mask aligned to the last of both. The gathered
 keys and values take as much room in each layer as the documents would without sharing, which for many branches of a
-long prefix is many times the row; everything else of a shared token exists once.
+long prefix is many times the row; everything else of a shared token exists once. Where ranks share a row's tokens, the
+beginning of a segment's document may lie on other ranks: those keys are exchanged first (``attention_exchange``).
 
 Which path runs is decided by device, dtype and what the family's attention has, never by a flag read inside a model's
 forward:
@@ -25,16 +26,18 @@ Values narrower than keys (latent attention) are padded with zeros for the kerne
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from posttrain_lib.ops.attention_exchange import exchanged_keys
 from posttrain_lib.ops.attention_pieces import attend_pieces, pieces
 from posttrain_lib.ops.attention_sinks import attend_with_sinks
 
@@ -42,13 +45,22 @@ if TYPE_CHECKING:
     from posttrain_lib.ops.cache import KeyValueCache
     from posttrain_lib.schema.shared_prefix import SharedPrefixes
 
-varlen_attn: Callable[..., Tensor] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn  # type: ignore[assignment]
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-#: up to torch 2.11 the kernel shares key heads without being told; from 2.12 on it must be told
-_MUST_TELL_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+@functools.cache
+def _varlen_attn() -> Callable[..., Tensor] | None:
+    """torch's packed attention, from 2.10 on. Imported where it can run: it brings torch's whole compiler along."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return cast("Callable[..., Tensor]", varlen_attn)
+
+
+@functools.cache
+def _must_tell_shared_heads() -> bool:
+    """Up to torch 2.11 the kernel shares key heads without being told; from 2.12 on it must be told."""
+    attention = _varlen_attn()
+    return attention is not None and "enable_gqa" in inspect.signature(attention).parameters
 
 
 #: what torch calls the vector units of an x86 CPU that has none for half precision
@@ -120,7 +132,7 @@ class DocumentLayout:
 
 def has_fused_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packed attention on this device and dtype goes through ``varlen_attn``."""
-    return varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_attn() is not None
 
 
 def attention_dtype(tensor: Tensor) -> torch.dtype:
@@ -173,8 +185,11 @@ def packed_attention(
     layout = cu_seqlens if isinstance(cu_seqlens, DocumentLayout) else DocumentLayout.of(cu_seqlens, max_seqlen)
     dtype = attention_dtype(query_TNH)
     query, key, value = (rows.to(dtype) for rows in (query_TNH, key_TKH, value_TKV))
-    if layout.prefixes is not None:
-        key, value = (_Gather.apply(rows, layout.prefixes.key_index) for rows in (key, value))
+    prefixes = layout.prefixes
+    if prefixes is not None and prefixes.exchange is not None:
+        key, value = exchanged_keys(key, value, prefixes.key_index, prefixes.exchange)
+    elif prefixes is not None:
+        key, value = (_Gather.apply(rows, prefixes.key_index) for rows in (key, value))
     return attend(query, key, value, layout, layout.keys, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
 
 
@@ -196,7 +211,10 @@ def attend(
         window = None
     if not has_arithmetic(query_TNH.device, query_TNH.dtype):
         query, key, value = query_TNH.float(), key_UKH.float(), value_UKV.float()
-        out = attend(query, key, value, layout, segments, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
+        with torch.autocast("cpu", enabled=False):  # it would round them again
+            out = attend(
+                query, key, value, layout, segments, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N
+            )
         return out.to(query_TNH.dtype)
     plain = softcap is None and sinks_N is None
     if has_fused_varlen(query_TNH.device, query_TNH.dtype):
@@ -237,9 +255,10 @@ def _attend_varlen(
     window: int | None,
 ) -> Tensor:
     """[T, N, H] through FlashAttention with document boundaries."""
-    assert varlen_attn is not None
-    told = {"enable_gqa": query.shape[1] != key.shape[1]} if _MUST_TELL_GQA else {}
-    return varlen_attn(
+    attention = _varlen_attn()
+    assert attention is not None
+    told = {"enable_gqa": query.shape[1] != key.shape[1]} if _must_tell_shared_heads() else {}
+    return attention(
         query,
         key,
         value,

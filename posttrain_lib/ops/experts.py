@@ -12,6 +12,9 @@ scheduler chooses: the same input gives the same bits on a CPU.
 Both stand behind :func:`grouped_linear`. The tests run the first on a CPU too, where torch has a slow twin of the
 kernel; on a device the GPU suite covers it.
 
+Where other ranks own some of the experts, an :class:`Exchange` stands between: rows go to the experts' owners before
+the products and come back behind them.
+
 E experts, K experts per token, P = T * K pairs of a token and an expert, R rank of an adapter.
 """
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from posttrain_lib.errors import ModelError
 from posttrain_lib.ops.attention import attention_dtype
 from posttrain_lib.ops.head_chunks import cpu_has_products_in
+from posttrain_lib.ops.local import local
 
 #: rows and matrices must start at multiples of 16 bytes for the grouped kernel: 8 entries of bfloat16
 _ALIGNED = 8
@@ -97,6 +101,11 @@ class ExpertGroups:
         return cls(order_P, place_P, expert_P, ends_E, expert_ids_TK.shape[1])
 
     @cached_property
+    def counts_E(self) -> Tensor:
+        """int64 [E]: pairs of each expert."""
+        return torch.diff(self.ends_E, prepend=self.ends_E.new_zeros(1)).long()
+
+    @cached_property
     def token_P(self) -> Tensor:
         """int64 [P]: the token at each sorted place."""
         return self.order_P // self.choices
@@ -110,7 +119,24 @@ class ExpertGroups:
     @cached_property
     def idle_E(self) -> Tensor:
         """bool [E]: experts without tokens."""
-        return self.ends_E == torch.cat((self.ends_E.new_zeros(1), self.ends_E[:-1]))
+        return self.counts_E == 0
+
+
+class Exchange(Protocol):
+    """Rows on their way between the ranks that have the tokens and those that own the experts."""
+
+    def to_owners(
+        self, rows_PD: Tensor, groups: ExpertGroups
+    ) -> tuple[Tensor, ExpertGroups, Callable[[Tensor], Tensor]]:
+        """What lies between dispatch and products.
+
+        Args:
+            rows_PD: this rank's pairs in the order of all experts. groups: those pairs.
+
+        Returns:
+            (rows for the experts of this rank [Q, D] in the order of these, their groups, the way back: outputs [Q, O]
+            -> [P, O] in the order of ``groups``). Both ways are differentiable.
+        """
 
 
 def mixture(
@@ -128,6 +154,7 @@ def mixture(
     gate_adapter: ExpertAdapter | None = None,
     up_adapter: ExpertAdapter | None = None,
     down_adapter: ExpertAdapter | None = None,
+    exchange: Exchange | None = None,
 ) -> Tensor:
     """For every token, the sum over its experts of ``weight * down(activation(gate(x), up(x)))``.
 
@@ -141,6 +168,8 @@ def mixture(
         activation: elementwise, (gate, up) -> product.
         gate_bias_EF, up_bias_EF, down_bias_ED: per expert.
         gate_adapter, up_adapter, down_adapter: low-rank additions to the projections.
+        exchange: where the experts' parameters are dealt out over ranks (sharded tensors of E experts, of which this
+            rank has some); None: all are here.
 
     Returns:
         [T, D] in the dtype of the computation (autocast's where it is on). Differentiable once in every float tensor;
@@ -153,10 +182,13 @@ def mixture(
     groups = ExpertGroups.of(expert_ids_TK, gate_EFD.shape[0])
     with torch.autocast(hidden_TD.device.type, enabled=False):
         rows = _Dispatch.apply(hidden_TD.to(dtype), groups)
-        gate = grouped_linear(rows, gate_EFD, groups, bias_EO=gate_bias_EF, adapter=gate_adapter)
-        up = grouped_linear(rows, up_EFD, groups, bias_EO=up_bias_EF, adapter=up_adapter)
-        rows = grouped_linear(activation(gate, up), down_EDF, groups, bias_EO=down_bias_ED, adapter=down_adapter)
-        return _Combine.apply(rows, expert_weights_TK, groups)
+        own, back = groups, None
+        if exchange is not None:
+            rows, own, back = exchange.to_owners(rows, groups)
+        gate = grouped_linear(rows, gate_EFD, own, bias_EO=gate_bias_EF, adapter=gate_adapter)
+        up = grouped_linear(rows, up_EFD, own, bias_EO=up_bias_EF, adapter=up_adapter)
+        rows = grouped_linear(activation(gate, up), down_EDF, own, bias_EO=down_bias_ED, adapter=down_adapter)
+        return _Combine.apply(rows if back is None else back(rows), expert_weights_TK, groups)
 
 
 def grouped_linear(
@@ -169,15 +201,16 @@ def grouped_linear(
 ) -> Tensor:
     """Each row through the weight of its expert: [P, I] -> [P, O], rows in the order of ``groups``.
 
-    Weights are brought to the rows' dtype. The bias is added to the rounded product, as transformers does.
+    Weights are brought to the rows' dtype; of sharded ones the rank's own experts are meant, which are those of
+    ``groups``. The bias is added to the rounded product, as transformers does.
     """
     dtype = rows_PI.dtype
-    bias = None if bias_EO is None else bias_EO.to(dtype)
-    output = _GroupedLinear.apply(rows_PI, weight_EOI.to(dtype), bias, groups)
+    bias = None if bias_EO is None else local(bias_EO).to(dtype)
+    output = _GroupedLinear.apply(rows_PI, local(weight_EOI).to(dtype), bias, groups)
     if adapter is None:
         return output
-    inner = _GroupedLinear.apply(rows_PI, adapter.down_ERI.to(dtype), None, groups)
-    added = _GroupedLinear.apply(inner, adapter.up_EOR.to(dtype), None, groups)
+    inner = _GroupedLinear.apply(rows_PI, local(adapter.down_ERI).to(dtype), None, groups)
+    added = _GroupedLinear.apply(inner, local(adapter.up_EOR).to(dtype), None, groups)
     return torch.add(output, added, alpha=adapter.scale)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.registry import resolve
@@ -23,12 +25,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and vectors (norms, biases), which do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Matrices, which decay, and vectors (norms, biases), which do not; a group more for each mesh of ranks that they
+    lie over, for a fused pass takes tensors of one. The layout decides how many groups there are: what belongs to a
+    parameter is known by its name.
+    """
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((parameter.ndim >= 2, mesh), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda group: not group[0][0])  # matrices first, else as they come
+    return [{"params": own, "weight_decay": weight_decay if decays else 0.0} for (decays, _), own in ordered]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -45,7 +45,7 @@ ATTENTION = frozenset(
     }
 )
 #: a product is kept where it sums over more than this part of the hidden size
-_SHARE = 1 / 8
+KEPT_SHARE = 1 / 8
 
 
 def recompute_blocks(model: Decoder, mode: Recomputation) -> None:
@@ -61,7 +61,7 @@ def recompute_blocks(model: Decoder, mode: Recomputation) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no block draws random numbers
     if mode == "selective":
         options["context_fn"] = partial(
-            create_selective_checkpoint_contexts, partial(_policy, _SHARE * model.config.hidden_size)
+            create_selective_checkpoint_contexts, partial(_policy, KEPT_SHARE * model.config.hidden_size)
         )
     for layer in model.layers:
         layer.forward = partial(checkpoint, layer.forward, **options)

@@ -5,27 +5,41 @@ Inputs of a layer are whole on every rank. A projection that is cut by columns g
 the one behind it, cut by rows, adds the ranks' shares up. What a rank applies to its own heads alone (a norm per head,
 the part of a latent key that all heads share) gets a gradient that is a share of a sum.
 
+An adapter is cut as its weight's cut requires: by columns the rows of its up, by rows the columns of its down, and the
+other half is whole. Its own products need no exchange that the weight's does not.
+
 Whole on every rank stay: norms over all heads at once (OLMo), mixtures of experts, linear attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeGuard
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, TypeGuard
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.nn.functional import embedding
 
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.models.attention import Attention, LatentAttention
 from posttrain_lib.models.blocks import DecoderBlock
 from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.models.feed_forward import MLP
+from posttrain_lib.models.lora import LoraEmbedding
+from posttrain_lib.ops.local import local
 from posttrain_lib.ops.output_head import VocabularyShard
 
 _CUT_BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
+_CUT_BY_ROWS = ("o_proj", "down_proj")
+#: how the parameters of a projection lie over the ranks; those not named are whole
+_COLUMNS = dict.fromkeys(("weight", "bias", "lora_up", "lora_magnitude"), Shard(0))
+_ROWS = dict.fromkeys(("weight", "lora_down"), Shard(1))
+#: of the embedding: tokens are rows of its weight and columns of its adapter's down
+_TOKENS = {"weight": Shard(0), "lora_down": Shard(1)}
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
@@ -45,9 +59,10 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
             _share_between_heads(layer.attention, mesh)
         if (feed_forward := _feed_forward(layer)) is not None:
             _cut_projections(feed_forward, mesh)
-    parallelize_module(model.embed_tokens, mesh, RowwiseParallel(input_layouts=Replicate()))
+    _lay_all(model.embed_tokens, mesh, _TOKENS)
+    model.embed_tokens.forward = partial(_embed, model.embed_tokens, mesh)  # type: ignore[method-assign]
     if model.lm_head is not None:
-        _lay(model.lm_head, "weight", mesh, Shard(0))
+        _lay_all(model.lm_head, mesh, _COLUMNS)
     rows = model.head_weight.shape[0]
     model.vocabulary_shard = VocabularyShard(mesh.get_group(), mesh.get_local_rank() * (rows // degree))
     return model
@@ -69,10 +84,72 @@ def _feed_forward(layer: DecoderBlock) -> MLP | None:
 
 
 def _cut_projections(module: nn.Module, mesh: DeviceMesh) -> None:
-    names = {name for name, _ in module.named_children()}
-    plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _CUT_BY_COLUMNS if name in names}
-    plan |= {name: RowwiseParallel() for name in ("o_proj", "down_proj") if name in names}
-    parallelize_module(module, mesh, plan)
+    for name, projection in module.named_children():
+        if name in _CUT_BY_COLUMNS:
+            _cut(projection, mesh, _COLUMNS, Replicate(), Shard(-1))
+        elif name in _CUT_BY_ROWS:
+            _cut(projection, mesh, _ROWS, Shard(-1), Replicate())
+
+
+def _cut(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    places: Mapping[str, Shard],
+    given: Shard | Replicate,
+    returned: Shard | Replicate,
+) -> None:
+    """Lay a module's parameters over the ranks; plain tensors, laid as said, go in and come out."""
+
+    def enter(_module: nn.Module, inputs: Any, _mesh: DeviceMesh) -> tuple[DTensor, ...]:
+        return tuple(DTensor.from_local(value, mesh, [given], run_check=False) for value in inputs)
+
+    def leave(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Tensor:
+        whole: Tensor = output.redistribute(mesh, [returned]).to_local()
+        return whole
+
+    _lay_all(module, mesh, places)
+    # torch annotates the hooks as if they returned nothing; what they return takes the place of input and output.
+    distribute_module(module, mesh, None, enter, leave)  # type: ignore[arg-type]
+
+
+def _lay_all(module: nn.Module, mesh: DeviceMesh, places: Mapping[str, Shard]) -> None:
+    for name, _ in list(module.named_parameters(recurse=False)):
+        _lay(module, name, mesh, places.get(name, Replicate()))
+
+
+def _embed(module: nn.Embedding, mesh: DeviceMesh, token_ids: Tensor) -> Tensor:
+    """The embedding's forward where each rank has some tokens' rows: the others' are zero, and the ranks' are summed.
+
+    Not through DTensor: it forgets which tokens were another rank's before an adapter's backward asks for it.
+    """
+    rows = module.weight.shape[0] // mesh.size()
+    own = token_ids - mesh.get_local_rank() * rows
+    foreign = (own < 0) | (own >= rows)
+    own = own.masked_fill(foreign, 0)
+
+    def look_up(table: Tensor) -> Tensor:
+        return _Sum.apply(embedding(own, table).masked_fill(foreign[:, None], 0), mesh.get_group())
+
+    output = look_up(local(module.weight))
+    if not isinstance(module, LoraEmbedding):
+        return output
+    return module.with_adapter(output, look_up(local(module.lora_down).t()))
+
+
+class _Sum(torch.autograd.Function):
+    """What ranks have parts of becomes whole on each; so is the gradient of the whole, and it is that of each part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Sum over the group."""
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient itself."""
+        return grad, None
 
 
 def _share_between_heads(attention: Attention, mesh: DeviceMesh) -> None:

@@ -31,7 +31,8 @@ class PackedBatch:
                                      where the batch has whole documents alone (see ``schema.shared_prefix``)
     ``max_seqlen`` is the longest segment; ``real_tokens`` counts tokens that are not padding, shared ones once.
     ``prefixes`` is what attention needs to know of ``parents``. It is made with the batch, in the loader's thread, so
-    that no batch with parents is without it; to change ``parents`` in a copy, set it to None.
+    that no batch with parents is without it; to change ``parents`` in a copy, set it to None. Where a batch's tokens
+    lie over ranks (``parallel.context``), a rank's segments are pieces, and ``prefixes`` alone says what they continue.
     """
 
     token_ids: Any
@@ -61,7 +62,8 @@ class PackedBatch:
     def __post_init__(self) -> None:
         """Work out ``prefixes``; raises DataError where ``parents`` and ``positions`` do not fit each other."""
         if self.parents is None:
-            object.__setattr__(self, "prefixes", None)
+            if self.prefixes is not None and self.prefixes.exchange is None:
+                object.__setattr__(self, "prefixes", None)
         elif self.prefixes is None:
             prefixes = SharedPrefixes.of(self.cu_seqlens, self.positions, self.parents)
             object.__setattr__(self, "prefixes", prefixes)
@@ -69,8 +71,10 @@ class PackedBatch:
     def map(self, convert: Callable[[Any], Any]) -> PackedBatch:
         """The same batch with ``convert`` applied to every array (numpy -> torch, device moves)."""
         arrays = {name: convert(getattr(self, name)) for name in self.ARRAYS}
-        if self.parents is not None and self.prefixes is not None:
-            arrays.update(parents=convert(self.parents), prefixes=self.prefixes.map(convert))
+        if self.parents is not None:
+            arrays.update(parents=convert(self.parents))
+        if self.prefixes is not None:
+            arrays.update(prefixes=self.prefixes.map(convert))
         return PackedBatch(**arrays, max_seqlen=self.max_seqlen, real_tokens=self.real_tokens)
 
     @property

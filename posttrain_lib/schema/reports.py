@@ -12,10 +12,20 @@ class StepReport:
     ``loss`` is the weighted mean over the step's trained tokens; None at step 0, which only evaluates.
     ``fill`` = real tokens / row slots.
     ``data_wait_seconds`` is the part of ``step_seconds`` spent waiting for the loader.
-    ``mfu`` is None where the device's peak is not known; ``held_out`` is None at steps without evaluation,
-    else ``{"all": loss, "<source>": loss, ...}``.
+    ``model_flops`` are those that the useful tokens need, ``hardware_flops`` those with what was computed again.
+    ``mfu`` and ``hfu`` hold them against the devices' peak by data sheet (a CPU's: as measured), ``mfu_measured`` the
+    first against the rate of a large product in the same process; None at step 0. ``trained_tokens`` have a target.
+    ``seconds`` is where the time of step ``seconds_of_step`` went, by kind (``training.timing``): data, forward,
+    backward, optimizer, communication, evaluation, checkpoint, other. That is this step on a CPU, the one before on
+    CUDA, where nothing waits for the clock; they sum to the whole from a step's begin to the next one's, of which
+    ``step_seconds`` leaves evaluation and checkpoint out.
+    ``memory_gib``: weights, gradients, optimizer, activations (``training.memory``), the most that a rank holds.
+    ``held_out`` is None at steps without evaluation, else ``{"all": loss, "<source>": loss, ...}``.
     ``source_tokens`` and ``source_units`` (examples, or what was packed as one) are what each source gave this step.
     ``rows`` counts what became of the rows so far where training tokenises them itself: rows, refused, held_out, units.
+    ``incidents`` counts the steps so far whose loss or gradient was not finite, or a spike; of one that was skipped
+    ``loss`` is None and ``grad_norm`` 0.
+    ``checkpoint_stall_seconds``: for how long saving held up the training, this step's save or the one before it.
     ``event`` names what else happened: "resumed", "checkpoint", "best", "early_stop", "finished"; comma-joined.
     """
 
@@ -39,6 +49,15 @@ class StepReport:
     source_tokens: dict[str, int] = field(default_factory=dict)
     source_units: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    trained_tokens: int = 0
+    hardware_flops: float = 0.0
+    mfu_measured: float | None = None
+    hfu: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    seconds_of_step: int = 0
+    memory_gib: dict[str, float] = field(default_factory=dict)
+    incidents: int = 0
+    checkpoint_stall_seconds: float = 0.0
 
     @property
     def fill(self) -> float:
@@ -49,6 +68,11 @@ class StepReport:
     def tokens_per_second(self) -> float:
         """Real (non-padding) tokens per second of this step."""
         return self.real_tokens / max(1e-9, self.step_seconds)
+
+    @property
+    def trained_tokens_per_second(self) -> float:
+        """Tokens with a target per second of this step."""
+        return self.trained_tokens / max(1e-9, self.step_seconds)
 
 
 @dataclass(frozen=True)
@@ -66,3 +90,4 @@ class TrainResult:
     first_held_out: float | None
     stopped_early: bool
     data_end: str = ""
+    incidents: int = 0

@@ -27,6 +27,8 @@ class SharedPrefixes:
         key_index     int64 [U]   where each segment's keys lie on the packed axis, segment after segment
         cu_seqlens_k  int32 [n+1] boundaries of the segments in ``key_index``
         max_path      largest number of keys of a segment: the longest document, counted from its start
+        exchange      where ranks share the row's tokens: which keys come from other ranks (see
+                      ``ops.attention_exchange.KeyExchange``); those have places behind this rank's own. Else None
 
     The arrays are numpy as made by the loader and tensors in a batch of tensors. Everything that a path decides is
     worked out here, once and on the host: the model reads nothing back from a device.
@@ -37,6 +39,7 @@ class SharedPrefixes:
     key_index: Any
     cu_seqlens_k: Any
     max_path: int
+    exchange: Any = None
 
     @classmethod
     def of(cls, cu_seqlens: Any, positions: Any, parents: Any) -> SharedPrefixes:
@@ -73,7 +76,8 @@ class SharedPrefixes:
     def map(self, convert: Callable[[Any], Any]) -> SharedPrefixes:
         """The same with ``convert`` applied to the arrays (numpy -> torch, device moves)."""
         index, boundaries = convert(self.key_index), convert(self.cu_seqlens_k)
-        return SharedPrefixes(self.lengths, self.contexts, index, boundaries, self.max_path)
+        exchange = None if self.exchange is None else self.exchange.map(convert)
+        return SharedPrefixes(self.lengths, self.contexts, index, boundaries, self.max_path, exchange)
 
     @property
     def key_lengths(self) -> tuple[int, ...]:
@@ -82,8 +86,9 @@ class SharedPrefixes:
 
     @property
     def shares(self) -> bool:
-        """Whether any segment has a context; if none has, the row is one of whole documents."""
-        return any(self.contexts)
+        """Whether any segment has a context, on any of the ranks that share the row's tokens; if none has, the row is
+        one of whole documents."""
+        return any(self.contexts) or (self.exchange is not None and self.exchange.travels)
 
 
 def _check(parents: np.ndarray, lengths: np.ndarray, contexts: np.ndarray) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from posttrain_lib.data.planner import Feed
     from posttrain_lib.data.store_feed import StoreFeed
     from posttrain_lib.models.spec import ModelSpec
+    from posttrain_lib.parallel.mesh import RankMesh
     from posttrain_lib.training.job import TrainJob
 
 
@@ -36,32 +37,31 @@ def spec_of(job: TrainJob) -> ModelSpec | HFSpec:
     return with_padded_vocabulary(spec_from_folder(job.model_folder), job.pad_vocabulary_to)
 
 
-def load_sharded_model(spec: ModelSpec | HFSpec, job: TrainJob, device: torch.device) -> Decoder:
+def load_sharded_model(spec: ModelSpec | HFSpec, job: TrainJob, mesh: RankMesh) -> Decoder:
     """The model, laid over the ranks before its weights are read: no rank holds more than its share and one tensor.
 
     A class of transformers is loaded whole: it runs in one rank."""
     if isinstance(spec, HFSpec):
-        model = as_decoder(load_hf_decoder(spec, job.model_folder, device))
+        model = as_decoder(load_hf_decoder(spec, job.model_folder, mesh.device))
         return apply_parallelism(
             model,
-            mesh=job.mesh,
-            device=device,
+            mesh=mesh,
             activation_checkpointing=job.train.activation_checkpointing,
             compilation=job.train.compile,
         )
     dtype = torch.float32 if job.lora is None else getattr(torch, job.lora.base_dtype)
-    model = build_model(spec, dtype, device="meta" if job.world > 1 else device)
+    model = build_model(spec, dtype, device="meta" if job.world > 1 else mesh.device)
     if job.lora is not None:
         model = apply_lora(model, job.lora)
     apply_parallelism(
         model,
-        mesh=job.mesh,
-        device=device,
+        mesh=mesh,
         activation_checkpointing=job.train.activation_checkpointing,
         compilation=job.train.compile,
+        offload=job.offload,
     )
     if job.world > 1:
-        model.to_empty(device=device)
+        model.to_empty(device="cpu" if job.offload == "parameters" else mesh.device)
     load_hf_weights(model, spec, job.model_folder)
     if job.lora is not None and isinstance(model, LoraDecoder):
         init_adapters(model, job.lora.seed)

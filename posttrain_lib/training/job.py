@@ -23,6 +23,7 @@ class TrainJob:
     ``work_dir`` is seen by all ranks and holds ``checkpoints/``; a job whose checkpoints are there goes on from the
     newest good one. ``threads`` are CPU threads of this rank, None = leave as is.
     ``loader_workers``: 0 makes the data in the loop, otherwise beside it; with ``live``, above 1 that many processes.
+    ``offload``: "parameters" keeps each rank's share of weights and optimiser state in the host's memory.
     ``live``: rows to tokenise while training; ``train_store`` is then a sample of them.
     ``pad_vocabulary_to``: embedding and head have rows in multiples of it, 1 = as many as the vocabulary; on resume it
     must be what it was. ``lora``: adapters to train on the frozen model (a config section, or anything with its
@@ -43,6 +44,7 @@ class TrainJob:
     backend: Literal["native", "hf"] = "native"
     rank: int = 0
     mesh: MeshSpec = SINGLE
+    offload: Literal["none", "parameters"] = "none"
     rendezvous: str | None = None
 
     @property
@@ -51,6 +53,9 @@ class TrainJob:
         return self.mesh.world
 
     @property
-    def checkpoint_folder(self) -> Path:
-        """Where the job's checkpoints stand."""
-        return Path(self.work_dir) / "checkpoints"
+    def checkpoint_folder(self) -> str | Path:
+        """Where the job's checkpoints stand: in the work folder, or by its name in the store that the job names."""
+        store = self.train.checkpoint.folder
+        if store is None:
+            return Path(self.work_dir) / "checkpoints"
+        return f"{store.rstrip('/')}/{Path(self.work_dir).name}"

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +35,18 @@ from posttrain_lib.models.spec import check_prefixes
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.optim.schedules import lr_factor, set_lr
 from posttrain_lib.parallel.compilation import check_compiler
-from posttrain_lib.parallel.process_group import global_max, global_sum, process_group
+from posttrain_lib.parallel.context import check_context
+from posttrain_lib.parallel.mesh import rank_mesh
+from posttrain_lib.parallel.process_group import global_max, process_group
 from posttrain_lib.schema.reports import StepReport, TrainResult
+from posttrain_lib.training import pulse
 from posttrain_lib.training.build import build_loader, live_feed, load_sharded_model, planned_steps, spec_of
 from posttrain_lib.training.checks import check_ids, check_kind, check_vocabulary, check_warmup
 from posttrain_lib.training.device import peak_memory_gib, pick_device, reproducible
-from posttrain_lib.training.flops import batch_flops, peak_flops, relative_pair_cost
+from posttrain_lib.training.flops import relative_pair_cost
+from posttrain_lib.training.incidents import LOG, IncidentPolicy, StepIncident, roll_back
+from posttrain_lib.training.metrics import StepMeter
+from posttrain_lib.training.preemption import preempted, stop_agreed
 from posttrain_lib.training.state import TrainState, trajectory_of
 from posttrain_lib.training.train_step import StepOutcome, StepSettings, train_step
 
@@ -58,6 +65,7 @@ def train(job: TrainJob) -> Events:
         TrainingError: loss or gradient is not finite. CheckpointError: the disk said no.
         ModelError, DataError: the inputs are not what they should be.
     """
+    pulse.beat("process group")
     device = pick_device(job.device, job.rank)
     if job.train.compile != "none":
         check_compiler(device)
@@ -67,6 +75,7 @@ def train(job: TrainJob) -> Events:
             result = yield from trainer.run()
         finally:
             trainer.state.loader.close()
+            trainer.checkpoints.close()
         return result
 
 
@@ -76,6 +85,9 @@ class Trainer:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         config = job.train
         self.job, self.config, self.device = job, config, device
+        self.stopping = False
+        pulse.beat("data")
+        self.mesh = rank_mesh(job.mesh, device)
         self.spec = spec_of(job)
         self.store = TokenStore(Path(job.train_store))
         self.held_out = TokenStore(Path(job.held_out_store))
@@ -83,6 +95,7 @@ class Trainer:
         longest = self.store.longest if job.live is None else job.live.config.max_example_tokens
         if not isinstance(self.spec, HFSpec):
             check_prefixes(self.spec.config, config.share_prefixes, longest)
+            check_context(self.spec.config, job.mesh.context, row_tokens=config.row_tokens, longest=longest)
         self.loss = build_loss(config.loss, config.loss_options)
         check_kind(self.store, self.loss)
         self.feed: Feed
@@ -95,14 +108,15 @@ class Trainer:
         loader = build_loader(  # before the model: both load side by side
             self.feed,
             config,
-            rank=job.mesh.data_rank(job.rank),
+            rank=self.mesh.data_rank,
             world=job.mesh.data_degree,
             pair_cost=relative_pair_cost(self.spec),
             background=job.loader_workers > 0,
         )
         try:
             check_warmup(config, self.total_steps)
-            model = load_sharded_model(self.spec, job, device)
+            pulse.beat("model")
+            model = load_sharded_model(self.spec, job, self.mesh)
         except BaseException:
             loader.close()
             raise
@@ -112,20 +126,26 @@ class Trainer:
         if isinstance(self.spec, HFSpec):
             trajectory.update(backend="hf")
         self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory)
+        self.meter = StepMeter(job, self.spec, model, self.state.optimizer, device)
         self.settings = StepSettings(
-            device=device,
+            mesh=self.mesh,
             precision=config.precision,
             clip_norm=config.clip_norm,
             sources=len(self.feed.sources),
             name_example=self.feed.name_example,
+            clock=self.meter.clock,
         )
         self.notes: list[str] = [note for note in [self.data_end()] if note]
         self.checkpoints = CheckpointManager(
-            job.checkpoint_folder, config.checkpoint.keep_last, job.rank, say=self.notes.append
+            job.checkpoint_folder,
+            config.checkpoint.keep_last,
+            job.rank,
+            say=self.notes.append,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            asynchronous=config.checkpoint.asynchronous,
+            layout=dataclasses.asdict(job.mesh),
         )
-        self.peak = peak_flops(device, config.precision)
-        trained = (parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        self.adapter_parameters = None if job.lora is None else sum(trained)
+        self.incidents = IncidentPolicy(config.incidents, Path(job.work_dir) / LOG if job.rank == 0 else None)
 
     def data_end(self) -> str:
         """That the data ends before the steps asked for, and what there is of it; empty where it does not, or where
@@ -143,10 +163,14 @@ class Trainer:
 
     def run(self) -> Events:
         """Resume if there is something to resume from, then step until the end."""
+        pulse.beat("looking for a checkpoint")
         yield self._resume() or self._first_report()
         while not self._is_over():
             begun = time.perf_counter()
-            loaded = self.state.loader.next_step()
+            pulse.beat("waiting for data", self.state.progress.step + 1)
+            self.meter.clock.begin(self.state.progress.step + 1)
+            with self.meter.clock.part("data"):
+                loaded = self.state.loader.next_step()
             if loaded is None:
                 raise TrainingError(
                     "the training data ended early",
@@ -154,16 +178,16 @@ class Trainer:
                     expected=f"{self.total_steps} steps",
                 )
             yield self._step(loaded, begun)
+            if self.stopping and not self._is_over():
+                raise preempted(self.state.progress.step)
         if isinstance(self.feed, LiveFeed):
             self.feed.consumed(self.state.loader.state())
         return self._result()
 
     def _resume(self) -> StepReport | None:
         """Go to the newest good checkpoint; its own report again, None where there is none."""
-        path = self.checkpoints.newest()
-        if path is None:
+        if self.checkpoints.resume(self.state) is None:
             return None
-        self.checkpoints.load(path, self.state)
         assert self.state.report is not None, "a checkpoint is saved with the report of its step"
         report = StepReport(**self.state.report)
         if isinstance(self.feed, LiveFeed) and report.step == report.total_steps:  # it told there where the data ends
@@ -175,7 +199,7 @@ class Trainer:
         progress = self.state.progress
         losses = self._held_out()
         progress.first_held_out = progress.patience_held_out = losses["all"]
-        return StepReport(
+        report = StepReport(
             step=0,
             total_steps=self.total_steps,
             loss=None,
@@ -193,49 +217,84 @@ class Trainer:
             held_out=losses,
             event=", ".join(self.notes),
         )
+        if self.incidents.rolls_back:  # there is always something to go back to
+            self.state.report = dataclasses.asdict(report)
+            self.checkpoints.save(self.state)
+        return report
 
     def _step(self, loaded: LoadedStep, begun: float) -> StepReport:
         """One optimiser step and what is due after it."""
         state, progress = self.state, self.state.progress
+        pulse.beat("training step")
         if self.job.live is not None:
             check_ids(self.spec, loaded)
         lr = self.config.optimizer.lr * lr_factor(progress.step + 1, self.config.schedule, self.total_steps)
         set_lr(state.optimizer, lr)
-        divisor, flops = global_sum(
-            [
-                sum(self.loss.divisor(batch) for batch in loaded.micro_batches),
-                sum(
-                    batch_flops(self.spec, batch, adapter_parameters=self.adapter_parameters)
-                    for batch in loaded.micro_batches
-                ),
-            ]
-        )
-        outcome = train_step(
-            state.model,
-            self.loss,
-            state.optimizer,
-            loaded.micro_batches,
-            self.settings,
-            global_divisor=divisor,
-            step=progress.step + 1,
-        )
+        divisors = (self.loss.divisor(batch) for batch in loaded.micro_batches)
+        divisor, *work = self.mesh.sum_over_rows([sum(divisors), *self.meter.work(loaded.micro_batches)])
+        with self.meter.step(progress.step + 1):
+            outcome = self._guarded(loaded, divisor)
+        if isinstance(outcome, StepReport):
+            return outcome
         progress.step += 1
         if loaded.last:  # a mixture may end before the steps do; a live one tells only here
             self.total_steps = progress.step
         progress.tokens_seen += loaded.real_tokens
         seconds = time.perf_counter() - begun
         held_out = self._held_out() if self._is_due(self.config.evaluate_every_steps) else None
-        events = [] if held_out is None else self._judge(held_out["all"])
-        saves = "best" in events or progress.stopped_early or self._is_due(self.config.checkpoint.every_steps)
+        events = [f"skipped: {outcome.skipped}"] if outcome.skipped else []
+        events += [] if held_out is None else self._judge(held_out["all"])
+        self.stopping = stop_agreed()
+        due = self.stopping or self._is_due(self.config.checkpoint.every_steps)
+        saves = "best" in events or progress.stopped_early or due
         events += ["checkpoint"] if saves else []
         events += ["finished"] if self._is_over() else []
         if loaded.last and isinstance(self.feed, LiveFeed) and (told := self.data_end()):
             events.append(told)
-        report = self._report(loaded, outcome, lr, flops, seconds, held_out, events)
+        report = self._report(loaded, outcome, lr, work, seconds, held_out, events)
         if saves:
+            pulse.beat("checkpoint")
             state.report = dataclasses.asdict(report)
-            self.checkpoints.save(state)
+            with self.meter.clock.part("checkpoint"):
+                self.checkpoints.save(state, wait=self.stopping or self._is_over())
+            stalled = report.checkpoint_stall_seconds + self.checkpoints.take_stall_seconds()
+            report = dataclasses.replace(report, checkpoint_stall_seconds=stalled, **self.meter.split())
         return report
+
+    def _guarded(self, loaded: LoadedStep, divisor: float) -> StepOutcome | StepReport:
+        """The step's outcome, or the report of the checkpoint that it made the run go back to."""
+        state, policy = self.state, self.incidents
+        try:
+            outcome = train_step(
+                state.model,
+                self.loss,
+                state.optimizer,
+                loaded.micro_batches,
+                self.settings,
+                global_divisor=divisor,
+                step=state.progress.step + 1,
+                spike=partial(policy.spike, state.progress),
+                before_update=self.checkpoints.before_update,
+            )
+        except StepIncident as found:
+            if policy.decide(found, state.progress, loaded.step) == "skip":
+                return StepOutcome(
+                    None, 0.0, torch.zeros(self.settings.sources, 2, dtype=torch.float64), str(found.what)
+                )
+            roll_back(state, self.checkpoints, found)
+            if loaded.last:
+                self.total_steps = state.progress.step
+            assert state.report is not None, "a checkpoint is saved with the report of its step"
+            report = StepReport(**state.report)
+            return dataclasses.replace(
+                report,
+                event=f"rolled back: {found.what}",
+                incidents=state.progress.incidents,
+                total_steps=self.total_steps,
+            )
+        if divisor and outcome.loss is not None:
+            policy.accept(state.progress, outcome.loss, outcome.grad_norm)
+        return outcome
 
     def _is_due(self, every: int) -> bool:
         step = self.state.progress.step
@@ -245,17 +304,17 @@ class Trainer:
         return self.state.progress.stopped_early or self.state.progress.step >= self.total_steps
 
     def _held_out(self) -> dict[str, float]:
-        losses = held_out_loss(
-            self.state.model,
-            self.loss,
-            self.held_out,
-            row_tokens=self.config.row_tokens,
-            batch_rows=self.config.micro_batch_rows,
-            rank=self.job.mesh.data_rank(self.job.rank),
-            world=self.job.mesh.data_degree,
-            device=self.device,
-            precision=self.config.precision,
-        )
+        pulse.beat("held-out loss")
+        with self.meter.clock.part("evaluation"):
+            losses = held_out_loss(
+                self.state.model,
+                self.loss,
+                self.held_out,
+                row_tokens=self.config.row_tokens,
+                batch_rows=self.config.micro_batch_rows,
+                mesh=self.mesh,
+                precision=self.config.precision,
+            )
         if not math.isfinite(losses["all"]):
             raise TrainingError(
                 "the held-out loss is not finite",
@@ -287,7 +346,7 @@ class Trainer:
         loaded: LoadedStep,
         outcome: StepOutcome,
         lr: float,
-        flops: float,
+        work: list[float],
         seconds: float,
         held_out: dict[str, float] | None,
         events: list[str],
@@ -306,15 +365,15 @@ class Trainer:
             tokens_seen=self.state.progress.tokens_seen,
             step_seconds=seconds,
             data_wait_seconds=loaded.data_wait_seconds,
-            model_flops=flops,
-            mfu=None if self.peak is None else flops / (seconds * self.job.world * self.peak),
-            peak_memory_gib=max(global_max([peak_memory_gib(self.device)])),
             held_out=held_out,
             event=", ".join(events),
             source_loss={name: by_source[name] for name in sources if name in by_source},
             source_tokens=dict(zip(sources, loaded.source_tokens.tolist(), strict=True)),
             source_units=dict(zip(sources, loaded.source_units.tolist(), strict=True)),
             rows=loaded.rows,
+            **self.meter.figures(work, seconds),
+            checkpoint_stall_seconds=self.checkpoints.take_stall_seconds(),
+            incidents=self.state.progress.incidents,
         )
 
     def _result(self) -> TrainResult:
@@ -328,4 +387,5 @@ class Trainer:
             first_held_out=progress.first_held_out,
             stopped_early=progress.stopped_early,
             data_end=self.data_end(),
+            incidents=progress.incidents,
         )

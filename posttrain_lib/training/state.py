@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+import torch
+from torch import Tensor, nn
 
 from posttrain_lib.models.lora import LoraDecoder
 
 if TYPE_CHECKING:
-    import torch
-
     from posttrain_lib.data.loader import PackedLoader
     from posttrain_lib.models.decoder import Decoder
 
@@ -40,6 +33,7 @@ TRAJECTORY = (
     "schedule",
     "clip_norm",
     "precision",
+    "incidents",
     "seed",
 )
 
@@ -50,7 +44,8 @@ class Progress:
 
     ``best_step`` and ``best_held_out`` are of the lowest held-out loss after a step, ``first_held_out`` is the one
     before training. ``patience_held_out`` is the value that early stopping wants beaten, and ``stale_evaluations``
-    how many evaluations have failed to.
+    how many evaluations have failed to. ``incidents`` counts steps that went wrong; ``recent_losses`` and
+    ``recent_norms`` are of the last steps that were taken, where spikes are looked for (see ``training.incidents``).
     """
 
     step: int = 0
@@ -61,6 +56,9 @@ class Progress:
     patience_held_out: float | None = None
     stale_evaluations: int = 0
     stopped_early: bool = False
+    incidents: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -78,22 +76,64 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     report: dict[str, Any] | None = None
 
-    def tensors(self) -> dict[str, Any]:
-        """State dicts for a distributed checkpoint; shards stay shards. Of a model with adapters, those alone: the
-        frozen base is the folder's that the job names."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of this rank's memory, by name; shards stay shards (DTensor), nothing is copied.
+
+        ``model.<parameter>`` (of a model with adapters those alone: the frozen base is the folder's that the job
+        names), ``optimizer.<parameter>.<key>`` and, where a group's option is a tensor, ``optimizer.<group>.<option>``.
+        """
+        tensors: dict[str, Tensor] = {}
+        # Its hooks also bring parameters that FSDP2 left whole after an evaluation back to shards.
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            frozen = isinstance(value, nn.Parameter) and not value.requires_grad
+            if isinstance(value, Tensor) and not (frozen and isinstance(self.model, LoraDecoder)):
+                tensors[f"model.{name}"] = value.detach()
+        for name, values in self._optimizer_state().items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = value.detach()
+        return tensors
+
+    def optimizer_numbers(self) -> dict[str, dict[str, Any]]:
+        """The optimiser's plain numbers by parameter or group, JSON-ready: counters, and what an optimiser tunes as it
+        goes. Python writes a float so that it is read back with the same bits."""
         return {
-            "model": get_model_state_dict(self.model, options=self._options()),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            name: {key: value for key, value in values.items() if type(value) in (int, float)}
+            for name, values in self._optimizer_state().items()
         }
 
-    def load_tensors(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`tensors`."""
-        set_model_state_dict(self.model, state["model"], options=self._options())
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+    def make_optimizer_state(self, stored: Iterable[str], numbers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give the optimiser the state tensors that a checkpoint has values for, and its plain numbers.
 
-    def _options(self) -> StateDictOptions:
-        adapted = isinstance(self.model, LoraDecoder)
-        return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
+        State is made by a step with a gradient of zero, one parameter at a time, so that no more memory is needed than
+        for one gradient. That step may change the parameters, whose values come from the checkpoint as well.
+
+        Args:
+            stored: names of the checkpoint's tensors.
+            numbers: of :meth:`optimizer_numbers`.
+        """
+        names = {name.removeprefix("optimizer.").rpartition(".")[0] for name in stored if name.startswith("optimizer.")}
+        names |= {name for name, values in numbers.items() if values}
+        for name, parameter in self.model.named_parameters():
+            if name not in names:
+                self.optimizer.state.pop(parameter, None)
+            elif parameter.requires_grad and not self.optimizer.state.get(parameter):
+                self.optimizer.zero_grad(set_to_none=True)
+                parameter.grad = torch.zeros_like(parameter)
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, values in self._optimizer_state().items():
+            values.update(numbers.get(name, {}))
+
+    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """Parameter -> its state, group -> its options; the optimiser's own dicts."""
+        found: dict[str, dict[str, Any]] = {
+            f"group-{number}": group for number, group in enumerate(self.optimizer.param_groups)
+        }
+        for name, parameter in self.model.named_parameters():
+            if parameter in self.optimizer.state:
+                found[name] = self.optimizer.state[parameter]
+        return found
 
 
 def trajectory_of(train: Any) -> dict[str, Any]:

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from posttrain_lib.data.collate import to_torch
-from posttrain_lib.errors import TrainingError
 from posttrain_lib.evaluation.perplexity import source_sums
 from posttrain_lib.optim.clipping import clip_gradients, gradient_norm
-from posttrain_lib.parallel.apply import gradient_scale, synchronise_gradients
-from posttrain_lib.parallel.process_group import gather_objects, global_sum, world_size
+from posttrain_lib.parallel.apply import gradient_scale, settle_gradients, synchronise_gradients
+from posttrain_lib.parallel.context import own_part
+from posttrain_lib.parallel.process_group import gather_objects
 from posttrain_lib.training.device import autocast
+from posttrain_lib.training.incidents import StepIncident, incident
+from posttrain_lib.training.timing import NO_CLOCK, StepClock
 
 if TYPE_CHECKING:
     from posttrain_lib.losses.base import Loss
     from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.parallel.mesh import RankMesh
     from posttrain_lib.schema.batches import PackedBatch
 
-#: examples named when a step goes wrong
+#: documents of the highest loss that are named when a step is a spike
 _NAMED = 8
 
 
@@ -31,20 +34,23 @@ _NAMED = 8
 class StepSettings:
     """What a step needs to know besides its data. ``name_example`` turns a store index into "source: row id"."""
 
-    device: torch.device
+    mesh: RankMesh
     precision: str
     clip_norm: float | None
     sources: int
     name_example: Callable[[int], str]
+    clock: StepClock = NO_CLOCK
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """``loss`` and ``grad_norm`` of the step (before clipping); ``source_sums`` float64 [sources, 2], all global."""
+    """``loss`` and ``grad_norm`` of the step (before clipping); ``source_sums`` float64 [sources, 2], all global. A
+    step that was not taken has no loss, and says why in ``skipped``."""
 
-    loss: float
+    loss: float | None
     grad_norm: float
     source_sums: Tensor
+    skipped: str = ""
 
 
 def train_step(
@@ -56,26 +62,64 @@ def train_step(
     *,
     global_divisor: float,
     step: int,
+    spike: Callable[[float, float], tuple[str, float, str] | None] = lambda loss, norm: None,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepOutcome:
     """One optimiser step over this rank's micro-batches (numpy).
 
     Args:
         global_divisor: sum of ``loss.divisor`` over every micro-batch of every rank.
         step: its number, for messages.
+        spike: called with loss and gradient norm; (quantity, value, bound) where the step must not be taken.
+        before_update: called right before weights and optimiser change; what still reads them is waited for there.
 
     Raises:
-        TrainingError: loss or gradient norm is not finite; the weights are then those of before the step.
+        StepIncident: loss or gradient norm is not finite, or a spike; weights and optimiser are then those of before
+            the step, and there are no gradients.
     """
-    mean, sums = accumulate_gradients(model, loss, micro_batches, settings, global_divisor=global_divisor, step=step)
-    norm = gradient_norm(model.parameters())
-    grad_norm = float(norm)
-    if not math.isfinite(grad_norm):
-        _stop("gradient norm", grad_norm, step, _names(_all_examples(micro_batches), settings))
-    if settings.clip_norm is not None:
-        clip_gradients(model.parameters(), settings.clip_norm, norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    micro_batches = [own_part(batch, settings.mesh) for batch in micro_batches]
+    try:
+        mean, grad_norm, norm, sums = _gradients(
+            model, loss, micro_batches, settings, global_divisor=global_divisor, step=step, spike=spike
+        )
+    except StepIncident:
+        optimizer.zero_grad(set_to_none=True)
+        raise
+    with settings.clock.part("optimizer"):
+        if settings.clip_norm is not None:
+            clip_gradients(model.parameters(), settings.clip_norm, norm)
+    with settings.clock.part("checkpoint"):
+        before_update()
+    with settings.clock.part("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return StepOutcome(mean, grad_norm, sums)
+
+
+def _gradients(
+    model: Decoder,
+    loss: Loss,
+    micro_batches: Sequence[PackedBatch],
+    settings: StepSettings,
+    *,
+    global_divisor: float,
+    step: int,
+    spike: Callable[[float, float], tuple[str, float, str] | None],
+) -> tuple[float, float, Tensor, Tensor]:
+    """(loss, gradient norm, the same as a tensor, per-source sums) of a step that may be taken."""
+    mean, sums, nlls = _accumulate(model, loss, micro_batches, settings, global_divisor=global_divisor, step=step)
+    with settings.clock.part("optimizer"):
+        norm = gradient_norm(model.parameters())
+        grad_norm = float(norm)
+    finite = math.isfinite(grad_norm)
+    found = spike(mean, grad_norm) if finite and global_divisor else None
+    if finite and found is None:
+        return mean, grad_norm, norm, sums
+    rows = _everywhere(_names(_all_examples(micro_batches), settings))
+    if found is None:
+        raise incident("non_finite", "gradient norm", grad_norm, step, rows)
+    quantity, value, bound = found
+    raise incident("spike", quantity, value, step, rows, _highest(micro_batches, nlls, settings), bound)
 
 
 def accumulate_gradients(
@@ -93,27 +137,48 @@ def accumulate_gradients(
     split over micro-batches and ranks.
 
     Raises:
-        TrainingError: the global loss is not finite; on every rank, naming the examples.
+        StepIncident: the global loss is not finite; on every rank, naming the examples.
     """
-    scale = gradient_scale(model, global_divisor, world_size())
-    device, sources = settings.device, settings.sources
+    parts = [own_part(batch, settings.mesh) for batch in micro_batches]
+    mean, sums, _ = _accumulate(model, loss, parts, settings, global_divisor=global_divisor, step=step)
+    return mean, sums
+
+
+def _accumulate(
+    model: Decoder,
+    loss: Loss,
+    micro_batches: Sequence[PackedBatch],
+    settings: StepSettings,
+    *,
+    global_divisor: float,
+    step: int,
+) -> tuple[float, Tensor, list[Tensor]]:
+    """As :func:`accumulate_gradients`, and each micro-batch's losses [N] of its supervised tokens."""
+    scale = gradient_scale(global_divisor)
+    device, sources = settings.mesh.device, settings.sources
     totals = torch.zeros(1 + 2 * sources, dtype=torch.float64, device=device)
     nlls: list[Tensor] = []
     for number, arrays in enumerate(micro_batches):
         batch = to_torch(arrays, device)
         synchronise_gradients(model, number == len(micro_batches) - 1)
-        with autocast(device, settings.precision):
+        with settings.clock.part("forward"), autocast(device, settings.precision):
             output = loss(model, batch)
-        (output.local_sum * scale).backward()
+        with settings.clock.part("backward"):
+            (output.local_sum * scale).backward()
         nlls.append(output.nll)
         totals[0] += output.local_sum.detach()
         totals[1:] += source_sums(batch, output.nll, sources).flatten()
-    total, *by_source = global_sum(totals.tolist())  # the only wait for the device before the gradient norm
+    with settings.clock.part("backward"):
+        settle_gradients(model)
+    total, *by_source = settings.mesh.sum_over_tokens(
+        totals.tolist()
+    )  # the only wait for the device before the gradient norm
     if not math.isfinite(total):
         suspects = [example for pair in zip(micro_batches, nlls, strict=True) for example in _non_finite(*pair)]
-        _stop("loss", total, step, _names(suspects or _all_examples(micro_batches), settings))
+        rows = _everywhere(_names(_all_examples(micro_batches), settings))
+        raise incident("non_finite", "loss", total, step, rows, _everywhere(_names(suspects, settings)))
     mean = total / global_divisor if global_divisor else 0.0
-    return mean, torch.tensor(by_source, dtype=torch.float64).view(sources, 2)
+    return mean, torch.tensor(by_source, dtype=torch.float64).view(sources, 2), nlls
 
 
 def _non_finite(batch: PackedBatch, nll_N: Tensor) -> list[int]:
@@ -131,15 +196,21 @@ def _names(examples: Sequence[int], settings: StepSettings) -> list[str]:
     return [settings.name_example(example) for example in examples]
 
 
-def _stop(what: str, value: float, step: int, names: list[str]) -> None:
-    """Raise on every rank alike, with the examples of all ranks."""
-    found = [name for part in gather_objects(names) for name in part]
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    raise TrainingError(
-        f"the {what} of step {step} is not finite; the optimiser step was not taken",
-        where=f"step {step}, rows {', '.join(found[:_NAMED])}{more}",
-        got=value,
-        expected="a finite number",
-        fix="lower train.optimizer.lr, lengthen the warm-up, clip harder, or look at those rows; "
-        "the last checkpoint is good",
-    )
+def _everywhere(names: list[str]) -> list[str]:
+    """The names of all ranks; ranks that share a row's tokens name it alike."""
+    return list(dict.fromkeys(name for part in gather_objects(names) for name in part))
+
+
+def _highest(micro_batches: Sequence[PackedBatch], nlls: Sequence[Tensor], settings: StepSettings) -> list[str]:
+    """The documents of all ranks with the highest loss a token, the highest first."""
+    means: list[tuple[float, str]] = []
+    for batch, nll_N in zip(micro_batches, nlls, strict=True):
+        index_N = torch.from_numpy(batch.supervised_index).to(torch.int32)
+        places = torch.searchsorted(torch.from_numpy(batch.cu_seqlens), index_N, right=True) - 1
+        count = torch.bincount(places, minlength=len(batch.document_ids))
+        total = torch.bincount(places, weights=nll_N.detach().cpu().double(), minlength=len(batch.document_ids))
+        for number in count.nonzero().flatten().tolist():
+            name = settings.name_example(int(batch.document_ids[number]))
+            means.append((float(total[number] / count[number]), name))
+    every = {pair for part in gather_objects(sorted(means)[-_NAMED:]) for pair in part}
+    return [name for _, name in sorted(every, reverse=True)[:_NAMED]]

@@ -95,6 +95,7 @@ def ours(folder: str, source: str, rank: int, world: int, port: int) -> dict[str
     from posttrain_lib.models.decoder import build_model
     from posttrain_lib.models.families import spec_from_folder
     from posttrain_lib.parallel.apply import apply_parallelism
+    from posttrain_lib.parallel.mesh import rank_mesh
     from posttrain_lib.parallel.process_group import process_group
 
     torch.set_num_threads(1)
@@ -109,7 +110,7 @@ def ours(folder: str, source: str, rank: int, world: int, port: int) -> dict[str
     with process_group(rank, world, f"127.0.0.1:{port}", device):
         spec = spec_from_folder(folder)
         model = build_model(spec, dtype=torch.bfloat16, device="meta")
-        apply_parallelism(model, mesh=MeshSpec(shard=world), device=device, activation_checkpointing="none")
+        apply_parallelism(model, mesh=rank_mesh(MeshSpec(shard=world), device), activation_checkpointing="none")
         with Resident() as resident:
             begun = time.perf_counter()
             model.to_empty(device=device)

@@ -36,6 +36,7 @@ from posttrain_lib.ops.rope import apply_rope
 from posttrain_lib.ops.swiglu import swiglu
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.parallel.compilation import check_compiler
+from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.schema.mesh import SINGLE
 from tests.benchmarks.ops import _lengths
 from tests.support.held_bytes import HeldBytes
@@ -102,7 +103,8 @@ def blocks(name: str, compiles: bool, rounds: int) -> None:
         for mode in ("none", "selective", "full"):
             model = build_model(spec)
             init_weights(model, spec, seed=0)
-            apply_parallelism(model, mesh=SINGLE, device=CPU, activation_checkpointing=mode, compilation=compilation)
+            alone = rank_mesh(SINGLE, CPU)
+            apply_parallelism(model, mesh=alone, activation_checkpointing=mode, compilation=compilation)
             peer = f"{mode}, {'compiled' if compilation == 'blocks' else 'not compiled'}"
             peers[peer] = lambda model=model: (model(*row, hidden_states) * pull).sum().backward()
             if compilation == "none":  # compiled code allocates where nothing sees it

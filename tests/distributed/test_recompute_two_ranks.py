@@ -19,6 +19,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.lora import apply_lora, init_adapters
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.parallel.compilation import compile_blocks
+from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.parallel.process_group import process_group
 from posttrain_lib.schema.mesh import MeshSpec
 from tests.support.lora_cases import everything_of
@@ -41,7 +42,7 @@ def run_rank(folder: str, mode: Any, compiled: bool, lora: bool, rank: int, port
         if compiled:
             # As apply_parallelism does, by a compiler of torch's that needs no other; before sharding.
             compile_blocks(model, backend="aot_eager")
-        apply_parallelism(model, mesh=MeshSpec(shard=2), device=CPU, activation_checkpointing=mode)
+        apply_parallelism(model, mesh=rank_mesh(MeshSpec(shard=2), CPU), activation_checkpointing=mode)
         model.to_empty(device="cpu")
         load_hf_weights(model, spec, folder)
         if lora:

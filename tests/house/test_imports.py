@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTS = {"ray", "verl", "vllm", "metaflow"}
+HOSTS = {"ray", "verl", "vllm", "metaflow", "wandb", "mlflow", "tensorboard"}
 PROJECT = {"flows", "steps", "posttrain_lib", "posttrain_flow"}
 DATA = {
     "numpy",
@@ -50,9 +50,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion": CORE | {"huggingface_hub"},
     "compute": {"numpy", "torch"},
     "compute/ray_": {"numpy", "torch", "ray"},
+    "tracking": {"rich"},
     "adapters": {"numpy"},
     "adapters/hf_reference": CORE | {"huggingface_hub"},
     "adapters/metaflow_": {"metaflow"},
+    "adapters/tracker_mlflow": {"mlflow"},
+    "adapters/tracker_tensorboard": {"torch"},
+    "adapters/tracker_wandb": {"wandb"},
     "adapters/vllm_": {"numpy", "torch", "transformers", "vllm"},
     "adapters/verl_": {"numpy", "torch", "verl", "tensordict", "ray"},
     # torch inside functions only: the import without it is tested below
@@ -171,6 +175,14 @@ LAYERS: dict[str, tuple[list[str], set[str]]] = {
     "core": (
         modules(*(f"posttrain_lib/{package}" for package in CORE_PACKAGES), "posttrain_lib/data"),
         HOSTS | {"pydantic", "yaml", "datasets"},  # fsspec comes with torch
+    ),
+    # a sink imports its host when it is opened
+    "tracking": (
+        modules(
+            "posttrain_lib/tracking",
+            *(f"posttrain_lib/adapters/tracker_{host}.py" for host in ("mlflow", "tensorboard", "wandb")),
+        ),
+        HEAVY | {"pydantic", "rich", "transformers"},
     ),
     "launch": (modules("posttrain_lib/compute/launch.py"), HOSTS | {"pydantic"}),
     # What a flow imports before its first task starts; Metaflow itself imports the flow file once per task and card.

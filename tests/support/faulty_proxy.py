@@ -1,7 +1,8 @@
 """An HTTP proxy on loopback that stands before an object store's server and does what networks do.
 
-Reads only (GET, HEAD): latency before each answer, a bandwidth that all connections share, and faults, each for so many
-requests of a key: an error status, a body cut after so many bytes, a body that stalls. What was asked for is kept.
+Latency before each answer, a bandwidth that all connections share, and faults, each for so many requests of a key: an
+error status, a body cut after so many bytes, a body that stalls; of a write, that it happens and its answer is lost.
+What was asked for is kept.
 """
 
 from __future__ import annotations
@@ -118,11 +119,13 @@ class FaultyProxy:
             turn = self._free_at = max(time.monotonic(), self._free_at) + count / self.bytes_per_second
         time.sleep(max(0.0, turn - time.monotonic()))
 
-    def ask(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, list[tuple[str, str]], bytes]:
+    def ask(
+        self, method: str, path: str, headers: dict[str, str], body: bytes | None = None
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
         """The store's answer."""
         connection = http.client.HTTPConnection(urlsplit(self.upstream).netloc)
         try:
-            connection.request(method, path, headers=headers)
+            connection.request(method, path, body=body, headers=headers)
             answer = connection.getresponse()
             return answer.status, answer.getheaders(), answer.read()
         finally:
@@ -178,6 +181,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def do_PUT(self) -> None:
+        proxy, key = self.proxy, unquote(urlsplit(self.path).path).lstrip("/")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with proxy.lock:
+            proxy.seen.append(Seen(self.command, key, None, None))
+        fault = proxy.take_fault(self.command, f"{key}?{urlsplit(self.path).query}", 0)
+        if fault is not None and fault.status is not None:
+            self._fail(fault.status)
+            return
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+        try:
+            answer = proxy.ask(self.command, self.path, headers, body)
+        except ConnectionError:  # of the server itself; the client finds out as it would without a proxy
+            self.close_connection = True
+            return
+        if fault is not None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self._send(key, answer, None)
+
+    def do_POST(self) -> None:
+        self.do_PUT()
+
+    def do_DELETE(self) -> None:
+        self.do_PUT()
 
     def _fail(self, status: int) -> None:
         code = _CODES[status]

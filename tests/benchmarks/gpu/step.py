@@ -22,7 +22,8 @@ from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.parallel.compilation import compile_blocks
 from posttrain_lib.training.device import peak_memory_gib
-from posttrain_lib.training.flops import batch_flops, peak_flops
+from posttrain_lib.training.flops import batch_flops
+from posttrain_lib.training.peaks import sheet_peak
 from tests.benchmarks.gpu.common import Cases, Part, ceilings, document_lengths, failure, main, release, significant
 from tests.benchmarks.gpu.documents import BUFFER, documents_of, packed_rows
 from tests.benchmarks.gpu.systems import (
@@ -165,7 +166,7 @@ def timed(part: Part, work: Workload, step: Step, gemm_tflops: float, *, seconds
     rates = [work.tokens(number) / each for number, each in zip(numbers, times, strict=True)]
     flops = [work.flops(number) / each / 1e12 for number, each in zip(numbers, times, strict=True)]
     reached = statistics.median(flops)
-    peak = peak_flops(part.device, precision_on(part.device))
+    peak = sheet_peak(part.device, precision_on(part.device))
     return {
         "timed_steps": len(times),
         "step_seconds": significant(statistics.median(times)),

@@ -20,7 +20,9 @@ from posttrain_lib.losses.sft import SFTLoss
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.optim import build_optimizer
+from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.schema.batches import PackedBatch
+from posttrain_lib.schema.mesh import SINGLE
 from posttrain_lib.training.device import autocast
 from posttrain_lib.training.train_step import StepSettings, train_step
 from tests.benchmarks.gpu.documents import padded_batches
@@ -57,7 +59,7 @@ def own_step(model: Decoder, steps: Sequence[Sequence[PackedBatch]], device: tor
     """This project's training step over packed rows; ``steps`` take turns."""
     loss = SFTLoss()
     optimizer = build_optimizer(model, ADAMW)
-    settings = StepSettings(device, precision_on(device), CLIP_NORM, sources=1, name_example=str)
+    settings = StepSettings(rank_mesh(SINGLE, device), precision_on(device), CLIP_NORM, sources=1, name_example=str)
 
     def step(number: int) -> float:
         rows = steps[number % len(steps)]

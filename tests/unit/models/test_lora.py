@@ -27,6 +27,7 @@ from posttrain_lib.models.lora import (
 )
 from posttrain_lib.optim import parameter_groups
 from posttrain_lib.parallel.apply import apply_parallelism
+from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.schema.mesh import MeshSpec
 from tests.support.lora_cases import LENGTH, TOKENS, everything_of, logits_of, scramble
 from tests.support.tiny_models import CASES, write_tiny_model
@@ -251,7 +252,7 @@ def test_recomputation_keeps_the_gradients(folder: Folder) -> None:
         model = apply_lora(loaded(folder("qwen3")), LoraSettings(4, 8.0, ("attention", "mlp", "head")))
         scramble(model)
         mode = "full" if recomputed else "none"
-        apply_parallelism(model, mesh=MeshSpec(), device=torch.device("cpu"), activation_checkpointing=mode)
+        apply_parallelism(model, mesh=rank_mesh(MeshSpec(), torch.device("cpu")), activation_checkpointing=mode)
         logits_of(model).square().mean().backward()
         gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 2 * (7 * 4 + 1)

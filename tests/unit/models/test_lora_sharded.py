@@ -22,6 +22,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.lora import LoraSettings, apply_lora, init_adapters, merged_state_dict
 from posttrain_lib.optim import parameter_groups
 from posttrain_lib.parallel.apply import apply_parallelism, gradient_scale
+from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.schema.mesh import MeshSpec
 from tests.support.lora_cases import everything_of
 from tests.support.tiny_models import write_tiny_model
@@ -46,7 +47,8 @@ def train(folder: Path, run: str, rank: int, world: int) -> dict[str, Any]:
     settings = settings or everything_of(model)
     model = apply_lora(model, settings)
     modes = {"everything": "full", "experts": "selective"}
-    apply_parallelism(model, mesh=MeshSpec(shard=world), device=cpu, activation_checkpointing=modes.get(run, "none"))
+    mesh = rank_mesh(MeshSpec(shard=world), cpu)
+    apply_parallelism(model, mesh=mesh, activation_checkpointing=modes.get(run, "none"))
     if world > 1:
         model.to_empty(device="cpu")
     load_hf_weights(model, spec, source)
@@ -61,7 +63,7 @@ def train(folder: Path, run: str, rank: int, world: int) -> dict[str, Any]:
             cu_seqlens = torch.tensor([0, 12], dtype=torch.int32)
             logits = model(token_ids, torch.arange(12), cu_seqlens, 12)
             total = total + torch.nn.functional.cross_entropy(logits[:-1].float(), token_ids[1:], reduction="sum")
-        (total * gradient_scale(model, 22, world)).backward()
+        (total * gradient_scale(22)).backward()
         assert all(value.grad is None for value in model.parameters() if not value.requires_grad)
         losses.append(total.detach())
         optimizer.step()
@@ -90,9 +92,8 @@ def on_rank(rank: int, folder: Path) -> None:
     try:
         result: Any = {run: train(folder, run, rank, RANKS) for run in RUNS}
         sharded = build_model(spec_from_folder(folder / "qwen3"))
-        apply_parallelism(
-            sharded, mesh=MeshSpec(shard=RANKS), device=torch.device("cpu"), activation_checkpointing="none"
-        )
+        mesh = rank_mesh(MeshSpec(shard=RANKS), torch.device("cpu"))
+        apply_parallelism(sharded, mesh=mesh, activation_checkpointing="none")
         with pytest.raises(ModelError, match="cannot be added to a sharded model"):
             apply_lora(sharded, LoraSettings(2, 4.0))
     except BaseException:

@@ -210,6 +210,6 @@ def test_a_rank_that_holds_padding_and_more_alone(tmp_path: Path) -> None:
         together = pool.map_async(run_rank, jobs, chunksize=1).get(timeout=240)
     for reports in together:
         assert [report.loss for report in reports[1:]] == pytest.approx([r.loss for r in alone[1:]], rel=1e-5)
-    state = load_model_state(job.checkpoint_folder / "step-00000002")
+    state = load_model_state(Path(job.checkpoint_folder) / "step-00000002")
     for name in VOCABULARY_WEIGHTS:
         assert state[name].shape[0] == 192 and not state[name][VOCABULARY:].any()

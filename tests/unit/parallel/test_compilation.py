@@ -21,6 +21,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.lora import apply_lora
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.parallel.compilation import compile_blocks
+from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.parallel.recomputation import recompute_blocks
 from posttrain_lib.schema.mesh import MeshSpec
 from tests.support.lora_cases import everything_of, scramble
@@ -108,7 +109,7 @@ def test_recomputation_around_compiled_blocks_gives_the_same_bits(
 
 def test_names_are_untouched_and_evaluation_compiles_nothing(family_folder: Callable[[str], Path]) -> None:
     plain, model = load(family_folder("qwen3")), load(family_folder("qwen3"))
-    apply_parallelism(model, mesh=MeshSpec(), device=CPU, activation_checkpointing="none", compilation="blocks")
+    apply_parallelism(model, mesh=rank_mesh(MeshSpec(), CPU), activation_checkpointing="none", compilation="blocks")
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_float32_is_as_near_to_float64_as_without_the_compiler(
     exact = run_row(load(family_folder(case), torch.float64), ROWS[0])
     eager = run_row(load(family_folder(case)), ROWS[0])
     model = load(family_folder(case))
-    apply_parallelism(model, mesh=MeshSpec(), device=CPU, activation_checkpointing=mode, compilation="blocks")
+    apply_parallelism(model, mesh=rank_mesh(MeshSpec(), CPU), activation_checkpointing=mode, compilation="blocks")
     compiled = run_row(model, ROWS[0])
     assert not torch.equal(compiled[0], eager[0]), "nothing was compiled"
     assert distance(compiled[0], exact[0]) <= 2 * distance(eager[0], exact[0])

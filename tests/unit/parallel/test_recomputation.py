@@ -17,6 +17,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.heads import hidden_states
 from posttrain_lib.models.lora import apply_lora
 from posttrain_lib.parallel.apply import apply_parallelism
+from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.parallel.recomputation import ATTENTION, PRODUCTS, recompute_blocks
 from posttrain_lib.schema.mesh import MeshSpec
 from tests.support.held_bytes import HeldBytes
@@ -36,7 +37,7 @@ def load(folder: Path, mode: Any, *, lora: bool = False) -> Decoder:
     if lora:
         model = apply_lora(model, everything_of(model))
         scramble(model)
-    return apply_parallelism(model, mesh=MeshSpec(), device=CPU, activation_checkpointing=mode)
+    return apply_parallelism(model, mesh=rank_mesh(MeshSpec(), CPU), activation_checkpointing=mode)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])

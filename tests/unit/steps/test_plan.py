@@ -13,6 +13,8 @@ from posttrain_lib.models.spec import parameter_count
 from steps import plan
 from steps.pipeline import DEFAULT_CONFIG
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def test_plan_of_the_default() -> None:
     config = load_run_config(DEFAULT_CONFIG, ["train.steps=100", "train.rows_per_step=8", "train.row_tokens=512"])
@@ -20,15 +22,6 @@ def test_plan_of_the_default() -> None:
     assert "100 steps x 4,096 token slots" in text
     assert "at most 409,600" in text
     assert "parameters" in text
-
-
-def test_memory_counts_weights_gradients_and_both_moments() -> None:
-    config = load_run_config(DEFAULT_CONFIG)
-    spec = plan._spec(config)
-    assert spec is not None
-    memory = plan.memory_estimate(spec, config)
-    assert memory["gradients"] == memory["weights"]
-    assert memory["optimiser"] == 2 * memory["weights"]
 
 
 def test_names_and_files_are_checked_before_the_run(tmp_path: Path) -> None:
@@ -57,12 +50,33 @@ def test_a_mixture_is_spelt_out() -> None:
     assert f"by tokens: {name} 0.5 at step 1 -> 2 at step 9, then repeat" in text
 
 
-def test_more_workers_hold_less_each() -> None:
-    one = load_run_config(DEFAULT_CONFIG, ["train.micro_batch_rows=1"])
-    two = load_run_config(DEFAULT_CONFIG, ["train.micro_batch_rows=1", "compute.devices_per_node=2"])
-    spec = plan._spec(one)
-    assert spec is not None
-    assert plan.memory_estimate(spec, two)["weights"] == plan.memory_estimate(spec, one)["weights"] / 2
+def test_seventy_billion_parameters_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
+    """64 nodes of 8 GPUs, planned without weights, data or a GPU."""
+    plan.main(["--config", str(ROOT / "configs/sft/llama_70b.yaml")])
+    printed = capsys.readouterr().out
+    assert "70,553,706,496 parameters" in printed
+    assert "512 device(s) on 64 node(s): replicate 8 x shard 8 x context 1 x tensor 8" in printed
+    assert "GiB of 78.4 GiB a device (H100)" in printed
+    assert "tensor 8: devices that share a token's heads" in printed
+    assert "at 40% of H100's peak" in printed
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--set", "compute.gpu=A10", "--config", str(ROOT / "configs/sft/llama_70b.yaml")]
+    with pytest.raises(SystemExit):
+        plan.main(settings)
+    said = capsys.readouterr()
+    assert "activations" in said.out, "the plan stands above the refusal"
+    assert "a device would need" in said.err and "has 23.5" in said.err
+    assert "compute.mesh: replicate 1, shard 64" in said.err
+
+
+def test_data_of_other_machines_is_not_asked_for() -> None:
+    sources = "data.sources=[{name: far, path: /on/the/cluster/*.jsonl}, {name: near, generate: {rows: 100}}]"
+    text = plan.describe(load_run_config(DEFAULT_CONFIG, [sources, "compute.address=head:6379"]))
+    assert "not here   far: its files are not on this machine and were not checked" in text
+    with pytest.raises(DataError, match=r"jsonl"):
+        plan.describe(load_run_config(DEFAULT_CONFIG, [sources]))
 
 
 def test_unsupported_family_is_refused_before_any_work(tmp_path: Path) -> None:

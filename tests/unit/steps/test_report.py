@@ -193,7 +193,7 @@ def test_the_card_has_every_part_and_no_text_of_a_row_leaves_its_block(finished:
     card: list[Any] = []
     fill_report(card, collect(*finished), finished[1])
     tables = [part for part in card if isinstance(part, Table)]
-    assert len(tables) >= 8 and sum(isinstance(part, VegaChart) for part in card) == 5
+    assert len(tables) >= 8 and sum(isinstance(part, VegaChart) for part in card) == 7
     for table in tables:
         assert table._data and {len(row) for row in table._data} == {len(table._headers)}
     cells = [cell for table in tables for row in table._data for cell in row]

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from posttrain_lib.schema.reports import StepReport, TrainResult
-from steps.train import ProgressLine, summary, throughput
+from posttrain_lib.tracking.terminal import ProgressLine
+from steps.train import summary, throughput
 
 REPORT = StepReport(
     step=5, total_steps=10, loss=1.25, lr=0.1, grad_norm=1.0, trained_weight=50.0, real_tokens=90, slot_tokens=100,
@@ -42,7 +43,7 @@ def test_step_zero_shows_no_loss() -> None:
 
 def test_eta_is_the_rate_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 8.0])
-    monkeypatch.setattr("steps.train.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("posttrain_lib.tracking.terminal.time.monotonic", lambda: next(clock))
     bar = ProgressLine(every_seconds=0.0)
     bar.line(replace(REPORT, step=0, loss=None))
     bar.line(replace(REPORT, step=1))

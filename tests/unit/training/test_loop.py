@@ -55,7 +55,9 @@ def test_reports_and_result(tmp_path: Path) -> None:
         assert 0 < report.real_tokens <= report.slot_tokens == 8 * 32
         assert 0 <= report.data_wait_seconds <= report.step_seconds
         assert report.model_flops > 0
-        assert report.mfu is None, "a CPU has no known peak"
+        # a CPU has no data sheet: both are shares of the product that was measured
+        assert report.mfu == report.mfu_measured == report.hfu > 0
+        assert 0 < report.trained_tokens < report.real_tokens
         assert report.peak_memory_gib > 0
     assert last.tokens_seen == sum(report.real_tokens for report in reports)
     assert last.event == "best, checkpoint, finished"
@@ -152,13 +154,13 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) -
     whole, _ = run(make_job(tmp_path, config, work="whole"))
     run(make_job(tmp_path, config, work="cut"), stop_after=5)
     newest = tmp_path / "cut/checkpoints/step-00000004"
-    shard = newest / "__0_0.distcp"
+    shard = newest / "tensors-0.bin"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1  # one flipped bit
     shard.write_bytes(content)
     resumed, _ = run(make_job(tmp_path, config, work="cut"))
     assert resumed[0].step == 3
-    assert "skipped checkpoint step-00000004: __0_0.distcp has another sha256" in resumed[0].event
+    assert "skipped checkpoint step-00000004: tensors-0.bin is damaged: bytes " in resumed[0].event
     assert [report.loss for report in resumed] == [report.loss for report in whole[3:]]
 
 

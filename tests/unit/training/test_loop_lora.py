@@ -57,9 +57,6 @@ def test_a_run_trains_adapters_and_keeps_those_alone(tmp_path: Path, base_dtype:
         TokenStore(tmp_path / "held_out"),
         row_tokens=32,
         batch_rows=2,
-        rank=0,
-        world=1,
-        device=torch.device("cpu"),
         precision="fp32",
     )
     # merged in float32: sums in another order; a base and products in bfloat16 round by 2^-9 each

@@ -18,6 +18,7 @@ from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.parallel.apply import apply_parallelism
+from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.schema.examples import TokenizedExample
 from posttrain_lib.schema.mesh import SINGLE
@@ -41,7 +42,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float64) -> Decoder:
 
 
 def settings(store: TokenStore, **changes: object) -> StepSettings:
-    values = {"device": CPU, "precision": "fp32", "clip_norm": 1.0, "sources": len(store.sources)}
+    values = {"mesh": rank_mesh(SINGLE, CPU), "precision": "fp32", "clip_norm": 1.0, "sources": len(store.sources)}
     return StepSettings(**{**values, "name_example": store.row_id, **changes})
 
 
@@ -99,7 +100,7 @@ def test_recomputation_changes_nothing(folder: Path) -> None:
     store = TokenStore(folder / "train")
     batch = [pack_rows(store, [(0, 1, 2)], 128)]
     _, expected = gradients(load(folder), batch, store)
-    recomputing = apply_parallelism(load(folder), mesh=SINGLE, device=CPU, activation_checkpointing="full")
+    recomputing = apply_parallelism(load(folder), mesh=rank_mesh(SINGLE, CPU), activation_checkpointing="full")
     _, found = gradients(recomputing, batch, store)
     assert set(found) == set(expected), "recomputation must not rename weights"
     assert_same(expected, found)
