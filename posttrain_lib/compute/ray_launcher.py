@@ -55,6 +55,7 @@ class TrainingWorker:
         redirect(Path(work_dir), rank)
         self._events: Iterator[StepReport] | None = None
         self._result: TrainResult | None = None
+        self._failure: BaseException | None = None
 
     def rendezvous(self, private: bool) -> str:
         """A free ``host:port`` of this actor's node, for rank 0 to listen on; loopback if all ranks are on one."""
@@ -70,17 +71,25 @@ class TrainingWorker:
     def advance(self, seconds: float | None) -> tuple[list[StepReport], TrainResult | None]:
         """Train until a report comes ``seconds`` or more from now; without ``seconds`` to the end, reporting nothing.
 
-        Returns the reports, and the result once there is one.
+        Returns the reports, and the result once there is one. What the loop raised comes with the next call where
+        there were reports before it: they must not be lost with it.
         """
         assert self._events is not None, "begin comes first"
         reports: list[StepReport] = []
         begun = time.monotonic()
         while self._result is None:
+            if self._failure is not None:
+                raise self._failure
             try:
                 report = next(self._events)
             except StopIteration as stop:
                 self._result = stop.value
                 break
+            except BaseException as failure:
+                self._failure = failure
+                if reports:
+                    break
+                continue
             if seconds is not None:
                 reports.append(report)
                 if time.monotonic() - begun >= seconds or report.step == 0:
@@ -193,7 +202,10 @@ def _listen(workers: list[Any], job: TrainJob, evidence: KillEvidence, hang_seco
                 try:
                     reports, ended = ray.get(call)
                 except RayError as error:
-                    raise first_cause({rank: error}, calls, job, evidence) from None
+                    late: list[StepReport] = []
+                    cause = first_cause({rank: error}, calls, job, evidence, late)
+                    yield from late
+                    raise cause from None
                 _print(words)
                 yield from reports
                 if rank == 0 and ended is None:

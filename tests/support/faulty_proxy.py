@@ -154,6 +154,12 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Silence: what was asked is in ``proxy.seen``."""
 
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except ConnectionError:  # a client that was killed
+            self.close_connection = True
+
     def do_GET(self) -> None:
         proxy, key = self.proxy, unquote(urlsplit(self.path).path).lstrip("/")
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

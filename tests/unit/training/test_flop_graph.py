@@ -170,7 +170,7 @@ def combinations() -> Iterator[Any]:
                 yield pytest.param(case, trained, mode, marks=marks)
 
 
-@pytest.mark.parametrize(("case", "trained", "mode"), combinations())
+@pytest.mark.parametrize(("case", "trained", "mode"), list(combinations()))
 def test_everything_but_attention_is_what_torch_counts(case: str, trained: str, mode: Mode) -> None:
     spec, batch = spec_of(case), batch_of()
     settings = settings_of(spec, trained)
