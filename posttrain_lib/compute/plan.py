@@ -14,7 +14,7 @@ from typing import Any
 from posttrain_lib.compute.plan_memory import KINDS, Layout, host_bytes, memory
 from posttrain_lib.config import RunConfig
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.models.spec import AttentionConfig, ExpertsConfig, LatentAttentionConfig, ModelSpec
+from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.schema.mesh import MeshSpec
 
@@ -38,7 +38,7 @@ AXES = {
 
 
 class PlanError(ConfigError):
-    """A run that cannot fit, or a mesh that the model cannot be laid over."""
+    """A run that cannot fit."""
 
 
 @dataclass(frozen=True)
@@ -240,45 +240,19 @@ def _flops(spec: ModelSpec, config: RunConfig) -> float:
 
 
 def check_mesh(spec: ModelSpec, config: RunConfig) -> None:
-    """The mesh's degrees against the model: heads, features, vocabulary and experts are cut into equal parts.
+    """The mesh's degrees against the model: what each axis would refuse when the ranks build the model.
 
     Raises:
-        PlanError: naming the layer and the degree.
+        ConfigError: naming the degree, and what it does not fit.
     """
+    from posttrain_lib.parallel.context import check_context
+    from posttrain_lib.parallel.experts import check_experts
+    from posttrain_lib.parallel.tensor import check_tensor
+
     mesh = config.compute.mesh_spec()
-
-    def refuse(what: str, number: int, axis: str, layer: int | None) -> None:
-        degree = getattr(mesh, axis)
-        if number % degree:
-            divisors = [str(part) for part in range(2, number + 1) if number % part == 0 and part <= 64]
-            raise PlanError(
-                f"compute.mesh.{axis} cannot cut {what} into equal parts",
-                where=f"compute.mesh.{axis}" + ("" if layer is None else f", layer {layer}"),
-                got=f"{number} over {degree}",
-                expected=f"one of {', '.join(divisors[:12]) or 1}",
-            )
-
-    for number, layer in enumerate(spec.config.layers):
-        own, mlp = layer.attention, layer.mlp
-        if isinstance(own, LatentAttentionConfig):
-            refuse("the heads", own.num_attention_heads, "tensor", number)
-        elif isinstance(own, AttentionConfig) and own.qk_norm != "projection":
-            refuse("the key heads", own.num_key_value_heads, "tensor", number)
-        forward = mlp.shared if isinstance(mlp, ExpertsConfig) else mlp
-        if forward is not None:
-            refuse("the feed-forward", forward.intermediate_size, "tensor", number)
-        if isinstance(mlp, ExpertsConfig):
-            refuse("the experts", mlp.num_experts, "expert", number)
-    refuse("the vocabulary", spec.config.vocabulary_rows, "tensor", None)
-    if mesh.expert > 1 and not any(isinstance(layer.mlp, ExpertsConfig) for layer in spec.config.layers):
-        raise PlanError("there are no experts to deal out", where="compute.mesh.expert", got=mesh.expert, expected=1)
-    if mesh.context > 1 and spec.config.is_recurrent:
-        raise PlanError(
-            "linear attention goes along a document, whose tokens cannot lie over devices",
-            where="compute.mesh.context",
-            got=mesh.context,
-            expected=1,
-        )
+    check_tensor(spec.config, mesh.tensor)
+    check_experts(spec.config, mesh.expert)
+    check_context(spec.config, mesh.context, row_tokens=config.train.row_tokens, longest=config.data.max_example_tokens)
 
 
 def _warnings(config: RunConfig, layout: Layout) -> tuple[str, ...]:

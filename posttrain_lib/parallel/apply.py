@@ -33,7 +33,8 @@ def apply_parallelism(
 
     1. Tensor parallelism cuts projections and the vocabulary: what is laid over ranks later are the parts.
     2. Experts are dealt out, so that a rank has some of them; what FSDP2 does with those is decided there.
-    3. Context parallelism replaces what attention calls, inside of what the next two stand around.
+    3. Context parallelism changes nothing: parts of a batch carry what attention needs. It refuses what cannot run on
+       parts.
     4. Compilation, then recomputation replace each block's ``forward``; no wrapper module appears, so weight names
        stay. Recomputation stands around the compiled code.
     5. FSDP2: each block is a unit with one all-gather for its forward and one for its backward. The root takes what is

@@ -30,6 +30,7 @@ from posttrain_lib.models.blocks import DecoderBlock
 from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.models.feed_forward import MLP
 from posttrain_lib.models.lora import LoraEmbedding
+from posttrain_lib.models.spec import AttentionConfig, DecoderConfig, ExpertsConfig, LatentAttentionConfig
 from posttrain_lib.ops.local import local
 from posttrain_lib.ops.output_head import VocabularyShard
 
@@ -42,6 +43,39 @@ _ROWS = dict.fromkeys(("weight", "lora_down"), Shard(1))
 _TOKENS = {"weight": Shard(0), "lora_down": Shard(1)}
 
 
+#: largest degree that is offered
+_MOST = 64
+
+
+def check_tensor(config: DecoderConfig, degree: int) -> None:
+    """Refuse what cannot be cut over ``degree`` ranks; knows no process group, for plans and the start of a run.
+
+    Raises:
+        ConfigError: heads, features or the vocabulary cannot be cut into so many equal parts.
+    """
+
+    def refuse(what: str, number: int, where: str) -> None:
+        if number % degree:
+            fitting = [str(part) for part in range(2, number + 1) if number % part == 0 and part <= _MOST]
+            raise ConfigError(
+                f"tensor parallelism cannot cut {what} into equal parts",
+                where=f"compute.mesh.tensor, {where}",
+                got=f"{number} over {degree} ranks",
+                expected=f"one of {', '.join(fitting) or 1}",
+            )
+
+    for number, layer in enumerate(config.layers):
+        where, own = f"layer {number}", layer.attention
+        if isinstance(own, LatentAttentionConfig):
+            refuse("the heads", own.num_attention_heads, where)
+        elif isinstance(own, AttentionConfig) and own.qk_norm != "projection":
+            refuse("the key heads", own.num_key_value_heads, where)
+        forward = layer.mlp.shared if isinstance(layer.mlp, ExpertsConfig) else layer.mlp
+        if forward is not None:
+            refuse("the feed-forward", forward.intermediate_size, where)
+    refuse("the vocabulary", config.vocabulary_rows, "model.vocabulary.pad_to_multiple_of")
+
+
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
     """Lay the model over the ranks of a mesh of one dimension, in place; before its weights are loaded.
 
@@ -49,7 +83,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
         ConfigError: heads, features or the vocabulary cannot be cut into so many parts.
     """
     degree = mesh.size()
-    _check(model, degree)
+    check_tensor(model.config, degree)
     for layer in _blocks(model):
         if isinstance(layer.attention, LatentAttention):
             _cut_projections(layer.attention, mesh)
@@ -170,24 +204,3 @@ def _lay(module: nn.Module, name: str, mesh: DeviceMesh, placement: Shard | Repl
     parameter = getattr(module, name)
     laid = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
     module.register_parameter(name, nn.Parameter(laid, requires_grad=parameter.requires_grad))
-
-
-def _check(model: Decoder, degree: int) -> None:
-    def refuse(what: str, number: int, where: str) -> None:
-        if number % degree:
-            raise ConfigError(
-                f"tensor parallelism cannot cut {what} into equal parts",
-                where=where,
-                got=f"{number} over {degree} ranks",
-                expected=f"a degree that divides {number}",
-            )
-
-    for number, layer in enumerate(_blocks(model)):
-        where = f"layer {number}"
-        if isinstance(layer.attention, LatentAttention):
-            refuse("the heads", layer.attention.own.num_attention_heads, where)
-        elif _is_cut(layer.attention):
-            refuse("the key heads", layer.attention.own.num_key_value_heads, where)
-        if (feed_forward := _feed_forward(layer)) is not None:
-            refuse("the feed-forward", feed_forward.up_proj.out_features, where)
-    refuse("the vocabulary", model.head_weight.shape[0], "model.vocabulary.pad_to_multiple_of")

@@ -15,6 +15,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.compute import Gpu
 from posttrain_lib.config.model import Lora
 from posttrain_lib.conversion.family_test import TINY_SIZES
+from posttrain_lib.errors import ConfigError
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_config
 from posttrain_lib.models.spec import ModelSpec
@@ -151,16 +152,16 @@ def test_a_step_holds_about_what_was_planned(case: str) -> None:
 
 
 def test_a_mesh_is_held_against_the_model(llama: ModelSpec) -> None:
-    with pytest.raises(PlanError, match="cannot cut the key heads") as refused:
+    with pytest.raises(ConfigError, match="cannot cut the key heads") as refused:
         make_plan(llama, run_config(nodes=2, devices_per_node=8, mesh={"tensor": 16}))
-    assert refused.value.expected == "one of 2, 4, 8" and "8 over 16" in str(refused.value.got)
-    with pytest.raises(PlanError, match="no experts to deal out"):
+    assert refused.value.expected == "one of 2, 4, 8" and "8 over 16 ranks" in str(refused.value.got)
+    with pytest.raises(ConfigError, match="no experts that could be dealt out"):
         make_plan(llama, run_config(devices_per_node=8, mesh={"expert": 8}))
     experts = spec_from_config({**TINY_SIZES, **CASES["qwen3_moe"]})
-    with pytest.raises(PlanError, match="cannot cut the experts"):
+    with pytest.raises(ConfigError, match="experts cannot be dealt out evenly"):
         make_plan(experts, run_config(devices_per_node=4, mesh={"expert": 4}))
     linear = spec_from_config({**TINY_SIZES, **CASES["qwen3_next"]})
-    with pytest.raises(PlanError, match="linear attention"):
+    with pytest.raises(ConfigError, match="linear attention"):
         make_plan(linear, run_config(devices_per_node=2, mesh={"context": 2}))
 
 
