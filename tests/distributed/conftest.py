@@ -1,4 +1,4 @@
-"""The pool of processes that distributed tests share."""
+"""The pool of processes that the tests of a module share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from tests.support.rank_pool import RankPool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rank_pool() -> Iterator[RankPool]:
+    """A module's own, so that no process outlives its tests: it would share two cores with all that come later."""
     pool = RankPool(4)
     yield pool
     pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import socket
 from collections.abc import Callable
@@ -47,5 +48,8 @@ def free_port() -> int:
 
 def _in_group(rank: int, world: int, rendezvous: str, function: Callable[..., Result], *args: Any) -> Result:
     torch.set_num_threads(1)
-    with process_group(rank, world, rendezvous, torch.device("cpu")):
-        return function(rank, *args)
+    try:
+        with process_group(rank, world, rendezvous, torch.device("cpu")):
+            return function(rank, *args)
+    finally:
+        gc.collect()  # what is laid over ranks stands in cycles and holds its groups, each with threads that poll
