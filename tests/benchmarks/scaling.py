@@ -39,7 +39,8 @@ MESHES: dict[str, dict[str, int]] = {
     "tensor 2": {"tensor": 2},
     "context 2": {"context": 2},
 }
-ROW_TOKENS = 512
+ROW_TOKENS = 256
+ROWS = 4
 #: first steps of a run that are left out: buffers, caches, the loader's first rows
 WARM = 3
 
@@ -66,7 +67,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
     config = tiny_config(
         steps=steps,
         row_tokens=ROW_TOKENS,
-        rows_per_step=8,
+        rows_per_step=ROWS,
         micro_batch_rows=2,
         packing_buffer=64,
         share_prefixes=False,
@@ -77,8 +78,8 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(folder / "model", **MODEL)
-        write_store(folder / "train", 4000, seed=1, longest=400)
-        write_store(folder / "held_out", 8, seed=2, longest=400)
+        write_store(folder / "train", 4000, seed=1, longest=200)
+        write_store(folder / "held_out", 8, seed=2, longest=200)
         job = make_job(folder, config)
         for number in range(rounds):
             for name, mesh in MESHES.items():
@@ -105,7 +106,7 @@ def main() -> None:
     meshes = measure(arguments.rounds, arguments.steps)
     for name, figures in meshes.items():
         print(f"{name:12} {figures}")
-    model = {**MODEL, "row_tokens": ROW_TOKENS, "rows_per_step": 8}
+    model = {**MODEL, "row_tokens": ROW_TOKENS, "rows_per_step": ROWS}
     recording.write(arguments.output, {"rounds": arguments.rounds, "job": model, "meshes": meshes})
 
 
