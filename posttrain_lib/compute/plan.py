@@ -162,7 +162,6 @@ def layout_of(config: RunConfig) -> Layout:
         moments=_moments(config),
         lora=lora,
         base_bytes=2 if lora is not None and lora.base_dtype == "bfloat16" else 4,
-        gather_bytes=2 if getattr(train, "gather_precision", "fp32") == "bf16" else 4,
         offload=compute.offload == "parameters",
         cuda=_on_cuda(config),
         emulated=not _on_cuda(config) and _emulates(),

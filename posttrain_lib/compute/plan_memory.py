@@ -55,7 +55,7 @@ class Layout:
     """What memory depends on besides the model.
 
     ``moments``: tensors of a parameter's size that the optimiser keeps, float32. ``base_bytes``: of an entry of frozen
-    weights under adapters. ``gather_bytes``: of an entry of a gathered matrix. ``cuda``: on a GPU, with fused kernels.
+    weights under adapters. ``cuda``: on a GPU, with fused kernels.
     ``emulated``: see ``plan_activations.Setting``.
     """
 
@@ -68,7 +68,6 @@ class Layout:
     moments: int = 2
     lora: Any | None = None
     base_bytes: int = _FLOAT32
-    gather_bytes: int = _FLOAT32
     offload: bool = False
     cuda: bool = False
     emulated: bool = False
@@ -162,7 +161,7 @@ def _weight(
 ) -> int:
     """Bytes of a unit's weights when they are whole."""
     nothing = Share()
-    each = min(layout.gather_bytes, _FLOAT32)
+    each = _FLOAT32
     return trained.get(block, nothing).whole * each + frozen.get(block, nothing).whole * min(layout.base_bytes, each)
 
 
@@ -220,7 +219,7 @@ def _activations(spec: ModelSpec, layout: Layout) -> dict[str, int]:
     config, tokens = spec.config, layout.tokens
     setting = Setting(
         product_bytes=layout.product_bytes,
-        weight_bytes=min(layout.base_bytes, layout.gather_bytes),
+        weight_bytes=layout.base_bytes,
         cuda=layout.cuda,
         trained=layout.lora is None,
         adapter_rank=0 if layout.lora is None else layout.lora.rank,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,14 +14,9 @@ import pytest
 from posttrain_lib.compute.heart import read_pulses
 from tests.distributed.test_launch_faults import lines
 from tests.support.launched import ROOT, command, start, wait_for
+from tests.support.rank_pool import free_port
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 #: a cluster lives in a process of its own: Ray reads its way of authentication once, when it is imported
