@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
-import socket
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.lora import whole
 from posttrain_lib.models.scratch import init_weights
 from posttrain_lib.models.spec import ModelSpec
+from posttrain_lib.parallel.process_group import free_port
 from posttrain_lib.schema.manifests import Check
 from posttrain_lib.schema.mesh import MeshSpec
 
@@ -49,7 +49,7 @@ class TwoProcesses:
 
     def run(self, spec: ModelSpec, folder: str | None, kind: str) -> list[_Result]:
         """What each of two ranks computes."""
-        port = _free_port()
+        port = free_port()
         ranks = [pool.submit(_run, spec, folder, kind, rank, _RANKS, port) for rank, pool in enumerate(self._pools)]
         return [rank.result(timeout=_SECONDS) for rank in ranks]
 
@@ -137,12 +137,6 @@ def _lay(model: Decoder, kind: str, world: int) -> None:
 
 def _mesh(kind: str, world: int) -> MeshSpec:
     return MeshSpec(tensor=world) if kind == "tensor parallel" else MeshSpec(shard=world)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _compared(kind: str, expected: _Result, ranks: list[_Result]) -> Check:

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import pickle
-import socket
 import sys
 import threading
 import time
@@ -74,9 +73,11 @@ def lead(job: TrainJob, compute: ComputeConfig) -> Events:
             fix=f"start it with --nnodes {compute.nodes} --nproc-per-node {compute.devices_per_node}, or change the "
             "section",
         )
+    from posttrain_lib.parallel.process_group import free_port
+
     work = Path(job.work_dir)
     clear(work)
-    job = dataclasses.replace(job, rendezvous=f"{os.environ['MASTER_ADDR']}:{_free_port()}")
+    job = dataclasses.replace(job, rendezvous=f"{os.environ['MASTER_ADDR']}:{free_port()}")
     post = _Post()
     post.send((job, list(compute.stop_signals)))
     with OwnWatch(work, compute.hang_seconds):
@@ -184,12 +185,6 @@ def _first_cause(own: Exception, post: _Post, job: TrainJob) -> Exception:
 
 def _is_victim(text: str) -> bool:
     return any(sign in text for sign in _VICTIM_TEXTS)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _leave_with(parent: int) -> None:

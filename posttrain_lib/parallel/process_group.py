@@ -48,6 +48,13 @@ def process_group(rank: int, world: int, rendezvous: str | None, device: torch.d
         dist.destroy_process_group()
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def bind_to_interface_of(host: str) -> None:
     """Make gloo and NCCL talk through the network interface that owns ``host``, if it is one of this machine.
 

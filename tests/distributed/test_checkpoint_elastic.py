@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from posttrain_lib.checkpoint.manager import load_model_state
+from posttrain_lib.parallel.process_group import free_port
 from posttrain_lib.schema.mesh import SINGLE, MeshSpec
 from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.training.job import TrainJob
 from posttrain_lib.training.loop import train
 from tests.oracles.tiny_job import make_job, tiny_config
-from tests.support.rank_pool import RankPool, free_port
+from tests.support.rank_pool import RankPool
 
 STEPS = 8
 #: float32 sums in another order (6e-8 each), grown through a few updates of Adam; two ranks differ from one by 2e-7

@@ -20,6 +20,7 @@ from posttrain_lib.models.lora import LoraDecoder, apply_lora, init_adapters
 from posttrain_lib.parallel.apply import apply_parallelism
 from posttrain_lib.parallel.compilation import compile_blocks
 from posttrain_lib.parallel.mesh import rank_mesh
+from posttrain_lib.parallel.process_group import free_port
 from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.schema.mesh import SINGLE, MeshSpec
 from posttrain_lib.schema.reports import StepReport
@@ -32,7 +33,7 @@ from tests.oracles.tiny_job import make_job, tiny_config
 from tests.support.lora_cases import everything_of
 from tests.support.packed_batch import batch_of, plain, two_rows
 from tests.support.packed_row import gradients
-from tests.support.rank_pool import RankPool, free_port
+from tests.support.rank_pool import RankPool
 
 CPU = torch.device("cpu")
 #: float64 sums in another order, through four layers (gemma2 on two ranks: 1e-16); gradients of keys that do not come

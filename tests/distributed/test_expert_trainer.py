@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from posttrain_lib.checkpoint.manager import load_model_state
+from posttrain_lib.parallel.process_group import free_port
 from posttrain_lib.schema.mesh import MeshSpec
 from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.training.job import TrainJob
 from posttrain_lib.training.loop import train
 from tests.oracles.tiny_job import make_job, tiny_config
-from tests.support.rank_pool import RankPool, free_port
+from tests.support.rank_pool import RankPool
 
 #: float32 sums in another order, grown through a few updates of Adam, as in test_two_ranks
 NEAR = {"rel": 1e-5, "abs": 1e-6}

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.compute.heart import read_pulses
+from posttrain_lib.parallel.process_group import free_port
 from tests.distributed.test_launch_faults import lines
 from tests.support.launched import ROOT, command, start, wait_for
-from tests.support.rank_pool import free_port
 
 pytestmark = pytest.mark.slow
 

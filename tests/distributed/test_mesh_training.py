@@ -11,12 +11,13 @@ import torch
 
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.config.model import Lora
+from posttrain_lib.parallel.process_group import free_port
 from posttrain_lib.schema.mesh import MeshSpec
 from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.training.job import TrainJob
 from tests.distributed.test_two_ranks import assert_near, figures, run_rank
 from tests.oracles.tiny_job import make_job, tiny_config
-from tests.support.rank_pool import RankPool, free_port
+from tests.support.rank_pool import RankPool
 
 #: two key heads, so that two ranks can share them
 HEADS = {"num_key_value_heads": 2}

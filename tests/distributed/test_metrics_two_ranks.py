@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from posttrain_lib.parallel.process_group import free_port
 from posttrain_lib.schema.mesh import MeshSpec
 from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.training.loop import train
 from tests.oracles.tiny_job import make_job, tiny_config
-from tests.support.rank_pool import RankPool, free_port
+from tests.support.rank_pool import RankPool
 
 STEPS = 3
 

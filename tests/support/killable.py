@@ -15,8 +15,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from posttrain_lib.parallel.process_group import free_port
 from posttrain_lib.schema.mesh import MeshSpec
-from tests.support.rank_pool import free_port
 
 #: what a rank gets to end by itself once a peer is gone
 _PATIENCE_SECONDS = 10.0

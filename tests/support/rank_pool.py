@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
-from posttrain_lib.parallel.process_group import process_group
+from posttrain_lib.parallel.process_group import free_port, process_group
 
 Result = TypeVar("Result")
 #: a rank that died leaves the others waiting
@@ -37,13 +36,6 @@ class RankPool:
         """``function(rank, *args)`` on ``world`` processes, without a group."""
         running = [pool.submit(function, rank, *args) for rank, pool in enumerate(self._pools[:world])]
         return [done.result(timeout=_SECONDS) for done in running]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _in_group(rank: int, world: int, rendezvous: str, function: Callable[..., Result], *args: Any) -> Result:
