@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 
 from posttrain_lib.data.kernels import lay_out, nonzero, pad, place_rows
+from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.data.units import Units
 from posttrain_lib.schema.batches import PackedBatch
@@ -99,15 +100,14 @@ class PackedArrays:
 Fill = Callable[[np.ndarray, PackedArrays], None]
 
 
-def segments_of(store: TokenStore, units: Units, rows: Sequence[Sequence[int]]) -> Segments:
+def segments_of(store: TokenStore, units: Units, rows: Rows) -> Segments:
     """The segments of rows of unit ids."""
-    flat = np.fromiter(chain.from_iterable(rows), np.int64)
-    examples = units.examples(flat)
+    examples = units.examples(rows.units)
     skipped = units.skipped[examples]
-    per_row = np.fromiter(map(len, rows), np.int64, len(rows))
-    if len(examples) > len(flat):  # units of several segments
+    per_row = rows.counts
+    if len(examples) > len(rows.units):  # units of several segments
         row_of_unit = np.repeat(np.arange(len(rows)), per_row)
-        per_row = np.bincount(row_of_unit, weights=units.count[flat], minlength=len(rows)).astype(np.int64)
+        per_row = np.bincount(row_of_unit, weights=units.count[rows.units], minlength=len(rows)).astype(np.int64)
     return Segments(examples, store.lengths[examples] - skipped, skipped, store.source_index[examples], per_row)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain_lib.data.assemble import segments_of
+from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.planner import Planner
 from posttrain_lib.data.store_feed import StoreFeed, feed_for
 from posttrain_lib.data.token_store import TokenStore
@@ -186,10 +187,10 @@ def locate(store: TokenStore, train: TrainConfig, wanted: set[int]) -> tuple[dic
     most = None if train.mixture is None else _MOST_MIXED
     while missing and (train.steps is None or step < train.steps) and (most is None or packed < most):
         rows = planner.rows(train.rows_per_step, step + 1)
-        if not rows:
+        if len(rows) == 0:
             break
         step += 1
-        packed += sum(map(len, rows))
+        packed += len(rows.units)
         for number, row in enumerate(rows, 1):
             if hit := missing.intersection(row):
                 pack = _pack(store, feed, row, train.row_tokens, (step, number, len(rows)))
@@ -226,7 +227,7 @@ def pack_line(pack: Pack, document: ShownDocument, steps: int | None) -> str:
 
 
 def _pack(store: TokenStore, feed: StoreFeed, row: Sequence[int], row_tokens: int, at: tuple[int, int, int]) -> Pack:
-    segments = segments_of(store, feed.units, [row])
+    segments = segments_of(store, feed.units, Rows.of([row]))
     begins = np.cumsum(segments.lengths, dtype=np.int64) - segments.lengths
     columns = (segments.examples, begins, segments.lengths, segments.firsts)
     documents = tuple(

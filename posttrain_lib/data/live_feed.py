@@ -24,7 +24,7 @@ from posttrain_lib.data.live_rows import At, LiveFile
 from posttrain_lib.data.live_stream import LiveStream, LiveUnit, Pool
 from posttrain_lib.data.mixture import Mixer, Part
 from posttrain_lib.data.order import source_seed
-from posttrain_lib.data.packing import Row
+from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.planner import UnitFacts
 from posttrain_lib.data.sources import names_of
 from posttrain_lib.data.store_feed import SourceShare, plain_mixture, schedule
@@ -182,7 +182,7 @@ class LiveFeed:
                 fix="resume with the data and the settings that the checkpoint was made with, or start anew",
             ) from error
 
-    def pack(self, rows: Sequence[Row], row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
+    def pack(self, rows: Rows, row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
         """See :class:`~posttrain_lib.data.planner.Feed`."""
         found = [[self._units[unit][1] for unit in row] for row in rows]
         pieces = [
@@ -209,9 +209,9 @@ class LiveFeed:
 
         return assemble(segments, fill, row_tokens, rows_per_batch)
 
-    def release(self, units: Sequence[int]) -> None:
+    def release(self, units: np.ndarray) -> None:
         """See :class:`~posttrain_lib.data.planner.Feed`."""
-        for unit in units:
+        for unit in units.tolist():
             del self._units[unit]
 
     def name_example(self, example: int) -> str:

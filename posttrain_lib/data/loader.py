@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -28,8 +27,8 @@ import numpy as np
 from posttrain_lib.data.assemble import assemble, segments_of, store_filler
 from posttrain_lib.data.balance import deal_out
 from posttrain_lib.data.kernels import warm
-from posttrain_lib.data.packing import Row, make_packer
-from posttrain_lib.data.planner import Feed, Planner
+from posttrain_lib.data.packing import Rows, make_packer
+from posttrain_lib.data.planner import Feed, Planner, UnitFacts
 from posttrain_lib.data.store_feed import StoreFeed, check_trainable
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.data.units import units_of
@@ -229,7 +228,7 @@ class PackedLoader:
             self._planned_state = None
             step = int(state["step"]) + 1
             rows = self._planner.rows(self._rows_per_step, step)
-            if not rows:
+            if len(rows) == 0:
                 return _Ended(None)
             loaded, last = self._build(step, rows), self._planner.is_through(step + 1)
             after = self._snapshot(step)
@@ -239,16 +238,14 @@ class PackedLoader:
         except BaseException as error:  # handed to next_step, which raises it in the caller's thread
             return _Ended(error)
 
-    def _build(self, step: int, rows: list[Row]) -> LoadedStep:
-        units = np.fromiter(chain.from_iterable(rows), np.int64)
+    def _build(self, step: int, rows: Rows) -> LoadedStep:
+        units = rows.units
         facts = self._feed.facts(units)
         # Every rank gets equally many rows: what is missing is padding, of weight 0.
-        rows = rows + [()] * (-(-self._rows_per_step // self._world) * self._world - len(rows))
-        row_of = np.repeat(np.arange(len(rows)), np.fromiter(map(len, rows), np.int64, len(rows)))
-        costs = self._row_tokens + self._pair_cost * np.bincount(row_of, weights=facts.pairs, minlength=len(rows))
-        own = [rows[row] for row in deal_out(costs, self._world)[self._rank]]
+        rows = rows.filled_up(-(-self._rows_per_step // self._world) * self._world)
+        own = rows if self._world == 1 else rows.take(self._deal(rows, facts))
         micro_batches = self._feed.pack(own, self._row_tokens, self._micro_batch_rows)
-        self._feed.release(units.tolist())
+        self._feed.release(units)
         sources = len(self._feed.sources)
         return LoadedStep(
             step=step,
@@ -260,6 +257,12 @@ class PackedLoader:
             source_tokens=np.bincount(facts.source, weights=facts.tokens, minlength=sources).astype(np.int64),
             source_units=np.bincount(facts.source, minlength=sources),
         )
+
+    def _deal(self, rows: Rows, facts: UnitFacts) -> list[int]:
+        """The numbers of the rows that this rank computes."""
+        row_of = np.repeat(np.arange(len(rows)), rows.counts)
+        costs = self._row_tokens + self._pair_cost * np.bincount(row_of, weights=facts.pairs, minlength=len(rows))
+        return deal_out(costs, self._world)[self._rank]
 
 
 def _row_counts(state: dict[str, Any]) -> dict[str, int]:
@@ -297,7 +300,7 @@ def count_steps(feed: StoreFeed, *, row_tokens: int, rows_per_step: int, packing
     position = feed.mixer.state()
     planner = Planner(feed, row_tokens=row_tokens, packing_buffer=packing_buffer)
     steps = 0
-    while planner.rows(rows_per_step, steps + 1):
+    while len(planner.rows(rows_per_step, steps + 1)):
         steps += 1
     feed.load(position, ())
     return steps
@@ -325,12 +328,11 @@ def held_out_batches(
     units = units_of(store, row_tokens, share_prefixes=share_prefixes)
     packer = make_packer(row_tokens, packing_buffer)
     everything = len(units) + 1
-    rows = packer.feed(np.arange(len(units)), units.lengths, everything)[1] + packer.flush(everything)
+    rows = Rows.joined([packer.feed(np.arange(len(units)), units.lengths, everything)[1], packer.flush(everything)])
     per_rank = -(-len(rows) // world)
-    own = rows[rank::world]
-    own.extend([()] * (per_rank - len(own)))
+    own = rows.filled_up(per_rank * world).take(range(rank, per_rank * world, world))
     for first in range(0, per_rank, batch_rows):
-        segments = segments_of(store, units, own[first : first + batch_rows])
+        segments = segments_of(store, units, own.take(range(first, min(first + batch_rows, per_rank))))
         yield from assemble(segments, store_filler(store, segments), row_tokens, batch_rows)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,52 @@ from posttrain_lib.data import kernels
 from posttrain_lib.errors import DataError
 
 Row = tuple[int, ...]
+
+
+class Rows:
+    """Rows of units, end to end in one array: a step has hundreds of units, and what follows works on arrays.
+
+    Attributes:
+        units: int64 [n], the units of all rows. counts: int64 [R], how many of them each row has.
+    """
+
+    def __init__(self, units: np.ndarray, counts: np.ndarray) -> None:
+        self.units, self.counts = units, counts
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Rows:
+        """From the unit ids of each row."""
+        return cls(np.fromiter(chain.from_iterable(rows), np.int64), np.fromiter(map(len, rows), np.int64, len(rows)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """All rows of several, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        nothing = np.empty(0, np.int64)
+        return cls(
+            np.concatenate([nothing, *(part.units for part in parts)]),
+            np.concatenate([nothing, *(part.counts for part in parts)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __iter__(self) -> Iterator[Row]:
+        members, bounds = self.units.tolist(), [0, *np.cumsum(self.counts).tolist()]
+        return (tuple(members[begin:end]) for begin, end in pairwise(bounds))
+
+    def filled_up(self, rows: int) -> Rows:
+        """These and as many empty ones as make ``rows``."""
+        return Rows(self.units, np.append(self.counts, np.zeros(rows - len(self), np.int64)))
+
+    def take(self, numbers: Sequence[int] | np.ndarray) -> Rows:
+        """The rows of these numbers, in that order."""
+        counts = self.counts[numbers]
+        starts = (np.cumsum(self.counts) - self.counts)[numbers]
+        places = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        return Rows(self.units[places], counts)
+
 
 #: rows' worth of tokens that wait before a row is made with a look-ahead shorter than the buffer: with less, a row of
 #: many short units would take nearly all there is
@@ -37,7 +83,7 @@ class Packer(Protocol):
 
     def feed(
         self, ids: np.ndarray, lengths: np.ndarray, wanted: int, look_ahead: int | None = None
-    ) -> tuple[int, list[Row]]:
+    ) -> tuple[int, Rows]:
         """Take units in until ``wanted`` rows are made: (how many were taken in, those rows).
 
         Args:
@@ -49,7 +95,7 @@ class Packer(Protocol):
             DataError: a unit does not fit into any row.
         """
 
-    def flush(self, wanted: int) -> list[Row]:
+    def flush(self, wanted: int) -> Rows:
         """At most ``wanted`` rows of what waits, however little it is."""
 
     def state(self) -> list[int]:
@@ -94,18 +140,18 @@ class CompiledPacker:
 
     def feed(
         self, ids: np.ndarray, lengths: np.ndarray, wanted: int, look_ahead: int | None = None
-    ) -> tuple[int, list[Row]]:
+    ) -> tuple[int, Rows]:
         """See :class:`Packer`."""
         _check_lengths(ids, lengths, self.row_tokens)
         return self._run(ids, lengths, wanted, min(look_ahead or self.buffer, self.buffer), flush=False)
 
-    def flush(self, wanted: int) -> list[Row]:
+    def flush(self, wanted: int) -> Rows:
         """See :class:`Packer`."""
         return self._run(np.empty(0, np.int64), np.empty(0, np.int32), wanted, self.buffer, flush=True)[1]
 
     def _run(
         self, ids: np.ndarray, lengths: np.ndarray, wanted: int, look_ahead: int, *, flush: bool
-    ) -> tuple[int, list[Row]]:
+    ) -> tuple[int, Rows]:
         out = np.empty(len(self) + len(ids), np.int64)
         wanted = min(wanted, len(out))
         ends = np.empty(wanted, np.int64)
@@ -113,9 +159,8 @@ class CompiledPacker:
             ids, lengths, wanted, flush, self.row_tokens, self.buffer, look_ahead, self._counters, self._slot_id,
             self._slots, self._lists, self._occupied, out, ends,
         )  # fmt: skip
-        bounds = [0, *ends[:rows].tolist()]
-        members = out[: bounds[-1]].tolist()
-        return taken, [tuple(members[begin:end]) for begin, end in pairwise(bounds)]
+        counts = np.diff(ends[:rows], prepend=0)
+        return taken, Rows(out[: counts.sum()], counts)
 
     def state(self) -> list[int]:
         """See :class:`Packer`."""
@@ -127,7 +172,7 @@ class CompiledPacker:
         """See :class:`Packer`."""
         self._clear()
         taken, rows = self.feed(np.asarray(waiting, np.int64), np.asarray(lengths, np.int32), 1)
-        assert taken == len(waiting) and not rows, "a saved buffer is never full"
+        assert taken == len(waiting) and len(rows) == 0, "a saved buffer is never full"
 
 
 class StreamingPacker:
@@ -147,14 +192,14 @@ class StreamingPacker:
 
     def feed(
         self, ids: np.ndarray, lengths: np.ndarray, wanted: int, look_ahead: int | None = None
-    ) -> tuple[int, list[Row]]:
+    ) -> tuple[int, Rows]:
         """See :class:`Packer`."""
         _check_lengths(ids, lengths, self.row_tokens)
         look_ahead = min(look_ahead or self.buffer, self.buffer)
         rows: list[Row] = []
         for taken, (unit, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
             if len(rows) == wanted:
-                return taken, rows
+                return taken, Rows.of(rows)
             self._waiting[self._arrivals] = (unit, length)
             insort(self._by_length, (length, -self._arrivals))
             self._tokens += length
@@ -163,14 +208,14 @@ class StreamingPacker:
                 len(self._waiting) >= look_ahead and self._tokens >= ROWS_AHEAD * self.row_tokens
             ):
                 rows.append(self._pop_row())
-        return len(ids), rows
+        return len(ids), Rows.of(rows)
 
-    def flush(self, wanted: int) -> list[Row]:
+    def flush(self, wanted: int) -> Rows:
         """See :class:`Packer`."""
         rows: list[Row] = []
         while self._waiting and len(rows) < wanted:
             rows.append(self._pop_row())
-        return rows
+        return Rows.of(rows)
 
     def _pop_row(self) -> Row:
         oldest, (unit, length) = self._waiting.popitem(last=False)

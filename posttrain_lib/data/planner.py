@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from posttrain_lib.data.mixture import Mixer
-from posttrain_lib.data.packing import Row, make_packer
+from posttrain_lib.data.packing import Rows, make_packer
 from posttrain_lib.schema.batches import PackedBatch
 
 #: units that the first rows of a run are chosen from; twice as many every few rows, up to the packing buffer: a run
@@ -47,10 +47,10 @@ class Feed(Protocol):
     def load(self, mixer: dict[str, Any], names: Sequence[Any]) -> list[int]:
         """Go to a position; returns the named units, which were drawn before it."""
 
-    def pack(self, rows: Sequence[Row], row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
+    def pack(self, rows: Rows, row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
         """The tokens of rows of units, laid end to end, in batches of so many rows."""
 
-    def release(self, units: Sequence[int]) -> None:
+    def release(self, units: np.ndarray) -> None:
         """The units were packed, or belong to other ranks: they are not needed any more."""
 
     def name_example(self, example: int) -> str:
@@ -68,23 +68,25 @@ class Planner:
         self._packer = make_packer(row_tokens, packing_buffer)
         self._buffer = packing_buffer
 
-    def rows(self, count: int, step: int) -> list[Row]:
+    def rows(self, count: int, step: int) -> Rows:
         """The next ``count`` rows, for optimiser step ``step``; fewer when the stream has ended, then none."""
-        made: list[Row] = []
-        while len(made) < count:
+        parts: list[Rows] = []
+        made = 0
+        while made < count:
             ids, lengths = self._feed.mixer.peek(step)
             if len(ids) == 0:
-                made.extend(self._packer.flush(count - len(made)))
+                parts.append(self._packer.flush(count - made))
                 break
-            before = (step - 1) * count + len(made)
+            before = (step - 1) * count + made
             look_ahead = FIRST_LOOK_AHEAD << min(before // _ROWS_PER_DOUBLING, 30)
-            wanted = count - len(made)
+            wanted = count - made
             if look_ahead < self._buffer:
                 wanted = min(wanted, _ROWS_PER_DOUBLING - before % _ROWS_PER_DOUBLING)
             taken, rows = self._packer.feed(ids, lengths, wanted, look_ahead)
             self._feed.mixer.advance(taken)
-            made.extend(rows)
-        return made
+            parts.append(rows)
+            made += len(rows)
+        return Rows.joined(parts)
 
     def is_through(self, step: int) -> bool:
         """Whether nothing is left for optimiser step ``step``."""

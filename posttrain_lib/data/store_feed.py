@@ -12,7 +12,7 @@ import numpy as np
 from posttrain_lib.data.assemble import assemble, segments_of, store_filler
 from posttrain_lib.data.mixture import Mixer, Part, natural_weight
 from posttrain_lib.data.order import epoch_permutation, row_keys, source_seed, windowed_order
-from posttrain_lib.data.packing import Row
+from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.planner import UnitFacts
 from posttrain_lib.data.streams import StoreStream
 from posttrain_lib.data.token_store import TokenStore
@@ -126,12 +126,12 @@ class StoreFeed:
         self.mixer.load_state(mixer)
         return [int(name) for name in names]
 
-    def pack(self, rows: Sequence[Row], row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
+    def pack(self, rows: Rows, row_tokens: int, rows_per_batch: int) -> list[PackedBatch]:
         """See :class:`~posttrain_lib.data.planner.Feed`."""
         segments = segments_of(self._store, self._units, rows)
         return assemble(segments, store_filler(self._store, segments), row_tokens, rows_per_batch)
 
-    def release(self, units: Sequence[int]) -> None:
+    def release(self, units: np.ndarray) -> None:
         """Nothing is held."""
 
     def name_example(self, example: int) -> str:

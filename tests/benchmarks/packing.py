@@ -150,7 +150,7 @@ def planned(
     planner = Planner(feed, row_tokens=row_tokens, packing_buffer=buffer)
     rows: list[Any] = []
     taken_list: list[int] = []
-    while made := planner.rows(1, 1 + len(rows) // rows_per_step):
+    while made := list(planner.rows(1, 1 + len(rows) // rows_per_step)):
         rows += made
         at = feed.mixer.state()["streams"][0]
         taken_list.append(at["epoch"] * len(lengths) + at["cursor"])
@@ -184,7 +184,7 @@ def planning_rate(feed: Any, documents: int, row_tokens: int, rows_per_step: int
     """Millions of documents a second, step by step, the order of the epoch made before."""
     planner, step = Planner(feed, row_tokens=row_tokens, packing_buffer=buffer), 1
     begun = time.perf_counter()
-    while planner.rows(rows_per_step, step):
+    while len(planner.rows(rows_per_step, step)):
         step += 1
     return round(documents / (time.perf_counter() - begun) / 1e6, 3)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from posttrain_lib.config.train import TrainConfig
 from posttrain_lib.data.assemble import assemble, segments_of, store_filler
+from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.data.units import units_of
 from posttrain_lib.schema.batches import PackedBatch
@@ -52,7 +53,7 @@ HF_CONFIG: dict[str, Any] = {
 
 def pack_rows(store: TokenStore, rows: Sequence[Sequence[int]], row_tokens: int) -> PackedBatch:
     """These rows of examples, packed as the loader packs them, nothing shared."""
-    segments = segments_of(store, units_of(store, store.longest, share_prefixes=False), rows)
+    segments = segments_of(store, units_of(store, store.longest, share_prefixes=False), Rows.of(rows))
     return assemble(segments, store_filler(store, segments), row_tokens, len(rows))[0]
 
 

@@ -29,7 +29,9 @@ def packed_rows(
     lengths = np.array([len(document) for document in documents], np.int32)
     _, rows = packer.feed(np.arange(len(documents)), lengths, len(documents))
     random = np.random.default_rng(seed)
-    return [_row([(number, documents[number]) for number in row], row_tokens, share, random) for row in rows[-wanted:]]
+    return [
+        _row([(number, documents[number]) for number in row], row_tokens, share, random) for row in list(rows)[-wanted:]
+    ]
 
 
 def _row(

@@ -23,6 +23,7 @@ from posttrain_lib.data.loader import (
     count_steps,
     held_out_batches,
 )
+from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.store_feed import MixtureSpec, StoreFeed
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.errors import CheckpointError, DataError
@@ -370,6 +371,6 @@ def test_held_out_batches_cover_the_store_once(store: TokenStore, world: int, ba
 
 
 def test_a_row_of_nothing_is_padding(store: TokenStore) -> None:
-    batch = StoreFeed(store, row_tokens=ROW_TOKENS).pack([()], ROW_TOKENS, 1)[0]
+    batch = StoreFeed(store, row_tokens=ROW_TOKENS).pack(Rows.of([()]), ROW_TOKENS, 1)[0]
     assert batch.real_tokens == 0 and batch.weight == 0 and len(batch.supervised_index) == 0
     assert batch.cu_seqlens.tolist() == [0, ROW_TOKENS] and batch.document_ids.tolist() == [-1]

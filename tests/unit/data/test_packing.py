@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain_lib.data.packing import CompiledPacker, Packer, Row, StreamingPacker, make_packer
+from posttrain_lib.data.packing import CompiledPacker, Packer, Row, Rows, StreamingPacker, make_packer
 from posttrain_lib.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=120)
@@ -22,7 +22,7 @@ Make = Callable[[int, int], Packer]
 both = pytest.mark.parametrize("make", [CompiledPacker, StreamingPacker])
 
 
-def _push(packer: Packer, unit: int, length: int) -> list[Row]:
+def _push(packer: Packer, unit: int, length: int) -> Rows:
     taken, rows = packer.feed(np.array([unit]), np.array([length], np.int32), 1)
     assert taken == 1
     return rows
@@ -32,7 +32,7 @@ def _pack(make: Make, lengths: list[int], buffer: int) -> list[Row]:
     packer = make(ROW_TOKENS, buffer)
     taken, rows = packer.feed(np.arange(len(lengths)), np.array(lengths, np.int32), ALL)
     assert taken == len(lengths)
-    return rows + packer.flush(ALL)
+    return [*rows, *packer.flush(ALL)]
 
 
 @given(
@@ -49,12 +49,12 @@ def test_the_compiled_packer_is_the_plain_one(
     ids, sizes, at, turn = np.arange(len(lengths)) + 7, np.array(lengths, np.int32), 0, 0
     while True:
         count = wanted[turn % len(wanted)] if turn < 50 else ALL
-        (taken, rows), other = (packer.feed(ids[at:], sizes[at:], count, look_ahead) for packer in packers)
-        assert (taken, rows) == other and packers[0].state() == packers[1].state()
+        (taken, rows), (others, theirs) = (packer.feed(ids[at:], sizes[at:], count, look_ahead) for packer in packers)
+        assert taken == others and [*rows] == [*theirs] and packers[0].state() == packers[1].state()
         at, turn = at + taken, turn + 1
         if count == ALL:
             break
-    assert packers[0].flush(ALL) == packers[1].flush(ALL)
+    assert [*packers[0].flush(ALL)] == [*packers[1].flush(ALL)]
 
 
 @both
@@ -101,23 +101,26 @@ def test_resumed_equals_uninterrupted(make: Make, lengths: list[int], buffer: in
             packer = make(ROW_TOKENS, buffer)
             packer.load_state(state, [lengths[waiting] for waiting in state])
         rows.extend(_push(packer, unit, length))
-    assert rows + packer.flush(ALL) == _pack(make, lengths, buffer)
+    assert [*rows, *packer.flush(ALL)] == _pack(make, lengths, buffer)
 
 
 @both
 def test_takes_the_longest_that_fits_and_of_equals_the_oldest(make: Make) -> None:
     packer = make(10, 5)
     lengths = np.array([4, 6, 3, 6, 2], np.int32)
-    assert packer.feed(np.arange(4), lengths[:4], ALL) == (4, [])
-    assert packer.feed(np.arange(4, 5), lengths[4:], ALL) == (1, [(0, 1)])
-    assert packer.flush(ALL) == [(2, 3), (4,)]
+    taken, rows = packer.feed(np.arange(4), lengths[:4], ALL)
+    assert (taken, [*rows]) == (4, [])
+    taken, rows = packer.feed(np.arange(4, 5), lengths[4:], ALL)
+    assert (taken, [*rows]) == (1, [(0, 1)])
+    assert [*packer.flush(ALL)] == [(2, 3), (4,)]
 
 
 @both
 def test_stops_taking_units_in_when_it_has_made_the_rows(make: Make) -> None:
     packer = make(10, 2)
     units, lengths = np.arange(6), np.full(6, 10, np.int32)
-    assert packer.feed(units, lengths, 2) == (3, [(0,), (1,)])
+    taken, rows = packer.feed(units, lengths, 2)
+    assert (taken, [*rows]) == (3, [(0,), (1,)])
     assert packer.state() == [2]
 
 
@@ -145,7 +148,22 @@ def test_what_fits_no_row_is_named(make: Make, length: int) -> None:
 @both
 def test_nothing_waits_nothing_comes(make: Make) -> None:
     packer = make(ROW_TOKENS, 4)
-    assert packer.flush(ALL) == [] and packer.state() == [] and len(packer) == 0
+    assert [*packer.flush(ALL)] == [] and packer.state() == [] and len(packer) == 0
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 99), max_size=4).map(tuple), max_size=6),
+    more=st.lists(st.lists(st.integers(0, 99), max_size=4).map(tuple), max_size=6),
+    empty=st.integers(0, 3),
+    data=st.data(),
+)
+def test_rows_are_what_lists_of_tuples_are(rows: list[Row], more: list[Row], empty: int, data: st.DataObject) -> None:
+    held = Rows.of(rows)
+    assert [*held] == rows and len(held) == len(rows)
+    assert [*Rows.joined([held, Rows.of(more)])] == rows + more and [*Rows.joined([])] == []
+    assert [*held.filled_up(len(rows) + empty)] == rows + [()] * empty
+    numbers = data.draw(st.lists(st.sampled_from(range(len(rows))), max_size=6)) if rows else []
+    assert [*held.take(np.array(numbers, np.int64))] == [rows[number] for number in numbers]
 
 
 @both

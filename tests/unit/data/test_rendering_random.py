@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
@@ -101,6 +101,8 @@ def test_a_random_conversation_is_refused_or_learned_exactly(
             rendered = render_conversation(tokenizer, conversation, trained_turns, train_on)
         except RefusedRow as refusal:
             seen[refusal.reason] += 1
+            # A template without tools or a system turn would leave few examples to learn from: draw others.
+            assume(refusal.reason not in ("template_lacks_tools", "template_refuses"))
             return
         for document in rendered.documents:
             try:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.store_feed import StoreFeed
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.data.units import LEAST_SHARED, units_of
@@ -116,7 +117,7 @@ def test_every_document_can_be_read_out_of_its_row_whole(
             packed, room = [*packed, ()], 160
         packed[-1] = (*packed[-1], unit)
         room -= int(units.lengths[unit])
-    found = _documents(feed.pack(packed, 160, len(packed))[0])
+    found = _documents(feed.pack(Rows.of(packed), 160, len(packed))[0])
     assert sorted(found) == list(range(len(store)))
     for example, (tokens, trained) in found.items():
         ids, weights = store.get(example)
