@@ -30,7 +30,7 @@ from posttrain_lib.compute.logs import Tail, log_path, logs_folder, redirect
 from posttrain_lib.compute.memory import KillEvidence
 from posttrain_lib.compute.rank import on_signals, run_rank
 from posttrain_lib.compute.ray_failures import WorkerLostError, first_cause
-from posttrain_lib.compute.ray_placement import START_SECONDS, Placement, actor_resources, fit_to_devices, unit_of
+from posttrain_lib.compute.ray_placement import START_SECONDS, actor_resources, place, unit_of
 from posttrain_lib.compute.ray_session import RaySession, ray_session
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.schema.reports import StepReport, TrainResult
@@ -110,6 +110,7 @@ def launch_on_ray(job: TrainJob, compute: ComputeConfig) -> Events:
     """
     cores = max(job.world, len(os.sched_getaffinity(0)))
     work = Path(job.work_dir)
+    unit: dict[str, float] = {}
     for attempt in range(compute.retries + 1):
         pulse.begin()
         pulse.beat("Ray")
@@ -119,10 +120,8 @@ def launch_on_ray(job: TrainJob, compute: ComputeConfig) -> Events:
                 ray_session(work, compute.address, cores) as session,
                 on_signals(compute.stop_signals, lambda name: ask_all_to_stop(work, f"the driver got {name}")),
             ):
-                unit = unit_of(job)
-                if attempt and not session.private:
-                    job = fit_to_devices(job, unit, compute.devices_per_node, compute.min_devices)
-                return (yield from _run_once(job, compute, session, unit))
+                unit = unit or unit_of(job)  # of the first attempt: what was lost since must not change it
+                return (yield from _run_once(job, compute, session, unit, after_loss=attempt > 0))
         except WorkerLostError as lost:
             if attempt == compute.retries:
                 raise TrainingError(
@@ -136,7 +135,9 @@ def launch_on_ray(job: TrainJob, compute: ComputeConfig) -> Events:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _run_once(job: TrainJob, compute: ComputeConfig, session: RaySession, unit: dict[str, float]) -> Events:
+def _run_once(
+    job: TrainJob, compute: ComputeConfig, session: RaySession, unit: dict[str, float], *, after_loss: bool
+) -> Events:
     work = Path(job.work_dir)
     clear(work)
     evidence = KillEvidence()
@@ -145,9 +146,9 @@ def _run_once(job: TrainJob, compute: ComputeConfig, session: RaySession, unit: 
     with contextlib.ExitStack() as undo:
         placement = None
         if not session.private:
-            placement = Placement(job, unit, compute.devices_per_node)
+            least = compute.min_devices if after_loss else None
+            placement, job = place(job, unit, compute.devices_per_node, least)
             undo.callback(placement.give_back)
-            placement.wait(lambda: None)
         undo.callback(_kill, workers)
         pulse.beat("actors")
         for rank in range(job.world):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -53,22 +53,18 @@ class Placement:
         bundles = [{name: size * amount for name, amount in unit.items()} for size in self._sizes]
         self._group: PlacementGroup = placement_group(bundles, strategy="STRICT_SPREAD")
 
-    def wait(self, still: Callable[[], None]) -> None:
-        """Until the room is there; ``still`` is called about once a second.
+    def is_ready(self, seconds: float) -> bool:
+        """Whether the room is there, at the latest ``seconds`` from now."""
+        return bool(self._group.wait(seconds))
 
-        Raises:
-            TrainingError: the cluster had no such room in time.
-        """
-        deadline = time.monotonic() + START_SECONDS
-        while not self._group.wait(1.0):
-            still()
-            if time.monotonic() > deadline:
-                raise TrainingError(
-                    "the cluster has no room for the job",
-                    where=f"{len(self._sizes)} nodes with {self._per_node} x {self._unit} each",
-                    got=f"{ray.available_resources()} free",
-                    fix="wait for the cluster to be free, ask for fewer nodes, or set compute.min_devices",
-                )
+    def refusal(self) -> TrainingError:
+        """To be raised when the room does not come."""
+        return TrainingError(
+            "the cluster has no room for the job",
+            where=f"{len(self._sizes)} nodes with {self._per_node} x {self._unit} each",
+            got=f"{ray.available_resources()} free",
+            fix="wait for the cluster to be free, ask for fewer nodes, or set compute.min_devices",
+        )
 
     def options(self, rank: int) -> dict[str, Any]:
         """Options of the actor of ``rank``."""
@@ -93,28 +89,39 @@ def devices_alive(unit: dict[str, float], per_node: int) -> int:
     return sum(min(per_node, int(has)) for has in nodes)
 
 
-def fit_to_devices(job: TrainJob, unit: dict[str, float], per_node: int, least: int | None) -> TrainJob:
-    """After a loss: the job as it is where the cluster has its devices again in time, else on a smaller mesh.
+def place(job: TrainJob, unit: dict[str, float], per_node: int, least: int | None) -> tuple[Placement, TrainJob]:
+    """Wait for room on the cluster; with ``least``, settle for fewer devices where the rest does not come back.
 
-    Without ``least`` the job stays as it is, and waits for its devices when it is placed.
+    A node that is gone counts as alive for as long as its heartbeats are waited for, and a new one may be on its way:
+    so the whole job is asked for first, and what is missing must be missing for a while.
+
+    Returns:
+        The room, and the job as it fits in there, on a smaller mesh or as it was.
 
     Raises:
-        TrainingError: what is left cannot run the job, or is below ``least``.
+        TrainingError: no room in time; or what is left cannot run the job, or is below ``least``.
     """
-    if least is None:
-        return job
-    deadline = time.monotonic() + REPLACE_SECONDS
-    while (there := devices_alive(unit, per_node)) < job.world and time.monotonic() < deadline:
-        time.sleep(1.0)
-    if there >= job.world:
-        return job
+    placement = Placement(job, unit, per_node)
+    deadline, missing_since = time.monotonic() + START_SECONDS, math.inf
+    try:
+        while not placement.is_ready(1.0):
+            now, there = time.monotonic(), devices_alive(unit, per_node)
+            missing_since = min(missing_since, now) if there < job.world else math.inf
+            if least is not None and now - missing_since > REPLACE_SECONDS:
+                placement.give_back()
+                return place(_shrunk(job, there, least), unit, per_node, None)
+            if now > deadline:
+                raise placement.refusal()
+    except BaseException:
+        placement.give_back()
+        raise
+    return placement, job
+
+
+def _shrunk(job: TrainJob, there: int, least: int) -> TrainJob:
     train = job.train
     mesh = smaller_mesh(
-        job.mesh,
-        there,
-        least=least,
-        rows_per_step=train.rows_per_step,
-        micro_batch_rows=train.micro_batch_rows,
+        job.mesh, there, least=least, rows_per_step=train.rows_per_step, micro_batch_rows=train.micro_batch_rows
     )
     if mesh is None:
         raise TrainingError(

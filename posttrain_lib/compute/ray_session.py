@@ -102,12 +102,10 @@ def _start_private(cores: int, folder: Path | None, quiet: Mapping[str, Any]) ->
 
 def _join(address: str, quiet: Mapping[str, Any]) -> None:
     """Connect to a running cluster; the project goes with it, as the cluster's machines may not have it."""
-    import posttrain_lib
-
     address = resolved(address)
     check_reachable(address)
     try:
-        ray.init(address=address, runtime_env={"py_modules": [posttrain_lib]}, **quiet)
+        ray.init(address=address, runtime_env={"py_modules": [str(PROJECT_ROOT / "posttrain_lib")]}, **quiet)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # another version, not a head, no rights
         raise _nobody(address, error) from error
 
