@@ -14,7 +14,6 @@ resident memory rose.
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.training.state import Progress, TrainState
-from tests.benchmarks.loading import Resident
+from tests.benchmarks.machine import Resident, out_of_cache
 from tests.benchmarks.recording import Recording, argument_parser
 
 #: a block's matrices, the shapes of a decoder of hidden size 1024
@@ -68,16 +67,6 @@ def seconds(work: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
-
-
-def out_of_cache(folder: Path) -> None:
-    """Drop the folder's pages from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
 
 
 class Ours:

@@ -4,8 +4,10 @@
 
 Each rank is a process over gloo that lays the decoder over all ranks (FSDP2) and reads its own regions of the files.
 Kept are, per rank: the bytes of its share, how much its resident memory rose above what it was before (the peak of
-anonymous pages and of mapped file pages together, sampled), and the seconds of reading alone. The files are in the
-page cache for everybody: each round reads them once before. Medians of interleaved rounds.
+anonymous pages and of mapped file pages together, sampled), and the seconds of reading alone, into parameters whose
+memory is there. The measure of it is ``raw readinto``: one process that reads the files into memory that is there.
+``cold``: the files are dropped from the page cache before. ``warm``: they are read once before. Medians of interleaved
+rounds.
 
 With ``--store`` each number of ranks also reads the same files from an S3 server on loopback (moto's, behind a proxy,
 in a process of their own); kept is, besides, how many bytes a rank fetched for each byte of its share.
@@ -16,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import socket
 import statistics
 import tempfile
@@ -28,17 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.schema.mesh import MeshSpec
+from tests.benchmarks.machine import Resident, out_of_cache
 from tests.benchmarks.recording import Recording, argument_parser
 
 MIB = 1 << 20
-#: the shape of a Qwen3 of about 0.2 G parameters: large beside what a process of torch takes by itself
+#: the shape of a Qwen3 of 0.5 G parameters: a rank's share is large beside the buffers of reading
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "vocab_size": 32768,
     "hidden_size": 1024,
     "intermediate_size": 3072,
-    "num_hidden_layers": 10,
+    "num_hidden_layers": 36,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 64,
@@ -46,28 +48,6 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-
-
-class Resident:
-    """Largest rise of this process's resident memory while inside, in bytes."""
-
-    def __enter__(self) -> Resident:
-        self._before, self.rise, self._stop = self._now(), 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.rise = max(self.rise, self._now() - self._before)
-
-    @staticmethod
-    def _now() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def write_folder(folder: Path) -> int:
@@ -112,8 +92,10 @@ def ours(folder: str, source: str, rank: int, world: int, port: int) -> dict[str
         model = build_model(spec, dtype=torch.bfloat16, device="meta")
         apply_parallelism(model, mesh=rank_mesh(MeshSpec(shard=world), device), activation_checkpointing="none")
         with Resident() as resident:
-            begun = time.perf_counter()
             model.to_empty(device=device)
+            for parameter in model.parameters():
+                local_block(parameter.detach())[0].fill_(0.0)  # its pages are there from now on
+            begun = time.perf_counter()
             load_hf_weights(model, spec, source)
             seconds = time.perf_counter() - begun
         share = sum(local_block(parameter)[0].nbytes for parameter in model.parameters())
@@ -137,10 +119,34 @@ def transformers_alone(folder: str) -> dict[str, float]:
     return {"share_mib": share / MIB, "rise_mib": resident.rise / MIB, "seconds": seconds}
 
 
-def in_processes(count: int, run: Any, folder: str, source: str | None = None) -> list[dict[str, float]]:
-    """``run(folder, ...)`` in fresh processes, one a rank; the files are read once before."""
+def raw_readinto(folder: str) -> dict[str, float]:
+    """The measure: every file read whole into memory whose pages are there."""
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    memory = memoryview(bytearray(max(path.stat().st_size for path in paths)))
+    memory[:] = bytes(len(memory))
+    begun = time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as handle:
+            at, size = 0, path.stat().st_size
+            while at < size:
+                at += handle.readinto(memory[at:size])
+    return {"seconds": time.perf_counter() - begun}
+
+
+def prepare_cache(folder: str, cold: bool) -> None:
+    """The files out of the page cache, or in it."""
+    if cold:
+        out_of_cache(Path(folder))
+        return
     for path in Path(folder).glob("*.safetensors"):
         path.read_bytes()
+
+
+def in_processes(
+    count: int, run: Any, folder: str, source: str | None = None, *, cold: bool = False
+) -> list[dict[str, float]]:
+    """``run(folder, ...)`` in fresh processes, one a rank."""
+    prepare_cache(folder, cold)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -165,6 +171,8 @@ def in_store(folder: str) -> Iterator[str]:
 
 def worst(ranks: list[dict[str, float]]) -> dict[str, float]:
     """The rank that took the most memory and the one that took the longest."""
+    if "rise_mib" not in ranks[0]:
+        return ranks[0]
     top = max(ranks, key=lambda rank: rank["rise_mib"])
     return {**top, "rise_over_share": top["rise_mib"] / top["share_mib"], "seconds": max(r["seconds"] for r in ranks)}
 
@@ -172,7 +180,7 @@ def worst(ranks: list[dict[str, float]]) -> dict[str, float]:
 def main() -> None:
     """Measure, print, write."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--store", action="store_true", help="also from an S3 server on loopback")
     options = parser.parse_args()
@@ -183,18 +191,30 @@ def main() -> None:
         folder = str(Path(temporary) / "model")
         url = stack.enter_context(in_store(folder)) if options.store else None
         for _ in range(options.rounds):
-            found.setdefault("transformers, 1 process", []).append(worst(in_processes(1, transformers_alone, folder)))
+            for cold, state in ((True, "cold"), (False, "warm")):
+                for name, run in (("raw readinto", raw_readinto), ("transformers", transformers_alone)):
+                    one = worst(in_processes(1, run, folder, cold=cold))
+                    found.setdefault(f"{name}, 1 process, {state}", []).append(one)
+                for world in options.ranks:
+                    ranks = worst(in_processes(world, ours, folder, cold=cold))
+                    found.setdefault(f"ours, {world} ranks, {state}", []).append(ranks)
             for world in options.ranks:
-                found.setdefault(f"ours, {world} ranks", []).append(worst(in_processes(world, ours, folder)))
                 if url is not None:
                     from_store = worst(in_processes(world, ours, folder, url))
                     found.setdefault(f"ours, {world} ranks, from S3", []).append(from_store)
+    medians = {
+        name: {key: round(statistics.median(each[key] for each in rounds), 3) for key in rounds[0]}
+        for name, rounds in found.items()
+    }
     figures = {
         "model_mib": round(size / MIB, 1),
         "rounds": options.rounds,
-        "medians_of_the_worst_rank": {
-            name: {key: round(statistics.median(each[key] for each in rounds), 3) for key in rounds[0]}
-            for name, rounds in found.items()
+        "medians_of_the_worst_rank": medians,
+        "rate_over_raw_readinto": {
+            name: round(medians[f"raw readinto, 1 process, {state}"]["seconds"] / figures["seconds"], 3)
+            for name, figures in medians.items()
+            for state in ("cold", "warm")
+            if name.startswith("ours") and name.endswith(state)
         },
     }
     print(json.dumps(figures, indent=1))
