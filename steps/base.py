@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from posttrain_lib.lineage.environment import describe_code, describe_environmen
 from posttrain_lib.lineage.source_digest import references_in, source_digest, user_code
 from posttrain_lib.lineage.store import Store, default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef, Check, StepManifest
+from steps import unfinished
 
 Say = Callable[[str], None]
 Manifests = Mapping[str, StepManifest]
@@ -113,7 +115,7 @@ def run_step(
         if found is not None:
             say(f"{step.name}: reused {key[:12]} (same config, inputs, source and environment)")
             return dataclasses.replace(found, reused=True)
-        say(f"{step.name}: running, {_reason(store, step, parts, reuse)}")
+        say(f"{step.name}: running, {_reason(store, step, config, parts, reuse)}")
         work_key = key
         if step.work_settings is not None:
             work_key, _ = content_key(dataclasses.replace(step, settings=step.work_settings), config, inputs)
@@ -121,6 +123,8 @@ def run_step(
         held = contextlib.nullcontext() if work_key == key else store.lock(f"{step.name}-work", work_key, say)
         with held:
             work = store.work_folder(step.name, work_key)
+            if step.work_settings is not None:
+                _tell_unfinished(step, config, inputs, work, say)
             manifest = _do(step, config, inputs, key, parts, store, work, say, observe, replace=not reuse)
     say(f"{step.name}: done in {manifest.seconds:.1f} s, stored as {key[:12]}{_tail(manifest)}")
     return manifest
@@ -187,7 +191,16 @@ def _remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _reason(store: Store, step: Step, parts: dict[str, str], reuse: bool) -> str:
+def _tell_unfinished(step: Step, config: RunConfig, inputs: Mapping[str, ArtifactRef], work: Path, say: Say) -> None:
+    """What an interrupted attempt left under other settings would otherwise be lost without a word."""
+    assert step.work_settings is not None
+    settings = {**step.work_settings(config), "inputs": {name: ref.digest[:12] for name, ref in inputs.items()}}
+    if (line := unfinished.left_behind(work, settings)) is not None:
+        say(f"{step.name}: {line}")
+    unfinished.record(work, settings)
+
+
+def _reason(store: Store, step: Step, config: RunConfig, parts: dict[str, str], reuse: bool) -> str:
     """Why the stored results do not serve."""
     if not reuse:
         return "because reuse is off"
@@ -195,7 +208,11 @@ def _reason(store: Store, step: Step, parts: dict[str, str], reuse: bool) -> str
     if newest is None:
         return "no earlier result in the store"
     changed = [name for name, value in parts.items() if newest.key_parts.get(name) != value]
-    return f"{' and '.join(changed) or 'nothing'} changed since {newest.key[:12]}"
+    line = f"{' and '.join(changed) or 'nothing'} changed since {newest.key[:12]}"
+    if "config" in changed:
+        settings = json.loads(json.dumps(step.settings(config), default=str))
+        line += f" ({unfinished.told(unfinished.differences(newest.config, settings))})"
+    return line
 
 
 def _tail(manifest: StepManifest) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from posttrain_lib.schema.reports import StepReport, TrainResult
+from posttrain_lib.schema.trajectory import TRAJECTORY
 from steps import prepare_data
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 from steps.watch import METRICS, watch
@@ -40,10 +41,10 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def work_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings without mesh and threads: a checkpoint goes on with another number of them. Without the profile
-    too: it changes no result, so that a run can be looked at from where it stands."""
+    """The settings that a checkpoint is bound to: the others may change in the middle of a run, as mesh and threads,
+    how often to save, and what to do about incidents."""
     wanted = settings(config)
-    train = {name: value for name, value in wanted["train"].items() if name != "profile"}
+    train = {name: value for name, value in wanted["train"].items() if name in TRAJECTORY}
     return {**wanted, "train": train, "compute": {"device": wanted["compute"]["device"]}}
 
 

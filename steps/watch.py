@@ -28,6 +28,7 @@ def watch(
     own: list[Sink] = [kept, Terminal(context.say, sys.stdout)]
     sinks = Sinks([*own, *build_sinks(context.config.tracking)], facts, context.work, context.say)
     result: TrainResult | None = None
+    first = True
     try:
         while result is None:
             try:
@@ -35,9 +36,20 @@ def watch(
             except StopIteration as stop:
                 result = stop.value
                 continue
+            if first and report.step == 0 and reports:
+                context.say(_begun_again(max(reports)))
+            first = False
             reports[report.step] = report
             sinks.step(report)
             context.observe(report)
     finally:
         sinks.close(None if result is None else vars(result))
     return result, [reports[step] for step in sorted(reports)], sinks.receipt()
+
+
+def _begun_again(step: int) -> str:
+    """Why a run that was further begins at step 0."""
+    return (
+        f"train: WARNING: this run had come to step {step}, and none of its checkpoints can be read (those that are "
+        "there are named below); it begins again at step 0"
+    )

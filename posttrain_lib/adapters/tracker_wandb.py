@@ -40,7 +40,7 @@ class WandBSink:
             dir=self.folder,
             config=dict(facts.config),
             reinit="create_new",  # other runs of this process are not ours to end
-            settings=wandb.Settings(console="off", disable_git=True, disable_code=True),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
         )
         self._run.define_metric("*", step_metric="step")  # its own count could not go back with a run that does
         return str(run_id)

@@ -70,8 +70,8 @@ def incident(
         where=f"step {step}, rows {', '.join(named[:_NAMED])}{more}",
         got=value,
         expected="a finite number" if kind == "non_finite" else above,
-        fix="lower train.optimizer.lr, lengthen the warm-up, clip harder, or look at those rows; the last checkpoint "
-        "is good. train.incidents can skip such steps, or roll back past them",
+        fix="look at those rows. With another train.incidents (skip such steps, or roll back past them) the run goes "
+        "on from its last checkpoint; a lower train.optimizer.lr, a longer warm-up or a harder clip begin a new one",
     )
     found.kind, found.quantity, found.value = kind, quantity, value
     found.rows, found.suspects = rows, suspects
@@ -83,11 +83,11 @@ class IncidentPolicy:
 
     Args:
         config: ``train.incidents``, or anything with its attributes.
-        log: where incidents are written; None on all ranks but the first.
+        log: the file of incidents. writes: on the first rank alone.
     """
 
-    def __init__(self, config: Any, log: Path | None) -> None:
-        self.config, self.log = config, log
+    def __init__(self, config: Any, log: Path, *, writes: bool = True) -> None:
+        self.config, self.log, self.writes = config, log, writes
 
     @property
     def rolls_back(self) -> bool:
@@ -135,7 +135,9 @@ class IncidentPolicy:
                 where=found.where,
                 got=f"{progress.incidents} incidents, the last of {found.value}",
                 expected=f"at most {self.config.most} (train.incidents.most)",
-                fix=f"look at the rows in {LOG}, lower train.optimizer.lr, or raise train.incidents.most",
+                fix=f"look at the rows in {self.log}. If these steps follow one another, the one before the first "
+                "has ruined the weights, and so have the checkpoints since: roll_back instead of skip, or a lower "
+                "train.optimizer.lr in a new run. Else raise train.incidents.most: the run goes on",
             ) from found
         if action == "skip" or action == "roll_back":
             return action
@@ -143,7 +145,7 @@ class IncidentPolicy:
 
     def _write(self, found: StepIncident, data_step: int, action: str) -> None:
         """Once, however often a run is resumed before it."""
-        if self.log is None:
+        if not self.writes:
             return
         entry = {
             "data_step": data_step,

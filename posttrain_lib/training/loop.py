@@ -145,7 +145,7 @@ class Trainer:
             asynchronous=config.checkpoint.asynchronous,
             layout=dataclasses.asdict(job.mesh),
         )
-        self.incidents = IncidentPolicy(config.incidents, Path(job.work_dir) / LOG if job.rank == 0 else None)
+        self.incidents = IncidentPolicy(config.incidents, Path(job.work_dir) / LOG, writes=job.rank == 0)
 
     def data_end(self) -> str:
         """That the data ends before the steps asked for, and what there is of it; empty where it does not, or where

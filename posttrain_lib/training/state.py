@@ -11,31 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from posttrain_lib.models.lora import LoraDecoder
+from posttrain_lib.schema.trajectory import TRAJECTORY
 
 if TYPE_CHECKING:
     from posttrain_lib.data.loader import PackedLoader
     from posttrain_lib.models.decoder import Decoder
-
-#: Fields of the train section that decide the sequence of weights. A checkpoint made under others is of another run.
-#: Layout (micro-batches, workers, recomputation) and habits (how often to save or evaluate) may change on resume.
-TRAJECTORY = (
-    "steps",
-    "epochs",
-    "row_tokens",
-    "rows_per_step",
-    "packing_buffer",
-    "share_prefixes",
-    "shuffle_window",
-    "mixture",
-    "loss",
-    "loss_options",
-    "optimizer",
-    "schedule",
-    "clip_norm",
-    "precision",
-    "incidents",
-    "seed",
-)
 
 
 @dataclass
@@ -65,7 +45,7 @@ class Progress:
 class TrainState:
     """Model, optimiser, data position and counters. The learning rate is a function of ``progress.step``.
 
-    ``trajectory`` is what the weights depend on besides their start (see :data:`TRAJECTORY`); ``report`` is the last
+    ``trajectory`` is what the weights depend on besides their start (see ``schema.trajectory``); ``report`` is the last
     step's report, so that a resumed run can say again what a killed one may not have got out.
     """
 

@@ -8,6 +8,7 @@ import pytest
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import build_run_config
+from posttrain_lib.config.train import Incidents
 from posttrain_lib.errors import DataError, StoreError
 from posttrain_lib.lineage.store import Store
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
@@ -85,6 +86,7 @@ def test_a_change_is_named(tmp_path: Path, config: RunConfig, what: str) -> None
     _, said = run(recorder.step(version=2 if what == "version" else 1), changed, store)
     assert recorder.runs == 2
     assert f"{what} changed since" in said[0]
+    assert what == "version" or "steps 10 -> 11" in said[0]
 
 
 def test_reuse_can_be_turned_off(tmp_path: Path, config: RunConfig) -> None:
@@ -137,6 +139,32 @@ def test_interrupted_work_goes_on_under_settings_that_do_not_decide_it(tmp_path:
     step = dataclasses.replace(step, body=lambda c: (seen.append((c.work / "progress").exists()), body(c))[1])
     run(step, other, store)
     assert seen == [True] and not left.exists()
+
+
+def test_unfinished_work_of_other_settings_is_told(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    step = dataclasses.replace(recorder.step(), work_settings=lambda config: {"train": {"seed": config.train.seed}})
+    recorder.fail = DataError("stopped")
+    other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})})
+    for wanted in (config, config, other):
+        said: list[str] = []
+        with pytest.raises(DataError):
+            run_step(step, wanted, {}, store=store, say=said.append)
+        told = [line for line in said if "unfinished" in line]
+        if wanted is config:
+            assert not told
+    assert len(told) == 1 and f"train.seed {config.train.seed} -> 7" in told[0]
+    assert str(tmp_path / "work" / "fake") in told[0]
+
+
+def test_training_goes_on_with_another_way_of_saving_and_looking(config: RunConfig) -> None:
+    def changed(**values: object) -> RunConfig:
+        return config.model_copy(update={"train": config.train.model_copy(update=values)})
+
+    for values in ({"evaluate_every_steps": 3}, {"micro_batch_rows": 2}, {"incidents": Incidents(non_finite="skip")}):
+        assert train.settings(changed(**values)) != train.settings(config), values
+        assert train.work_settings(changed(**values)) == train.work_settings(config)
+    assert train.work_settings(changed(seed=99)) != train.work_settings(config)
 
 
 def test_training_goes_on_with_another_number_of_workers(config: RunConfig) -> None:

@@ -1,12 +1,17 @@
 """What a person sees while training runs."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from posttrain_lib.config.load import build_run_config
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.tracking.terminal import ProgressLine
+from steps.base import StepContext
 from steps.train import summary, throughput
+from steps.watch import watch
 
 REPORT = StepReport(
     step=5, total_steps=10, loss=1.25, lr=0.1, grad_norm=1.0, trained_weight=50.0, real_tokens=90, slot_tokens=100,
@@ -77,3 +82,25 @@ def test_the_summary_says_where_training_made_it_worse() -> None:
 def test_the_summary_says_where_the_data_ended() -> None:
     end = "the data ends after 2 of the 40 steps asked for (good: 10 examples)"
     assert summary(replace(RESULT, data_end=end)) == f"2 steps; {end}; best held-out loss 6.4052"
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path: Path) -> None:
+    """Steps are known, and training begins again at 0: not between other things in a progress line."""
+
+    def reports(first: int) -> Iterator[StepReport]:
+        for step in range(first, 3):
+            yield replace(REPORT, step=step, total_steps=2)
+        return RESULT
+
+    config = build_run_config({
+        "name": "test",
+        "data": {"sources": [{"name": "a", "path": "rows.jsonl"}], "max_example_tokens": 64},
+        "model": {"path": "folder"},
+        "train": {"steps": 2, "row_tokens": 64},
+    })  # fmt: skip
+    said: list[str] = []
+    context = StepContext(config, {}, tmp_path / "out", tmp_path, said.append, lambda _: None)
+    for first, told in ((0, False), (1, False), (0, True)):
+        said.clear()
+        watch(reports(first), context)
+        assert any("WARNING" in line and "step 2" in line for line in said) == told

@@ -131,6 +131,20 @@ def test_rolling_back_leaves_the_data_since_the_checkpoint_out(tmp_path: Path, b
     assert reports[back + 1].lr == reports[1].lr
 
 
+def test_a_run_that_stopped_goes_on_under_another_policy(tmp_path: Path, bad_step: int) -> None:
+    """From its last checkpoint, as the run that had that policy from its beginning."""
+    every = {"checkpoint": {"every_steps": 1, "keep_last": 2}}
+    with pytest.raises(StepIncident):
+        run(make_job(tmp_path, config({}, **every)))
+    resumed, result = run(make_job(tmp_path, config({"non_finite": "skip"}, **every)))
+    whole, other = run(make_job(tmp_path, config({"non_finite": "skip"}, **every), work="whole"))
+    assert resumed[0].event.startswith("resumed") and resumed[0].step == bad_step - 1
+    assert result is not None and other is not None
+    one, two = bits(result.last_checkpoint), bits(other.last_checkpoint)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert resumed[-1].loss == whole[-1].loss
+
+
 def test_too_many_incidents_stop(tmp_path: Path) -> None:
     """Two epochs meet the row twice."""
     settings = config({"non_finite": "skip", "most": 1}, steps=None, epochs=2)
@@ -162,7 +176,9 @@ def test_a_spike_can_stop(tmp_path: Path) -> None:
 
 
 def policy(**changes: object) -> IncidentPolicy:
-    return IncidentPolicy(Incidents.model_validate({"spike": "skip", "window": 16, **changes}), None)
+    return IncidentPolicy(
+        Incidents.model_validate({"spike": "skip", "window": 16, **changes}), Path("incidents.jsonl"), writes=False
+    )
 
 
 def steps(count: int) -> Iterator[float]:

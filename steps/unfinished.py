@@ -1,0 +1,61 @@
+"""Which settings differ between two runs of a step, and unfinished work that other settings left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.lineage.digests import write_atomically
+
+RECORD = "settings.json"
+#: differences that a line names
+_NAMED = 4
+_MISSING = object()
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """'train.seed 7 -> 11' of every value that differs between two nested settings."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in dict.fromkeys([*before, *after]):
+            below = f"{path}.{name}" if path else str(name)
+            yield from differences(before.get(name, _MISSING), after.get(name, _MISSING), below)
+    elif before != after:
+        yield f"{path} {_shown(before)} -> {_shown(after)}"
+
+
+def told(found: Iterator[str]) -> str:
+    """Differences in one line."""
+    every = list(found)
+    more = f" and {len(every) - _NAMED} more" if len(every) > _NAMED else ""
+    return ", ".join(every[:_NAMED]) + more
+
+
+def record(work: Path, settings: Any) -> None:
+    """Leave in a work folder the settings that its work can go on with."""
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(work / RECORD, json.dumps(settings, indent=1, sort_keys=True))
+
+
+def left_behind(work: Path, settings: Any) -> str | None:
+    """A line about the newest unfinished work of this step, where ``work`` itself is not begun; None where there is
+    nothing to tell."""
+    if (work / RECORD).is_file():
+        return None
+    records = sorted(work.parent.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    if not records:
+        return None
+    known = json.loads(records[-1].read_text(encoding="utf-8"))
+    differs = told(differences(known, json.loads(json.dumps(settings)))) or "another environment or source"
+    return (
+        f"beginning anew; the unfinished work in {records[-1].parent} is of other settings ({differs}) and goes on "
+        "with its own"
+    )
+
+
+def _shown(value: Any) -> str:
+    if value is _MISSING:
+        return "(none)"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,34 @@
+"""Which settings differ, said by their keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steps.unfinished import differences, left_behind, record, told
+
+
+def test_differences_are_named_by_their_keys() -> None:
+    before = {"train": {"seed": 7, "steps": 10, "loss": None}, "gone": 1}
+    after = {"train": {"seed": 11, "steps": 10, "loss": "sft"}, "new": [1, 2]}
+    assert list(differences(before, after)) == [
+        "train.seed 7 -> 11",
+        'train.loss null -> "sft"',
+        "gone 1 -> (none)",
+        "new (none) -> [1, 2]",
+    ]
+    assert list(differences(before, before)) == []
+
+
+def test_a_line_names_a_few() -> None:
+    line = told(differences({}, {str(number): "x" * 99 for number in range(6)}))
+    assert line.endswith(" and 2 more") and line.count(" -> ") == 4 and len(line) < 250
+
+
+def test_work_of_other_settings_is_told_once_and_own_work_never(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    assert left_behind(own, {"seed": 1}) is None, "nothing is there"
+    record(other, {"seed": 2})
+    line = left_behind(own, {"seed": 1})
+    assert line is not None and "seed 2 -> 1" in line and str(other) in line
+    record(own, {"seed": 1})
+    assert left_behind(own, {"seed": 1}) is None
