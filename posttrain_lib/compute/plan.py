@@ -11,23 +11,17 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain_lib.compute.plan_memory import KINDS, Layout, host_bytes, memory
+from posttrain_lib.compute.plan_layout import check_mesh, device_of, host_of, layout_of, size
+from posttrain_lib.compute.plan_memory import KINDS, Estimate, Layout
+from posttrain_lib.compute.plan_offers import Alternative, Budget, offers
 from posttrain_lib.config import RunConfig
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.schema.mesh import MeshSpec
 
-GIB = 2**30
 #: share of a GPU's peak that the time is stated at
 UTILISATION = 0.4
-#: name -> GiB of memory, by the makers' data sheets (decimal gigabytes there are taken as what CUDA reports, about 2 %
-#: less than that many GiB)
-DEVICE_GIB = {
-    "GB200": 186, "B200": 180, "H200": 141, "H100": 80, "A100": 80, "A100-40": 40, "L40S": 48, "A10": 24,
-    "RTX 4090": 24, "MI300X": 192,
-}  # fmt: skip
-_REPORTED = 0.98
 AXES = {
     "replicate": "copies of the model, each for other rows; gradients are summed over them",
     "shard": "devices that share one copy's weights (FSDP2), each for other rows",
@@ -42,18 +36,11 @@ class PlanError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """One change of the config, and the bytes of a device with it."""
-
-    change: str
-    total_bytes: int
-
-
-@dataclass(frozen=True)
 class LaunchPlan:
     """The plan of a training job. ``memory_bytes``: of one device, by kind; ``device_bytes`` what one has, None where
-    that is not known, and ``device`` what it is. ``flops`` of a step at most, with every token trained and every row
-    one document. ``alternatives``: what would lower memory, the most first."""
+    that is not known, and ``device`` what it is. ``host_bytes``: of a node, for offloaded shares;
+    ``host_memory_bytes`` what a node has, None where that is not known or not needed. ``flops`` of a step at most, with
+    every token trained and every row one document. ``alternatives``: changes that fit, then such as need less."""
 
     mesh: MeshSpec
     nodes: int
@@ -67,6 +54,7 @@ class LaunchPlan:
     steps: int | None
     flops: float
     peak_flops: float | None
+    host_memory_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = field(default=())
 
@@ -77,8 +65,15 @@ class LaunchPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has as much; None where its memory is not known."""
+        """Whether a device and a node have as much; None where a device's memory is not known."""
+        if not self.host_fits:
+            return False
         return None if self.device_bytes is None else self.total_bytes <= self.device_bytes
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether a node has the memory for offloaded shares, as far as that is known."""
+        return self.host_memory_bytes is None or self.host_bytes <= self.host_memory_bytes
 
     @property
     def step_seconds(self) -> float | None:
@@ -104,16 +99,15 @@ def make_plan(spec: ModelSpec, config: RunConfig) -> LaunchPlan:
     spec = with_padded_vocabulary(spec, config.model.pad_vocabulary_to)
     check_mesh(spec, config)
     layout = layout_of(config)
-    found = memory(spec, layout)
-    device, device_bytes = _device(config)
-    total = sum(found.values())
+    estimate = Estimate(spec)
+    device, device_bytes = device_of(config)
     train, compute = config.train, config.compute
     plan = LaunchPlan(
         mesh=layout.mesh,
         nodes=compute.nodes,
         devices_per_node=compute.devices_per_node,
-        memory_bytes=found,
-        host_bytes=host_bytes(spec, layout) * compute.devices_per_node,
+        memory_bytes=estimate.memory(layout),
+        host_bytes=estimate.host_bytes(layout) * compute.devices_per_node,
         device=device,
         device_bytes=device_bytes,
         tokens_per_step=train.rows_per_step * train.row_tokens,
@@ -121,95 +115,61 @@ def make_plan(spec: ModelSpec, config: RunConfig) -> LaunchPlan:
         steps=train.steps,
         flops=_flops(spec, config),
         peak_flops=_peak(compute.gpu, train.precision),
+        host_memory_bytes=host_of(config) if layout.offload and layout.cuda else None,
         warnings=_warnings(config, layout),
     )
-    if device_bytes is not None and total > 0.9 * device_bytes:
-        plan = dataclasses.replace(plan, alternatives=_alternatives(spec, config, layout, total))
+    if plan.fits is False or (device_bytes is not None and plan.total_bytes > 0.9 * device_bytes):
+        budget = Budget(device_bytes, host_of(config))
+        plan = dataclasses.replace(plan, alternatives=offers(estimate, config, layout, budget))
+    if plan.host_bytes and plan.host_memory_bytes is None:
+        text = f"{size(plan.host_bytes)} of each node's memory are needed for offloaded shares, and what a node has is "
+        plan = dataclasses.replace(plan, warnings=(*plan.warnings, text + "not known: compute.host_memory_gib says it"))
     return plan
 
 
 def refuse_what_does_not_fit(plan: LaunchPlan) -> None:
-    """Stop before a launch that would run out of memory.
+    """Stop before a launch that would run out of memory, of a device or of a node.
 
     Raises:
-        PlanError: naming the largest kinds and what to change, the most effective first.
+        PlanError: naming the largest kinds, and changes that fit or come closest.
     """
     if plan.fits is not False:
         return
-    assert plan.device_bytes is not None
-    largest = sorted(plan.memory_bytes.items(), key=lambda item: -item[1])[:4]
-    changes = [f"{item.change}: {item.total_bytes / GIB:.1f} GiB" for item in plan.alternatives]
+    what, got, expected, remark = [], [], [], []
+    if plan.device_bytes is not None and plan.total_bytes > plan.device_bytes:
+        largest = sorted(plan.memory_bytes.items(), key=lambda item: -item[1])[:4]
+        what.append(f"a device would need {size(plan.total_bytes)} and has {size(plan.device_bytes)}")
+        got.append("; ".join(f"{kind} {size(count)}" for kind, count in largest if count))
+        expected.append(f"at most {size(plan.device_bytes)} ({plan.device})")
+        remark.append("compute.device_memory_gib says what a device has, where the plan is wrong about it")
+    if not plan.host_fits:
+        assert plan.host_memory_bytes is not None
+        has = size(plan.host_memory_bytes)
+        what.append(f"a node would need {size(plan.host_bytes)} of its own memory and has {has}")
+        got.append(f"offloaded shares of {plan.devices_per_node} device(s) {size(plan.host_bytes)} a node")
+        expected.append(f"at most {has} a node")
+        remark.append("compute.host_memory_gib says what a node has, where the plan is wrong about it")
     raise PlanError(
-        f"a device would need {plan.total_bytes / GIB:.1f} GiB and has {plan.device_bytes / GIB:.1f}",
+        "; ".join(what),
         where="compute, train",
-        got="; ".join(f"{kind} {size / GIB:.1f} GiB" for kind, size in largest),
-        expected=f"at most {plan.device_bytes / GIB:.1f} GiB ({plan.device})",
-        fix=("; ".join(changes) if changes else "use more devices, or larger ones")
-        + ". compute.device_memory_gib says what a device has, where the plan is wrong about it",
+        got="; ".join(got),
+        expected="; ".join(expected),
+        fix=". ".join([_advice(plan), *remark]),
     )
 
 
-def layout_of(config: RunConfig) -> Layout:
-    """How a config lays a model over its devices."""
-    train, compute, lora = config.train, config.compute, config.model.lora
-    return Layout(
-        mesh=compute.mesh_spec(),
-        row_tokens=train.row_tokens,
-        rows_per_step=train.rows_per_step,
-        micro_batch_rows=train.micro_batch_rows,
-        recomputation=train.activation_checkpointing,
-        precision=train.precision,
-        moments=_moments(config),
-        lora=lora,
-        base_bytes=2 if lora is not None and lora.base_dtype == "bfloat16" else 4,
-        offload=compute.offload == "parameters",
-        cuda=_on_cuda(config),
-        emulated=not _on_cuda(config) and _emulates(),
-    )
-
-
-def _moments(config: RunConfig) -> int:
-    """Float32 tensors of a parameter's size; of optimisers that are not ours, as many as AdamW's are assumed."""
-    optimizer = config.train.optimizer
-    if optimizer.name == "sgd":
-        return 1 if optimizer.options.get("momentum") else 0
-    return 3 if optimizer.options.get("amsgrad") else 2
-
-
-def _on_cuda(config: RunConfig) -> bool:
-    if config.compute.device != "auto" or config.compute.gpu is not None:
-        return config.compute.device != "cpu"
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _emulates() -> bool:
-    import torch
-
-    from posttrain_lib.ops.attention import has_arithmetic
-
-    return not has_arithmetic(torch.device("cpu"), torch.bfloat16)
-
-
-def _device(config: RunConfig) -> tuple[str, int | None]:
-    """(what the device is, its bytes or None): as configured, by its name, or this machine's own."""
-    compute = config.compute
-    if compute.device_memory_gib is not None:
-        return compute.gpu or "compute.device_memory_gib", int(compute.device_memory_gib * GIB)
-    if compute.gpu is not None:
-        return compute.gpu, int(DEVICE_GIB[compute.gpu] * GIB * _REPORTED)
-    if compute.address is not None or compute.nodes > 1:
-        return "not known: compute.gpu or compute.device_memory_gib names it", None
-    if _on_cuda(config):
-        import torch
-
-        if not torch.cuda.is_available():
-            return "a GPU that is not here", None
-        return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
-    from posttrain_lib.checkpoint.verify import free_memory_bytes
-
-    return f"this machine's free memory / {compute.devices_per_node}", free_memory_bytes() // compute.devices_per_node
+def _advice(plan: LaunchPlan) -> str:
+    """What to change: what fits, or that nothing tried does and what comes closest."""
+    fitting = [item for item in plan.alternatives if item.fits]
+    shown = "; ".join(str(item) for item in fitting[:5])
+    if fitting and fitting[0].changes == 1:
+        return f"each of these fits: {shown}" if len(fitting) > 1 else f"this fits: {shown}"
+    if fitting:
+        return f"no single change that was tried fits; these together do: {shown}"
+    nothing = "nothing that was tried fits, up to three changes together"
+    if not plan.alternatives:
+        return f"{nothing}: use more devices, or larger ones"
+    return f"{nothing}. The closest: {plan.alternatives[0]}. Besides, use more devices, or larger ones"
 
 
 def _peak(gpu: str | None, precision: str) -> float | None:
@@ -238,22 +198,6 @@ def _flops(spec: ModelSpec, config: RunConfig) -> float:
     return (count.token.model + count.supervised.model) * tokens + pairs
 
 
-def check_mesh(spec: ModelSpec, config: RunConfig) -> None:
-    """The mesh's degrees against the model: what each axis would refuse when the ranks build the model.
-
-    Raises:
-        ConfigError: naming the degree, and what it does not fit.
-    """
-    from posttrain_lib.parallel.context import check_context
-    from posttrain_lib.parallel.experts import check_experts
-    from posttrain_lib.parallel.tensor import check_tensor
-
-    mesh = config.compute.mesh_spec()
-    check_tensor(spec.config, mesh.tensor)
-    check_experts(spec.config, mesh.expert)
-    check_context(spec.config, mesh.context, row_tokens=config.train.row_tokens, longest=config.data.max_example_tokens)
-
-
 def _warnings(config: RunConfig, layout: Layout) -> tuple[str, ...]:
     mesh, each = layout.mesh, config.compute.devices_per_node
     found = []
@@ -268,44 +212,11 @@ def _warnings(config: RunConfig, layout: Layout) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _alternatives(spec: ModelSpec, config: RunConfig, layout: Layout, total: int) -> tuple[Alternative, ...]:
-    """Single changes that need less than ``total`` bytes, the least first."""
-    mesh, change = layout.mesh, dataclasses.replace
-    tried: dict[str, Layout] = {}
-    for mode in ("selective", "full"):
-        if mode != layout.recomputation and layout.recomputation != "full":
-            tried[f"train.activation_checkpointing: {mode}"] = change(layout, recomputation=mode)
-    if layout.micro_batch_rows > 1:
-        tried["train.micro_batch_rows: 1"] = change(layout, micro_batch_rows=1)
-    if layout.micro_batches > 1:
-        rows = mesh.data_degree * layout.micro_batch_rows
-        tried[f"train.rows_per_step: {rows} (one micro-batch)"] = change(layout, rows_per_step=rows)
-    if mesh.replicate > 1:
-        wider = change(mesh, replicate=1, shard=mesh.shard * mesh.replicate)
-        tried[f"compute.mesh: replicate 1, shard {wider.shard}"] = change(layout, mesh=wider)
-    more = change(mesh, shard=2 * mesh.shard)
-    rows = max(layout.rows_per_step, more.data_degree * layout.micro_batch_rows)
-    tried[f"twice the devices (compute.mesh.shard: {more.shard})"] = change(layout, mesh=more, rows_per_step=rows)
-    if layout.precision == "fp32":
-        tried["train.precision: bf16"] = change(layout, precision="bf16")
-    if not layout.offload and mesh.world > 1:
-        tried["compute.offload: parameters"] = change(layout, offload=True)
-    if layout.lora is None:
-        from posttrain_lib.config.model import Lora
-
-        adapters = Lora(base_dtype="bfloat16")
-        tried["model.lora: {rank: 16, base_dtype: bfloat16}"] = change(layout, lora=adapters, base_bytes=2)
-    if layout.row_tokens > 2 * config.data.max_example_tokens:
-        tried[f"train.row_tokens: {layout.row_tokens // 2}"] = change(layout, row_tokens=layout.row_tokens // 2)
-    found = [Alternative(text, sum(memory(spec, other).values())) for text, other in tried.items()]
-    return tuple(sorted((item for item in found if item.total_bytes < total), key=lambda item: item.total_bytes))
-
-
 def plan_lines(plan: LaunchPlan, *, short: bool = False) -> list[str]:
     """For the terminal; ``short``: as the train step says it."""
     total, mesh = plan.total_bytes, plan.mesh
     degrees = " x ".join(f"{name} {getattr(mesh, name)}" for name in AXES if name != "expert")
-    have = "" if plan.device_bytes is None else f" of {_size(plan.device_bytes)}"
+    have = "" if plan.device_bytes is None else f" of {size(plan.device_bytes)}"
     lines = [
         f"  mesh       {mesh.world} device(s) on {plan.nodes} node(s): {degrees}"
         + (f", expert {mesh.expert}" if mesh.expert > 1 else "")
@@ -316,16 +227,18 @@ def plan_lines(plan: LaunchPlan, *, short: bool = False) -> list[str]:
             for name, what in AXES.items()
             if getattr(mesh, name) > 1
         ]
-    lines.append(f"  memory     about {_size(total)}{have} a device ({plan.device})")
+    lines.append(f"  memory     about {size(total)}{have} a device ({plan.device})")
     kinds = sorted(plan.memory_bytes.items(), key=lambda item: -item[1]) if short else plan.memory_bytes.items()
-    shown = [(kind, size) for kind, size in kinds if size > 0.001 * total]
+    shown = [(kind, count) for kind, count in kinds if count > 0.001 * total]
     if short:
-        lines[-1] += ": " + ", ".join(f"{kind} {_size(size)}" for kind, size in shown[:4])
+        lines[-1] += ": " + ", ".join(f"{kind} {size(count)}" for kind, count in shown[:4])
     else:
-        lines += [f"             {_size(size):>10}  {kind}: {KINDS[kind]}" for kind, size in shown]
+        lines += [f"             {size(count):>10}  {kind}: {KINDS[kind]}" for kind, count in shown]
         if plan.host_bytes:
-            lines.append(f"             {_size(plan.host_bytes):>10}  in each node's memory: offloaded shares")
-        lines += [f"             or {_size(item.total_bytes)} with {item.change}" for item in plan.alternatives[:6]]
+            of = "" if plan.host_memory_bytes is None else f", of {size(plan.host_memory_bytes)}"
+            node = f"in each node's memory{of}"
+            lines.append(f"             {size(plan.host_bytes):>10}  {node}: offloaded shares")
+        lines += [f"             or {item.described()}" for item in plan.alternatives[:6]]
     lines.append(_step_line(plan))
     return lines + [f"  warning    {text}" for text in plan.warnings]
 
@@ -333,14 +246,26 @@ def plan_lines(plan: LaunchPlan, *, short: bool = False) -> list[str]:
 def _step_line(plan: LaunchPlan) -> str:
     text = (
         f"  step       {plan.tokens_per_step:,} token slots in {plan.micro_batches} micro-batch(es) a device, at most "
-        f"{plan.flops / 1e12:,.3g} TFLOP"
+        f"{_operations(plan.flops)}"
     )
     if plan.step_seconds is not None:
-        text += f"; {plan.step_seconds:,.2f} s at {UTILISATION:.0%} of {plan.device}'s peak"
+        text += f"; {_duration(plan.step_seconds)} at {UTILISATION:.0%} of {plan.device}'s peak"
         if plan.steps is not None:
-            text += f", {plan.steps * plan.step_seconds / 3600:,.1f} h in all"
+            text += f", {_duration(plan.steps * plan.step_seconds)} in all"
     return text
 
 
-def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+def _operations(count: float) -> str:
+    """FLOPs, in the unit in which their first digits stand."""
+    for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if count >= factor:
+            return f"{count / factor:,.4g} {unit}" if count < 1e4 * factor else f"{count / factor:,.0f} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
+
+
+def _duration(seconds: float) -> str:
+    """A time, in the unit in which its first digits stand."""
+    for least, unit in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= least:
+            return f"{seconds / least:,.1f} {unit}"
+    return f"{seconds * 1e6:.1f} us"

@@ -49,6 +49,9 @@ KINDS = {
     "runtime": "device context, libraries, allocator slack (assumed)",
 }
 
+#: those of them that ``compute.offload`` moves to the host
+_HELD = ("parameters", "gradients", "optimiser")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -104,30 +107,72 @@ class Share:
         return Share(self.own + other.own, self.whole + other.whole)
 
 
+_NOTHING = Share()
+
+
+class Estimate:
+    """Memory of one model under many layouts: what layouts have in common is counted once."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._weights: dict[str, list[tuple[int | None, str, tuple[int, ...], bool]]] = {}
+        self._shares: dict[tuple[object, ...], tuple[dict[int | None, Share], dict[int | None, Share]]] = {}
+        self._passes: dict[Layout, dict[str, int]] = {}
+
+    def memory(self, layout: Layout) -> dict[str, int]:
+        """Bytes of one device by kind (:data:`KINDS`); kinds that a run does not have are 0."""
+        trained, frozen = self._shares_of(layout)
+        # Without a GPU the host's memory is the device's: what is offloaded lies in it all the same.
+        held = dict.fromkeys(_HELD, 0) if layout.offload and layout.cuda else self._held(layout)
+        found = {**held, **_sharding(layout, trained, frozen), **self._computing(layout)}
+        runtime = CUDA_RUNTIME_BYTES if layout.cuda else CPU_RUNTIME_BYTES
+        found["runtime"] = runtime + int(ALLOCATOR_SLACK * sum(found.values()))
+        return {kind: int(found[kind]) for kind in KINDS}
+
+    def host_bytes(self, layout: Layout) -> int:
+        """Bytes of host memory that a rank needs for what it does not keep on its GPU; 0 without a GPU."""
+        return sum(self._held(layout).values()) if layout.offload and layout.cuda else 0
+
+    def _held(self, layout: Layout) -> dict[str, int]:
+        trained, frozen = (_own(shares) for shares in self._shares_of(layout))
+        sizes = (_FLOAT32 * trained + layout.base_bytes * frozen, _FLOAT32 * trained)
+        return dict(zip(_HELD, (*sizes, _FLOAT32 * trained * layout.moments), strict=True))
+
+    def _computing(self, layout: Layout) -> dict[str, int]:
+        """Of forward and backward, which know of the mesh only what cuts a token or a row."""
+        mesh = MeshSpec(context=layout.mesh.context, tensor=layout.mesh.tensor)
+        key = dataclasses.replace(layout, mesh=mesh, rows_per_step=0, offload=False, lora=None, moments=0)
+        key = dataclasses.replace(key, lora=None if layout.lora is None else repr(layout.lora))
+        if key not in self._passes:
+            head = {"output head": _head(self.spec, layout)}
+            self._passes[key] = {**_activations(self.spec, layout), **head}
+        return self._passes[key]
+
+    def _shares_of(self, layout: Layout) -> tuple[dict[int | None, Share], dict[int | None, Share]]:
+        """(trained, frozen) by unit: the number of a block, or None for what is outside."""
+        mesh, adapters = layout.mesh, repr(layout.lora)
+        key = (adapters, layout.weight_ranks, mesh.tensor, mesh.expert)
+        if key not in self._shares:
+            if adapters not in self._weights:
+                self._weights[adapters] = [
+                    (layer_number(name), _cut(self.spec, name), shape, is_trained)
+                    for name, shape, is_trained in weights_of(self.spec, layout.lora)
+                ]
+            trained: dict[int | None, Share] = {}
+            frozen: dict[int | None, Share] = {}
+            known: dict[tuple[str, tuple[int, ...]], Share] = {}
+            for unit, kind, shape, is_trained in self._weights[adapters]:
+                if (kind, shape) not in known:
+                    known[kind, shape] = _share(kind, shape, mesh)
+                into = trained if is_trained else frozen
+                into[unit] = into.get(unit, _NOTHING) + known[kind, shape]
+            self._shares[key] = trained, frozen
+        return self._shares[key]
+
+
 def memory(spec: ModelSpec, layout: Layout) -> dict[str, int]:
-    """Bytes of one device by kind (:data:`KINDS`); kinds that a run does not have are 0."""
-    trained, frozen = _shares(spec, layout)
-    activations = _activations(spec, layout)
-    held = {
-        "parameters": _own(trained) * _FLOAT32 + _own(frozen) * layout.base_bytes,
-        "gradients": _own(trained) * _FLOAT32,
-        "optimiser": _own(trained) * _FLOAT32 * layout.moments,
-    }
-    if layout.offload:
-        held = dict.fromkeys(held, 0)
-    rest = {**_sharding(layout, trained, frozen), **activations, "output head": _head(spec, layout)}
-    found = {**held, **rest}
-    runtime = CUDA_RUNTIME_BYTES if layout.cuda else CPU_RUNTIME_BYTES
-    found["runtime"] = runtime + int(ALLOCATOR_SLACK * sum(found.values()))
-    return {kind: int(found[kind]) for kind in KINDS}
-
-
-def host_bytes(spec: ModelSpec, layout: Layout) -> int:
-    """Bytes of host memory that a rank needs for what it does not keep on its device."""
-    if not layout.offload:
-        return 0
-    kept = memory(spec, dataclasses.replace(layout, offload=False))
-    return sum(kept[kind] for kind in ("parameters", "gradients", "optimiser"))
+    """Bytes of one device by kind, of a single layout."""
+    return Estimate(spec).memory(layout)
 
 
 def _own(shares: Mapping[int | None, Share]) -> int:
@@ -150,8 +195,7 @@ def _sharding(
     root = _weight(None, layout, trained, frozen)
     if layout.weight_ranks > 1:
         kinds["gathered weights"] = GATHERED_BLOCKS * largest + root
-    nothing = Share()
-    gradient = max(trained.get(block, nothing).whole for block in (blocks[-1], None)) * _FLOAT32
+    gradient = max(trained.get(block, _NOTHING).whole for block in (blocks[-1], None)) * _FLOAT32
     kinds["communication"] = max(largest, root) + 2 * gradient
     return kinds
 
@@ -160,25 +204,18 @@ def _weight(
     block: int | None, layout: Layout, trained: Mapping[int | None, Share], frozen: Mapping[int | None, Share]
 ) -> int:
     """Bytes of a unit's weights when they are whole."""
-    nothing = Share()
     each = _FLOAT32
-    return trained.get(block, nothing).whole * each + frozen.get(block, nothing).whole * min(layout.base_bytes, each)
-
-
-def _shares(spec: ModelSpec, layout: Layout) -> tuple[dict[int | None, Share], dict[int | None, Share]]:
-    """(trained, frozen) by unit: the number of a block, or None for what is outside."""
-    trained: dict[int | None, Share] = {}
-    frozen: dict[int | None, Share] = {}
-    for name, shape, is_trained in weights_of(spec, layout.lora):
-        into, unit = (trained if is_trained else frozen), layer_number(name)
-        into[unit] = into.get(unit, Share()) + share_of(spec, name, shape, layout.mesh)
-    return trained, frozen
+    return trained.get(block, _NOTHING).whole * each + frozen.get(block, _NOTHING).whole * min(layout.base_bytes, each)
 
 
 def share_of(spec: ModelSpec, name: str, shape: tuple[int, ...], mesh: MeshSpec) -> Share:
     """Entries of a parameter on the rank that has most of it: cut by tensor parallelism, dealt out by expert, and laid
     over what is left of shard x context along its first dimension."""
-    kind, ranks = _cut(spec, name), mesh.shard * mesh.context
+    return _share(_cut(spec, name), shape, mesh)
+
+
+def _share(kind: str, shape: tuple[int, ...], mesh: MeshSpec) -> Share:
+    ranks = mesh.shard * mesh.context
     first, rest = shape[0], math.prod(shape[1:])
     if kind == "expert":
         first, ranks = first // mesh.expert, ranks // mesh.expert

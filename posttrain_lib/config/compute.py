@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from posttrain_lib.config.base import Section
+from posttrain_lib.config.base import Disagreement, Problem, Section
 from posttrain_lib.schema.mesh import MeshSpec
 
 
-class Mesh(Section):
+class _Numbers(Section):
+    """A section of numbers and names: a flag is none of them, although Python counts true as 1."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flags(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            fix = "give the number, or leave the field out for its default"
+            raise Disagreement([Problem("true and false are no values of this field", fix)])
+        return value
+
+
+class Mesh(_Numbers):
     """Degrees of the mesh's axes; their product is the number of devices. See ``schema.mesh.MeshSpec``."""
 
     replicate: int = Field(1, ge=1, description="copies of the model that see different rows (hybrid sharding)")
@@ -28,7 +41,7 @@ class Mesh(Section):
 Gpu = Literal["GB200", "B200", "H200", "H100", "A100", "A100-40", "L40S", "A10", "RTX 4090", "MI300X"]
 
 
-class ComputeConfig(Section):
+class ComputeConfig(_Numbers):
     """The same job on one device or hundreds; nothing else in the run file changes."""
 
     nodes: int = Field(1, ge=1, description="machines")
@@ -46,6 +59,11 @@ class ComputeConfig(Section):
     gpu: Gpu | None = Field(None, description="what the devices are, for the plan's memory and time")
     device_memory_gib: float | None = Field(
         None, gt=0, description="of a device, for the plan; default: by compute.gpu, or this machine's own"
+    )
+    host_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="of a node, for the plan of offloaded shares; default: this machine's free memory, where it trains",
     )
     offload: Literal["none", "parameters"] = Field(
         "none",
@@ -76,23 +94,67 @@ class ComputeConfig(Section):
 
     def mesh_spec(self) -> MeshSpec:
         """The mesh with every degree known."""
-        degrees = self.mesh.model_dump()
+        return MeshSpec(**self._degrees())
+
+    def _degrees(self) -> dict[str, int]:
+        degrees: dict[str, int] = self.mesh.model_dump()
         if self.mesh.shard is None:
             others = self.mesh.replicate * self.mesh.context * self.mesh.tensor
             degrees["shard"] = max(1, self.workers // others)
-        return MeshSpec(**degrees)
+        return degrees
 
     @model_validator(mode="after")
-    def _mesh_fits(self) -> ComputeConfig:
-        mesh = self.mesh_spec()
-        if mesh.world != self.workers:
-            degrees = " x ".join(f"{name} {degree}" for name, degree in vars(mesh).items() if name != "expert")
-            raise ValueError(
-                f"compute.mesh has {mesh.world} devices ({degrees}) and nodes x devices_per_node "
+    def _is_possible(self) -> ComputeConfig:
+        if problems := [*self._launch_problems(), *self._mesh_problems()]:
+            raise Disagreement(problems)
+        return self
+
+    def _launch_problems(self) -> list[Problem]:
+        problems, devices = [], self.workers
+        if self.launcher == "in_process" and devices > 1:
+            what = f"compute.launcher 'in_process' runs one worker, and {devices} devices are asked for"
+            problems.append(Problem(what, "set compute.launcher: ray, or leave it out"))
+        if self.offload == "parameters" and devices == 1:
+            what = "compute.offload: parameters is of sharded models: it needs two devices at least"
+            problems.append(Problem(what, "set compute.offload: none, or compute.devices_per_node: 2"))
+        if self.min_devices is not None and self.min_devices > devices:
+            what = f"compute.min_devices ({self.min_devices}) is above the {devices} devices asked for"
+            problems.append(Problem(what, f"set compute.min_devices: {devices} or lower"))
+        return problems
+
+    def _mesh_problems(self) -> list[Problem]:
+        mesh, degrees, problems = self.mesh, self._degrees(), []
+        world = degrees["replicate"] * degrees["shard"] * degrees["context"] * degrees["tensor"]
+        if world != self.workers:
+            shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if name != "expert")
+            what = (
+                f"compute.mesh has {world} devices ({shown}) and nodes x devices_per_node "
                 f"({self.nodes} x {self.devices_per_node}) gives {self.workers}"
             )
-        if self.offload == "parameters" and mesh.world == 1:
-            raise ValueError("compute.offload: parameters is of sharded models: it needs two devices at least")
-        if self.min_devices is not None and self.min_devices > self.workers:
-            raise ValueError(f"compute.min_devices ({self.min_devices}) is above the {self.workers} devices asked for")
-        return self
+            problems.append(Problem(what, self._mesh_fix(world // degrees["shard"], world)))
+        ranks = degrees["shard"] * degrees["context"]
+        if ranks % mesh.expert:
+            what = (
+                f"compute.mesh.expert ({mesh.expert}) has to divide shard x context ({degrees['shard']} x "
+                f"{degrees['context']}): experts are dealt out over those ranks"
+            )
+            problems.append(Problem(what, f"set compute.mesh.expert: {math.gcd(ranks, mesh.expert)}"))
+        return problems
+
+    def _mesh_fix(self, others: int, world: int) -> str:
+        """Values with which the degrees' product is the number of devices; ``others``: product of all but shard."""
+        fixes = []
+        if self.workers % others == 0:
+            fixes.append(f"set compute.mesh.shard: {self.workers // others}")
+        else:
+            left, parts = self.workers, []
+            for name in ("tensor", "context", "replicate"):  # in the order in which ranks stand together
+                degree = math.gcd(left, getattr(self.mesh, name))
+                left //= degree
+                parts.append(f"{name}: {degree}")
+            fixes.append(f"set compute.mesh: {{{', '.join([*parts, f'shard: {left}'])}}}")
+        if world % self.devices_per_node == 0:
+            fixes.append(f"compute.nodes: {world // self.devices_per_node}")
+        elif self.nodes == 1:
+            fixes.append(f"compute.devices_per_node: {world}")
+        return ", or ".join(fixes)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from posttrain_lib.config.base import Disagreement
 from posttrain_lib.config.run import RunConfig
 from posttrain_lib.errors import ConfigError
 
@@ -163,7 +164,9 @@ def _explain(error: ValidationError, where: str, model: type[BaseModel], overrid
     got = None if first["type"] == "missing" or isinstance(first["input"], dict | BaseModel) else repr(first["input"])
     message = first["msg"].removeprefix("Value error, ")
     subject = f"config field '{place}'" if place else "the config's sections do not agree"
-    return ConfigError(f"{subject}: {message}{others}", where=where, got=got)
+    cause = first.get("ctx", {}).get("error")
+    mend = cause.fix if isinstance(cause, Disagreement) else None
+    return ConfigError(f"{subject}: {message}{others}", where=where, got=got, fix=mend)
 
 
 def _concerns(override: str, place: str) -> bool:

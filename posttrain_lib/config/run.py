@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from posttrain_lib.config.base import Section
+from posttrain_lib.config.base import Disagreement, Problem, Section
 from posttrain_lib.config.compute import ComputeConfig
 from posttrain_lib.config.data import DataConfig
 from posttrain_lib.config.evaluation import EvaluationConfig
@@ -42,6 +42,33 @@ def _check_on_the_fly(data: DataConfig, train: TrainConfig) -> None:
         raise ValueError(f"data.on_the_fly {problem}")
 
 
+def _check_batch(train: TrainConfig, compute: ComputeConfig) -> list[Problem]:
+    """Rows of a step against the devices that see different ones, and tokens of a row against those that share it."""
+    problems = []
+    groups, rows, each = compute.mesh_spec().data_degree, train.rows_per_step, train.micro_batch_rows
+    if rows % (groups * each):
+        fixes = []
+        if rows % groups == 0:
+            most = max(part for part in range(1, each) if rows // groups % part == 0)
+            fixes.append(f"set train.micro_batch_rows: {most}")
+        whole = rows // (groups * each) * groups * each
+        near = [str(count) for count in (whole, whole + groups * each) if count]
+        fixes.append(f"set train.rows_per_step: {' or '.join(near)}")
+        what = (
+            f"train.rows_per_step ({rows}) is not a multiple of the mesh's replicate x shard times "
+            f"train.micro_batch_rows ({groups} x {each} = {groups * each})"
+        )
+        problems.append(Problem(what, ", or ".join(fixes)))
+    parts = 2 * compute.mesh.context
+    if parts > 2 and train.row_tokens % parts:
+        what = (
+            f"train.row_tokens ({train.row_tokens}) is not a multiple of 2 x compute.mesh.context ({parts}): "
+            "each of those devices gets two equal chunks of a row"
+        )
+        problems.append(Problem(what, f"set train.row_tokens: {-(-train.row_tokens // parts) * parts}"))
+    return problems
+
+
 class RunConfig(Section):
     """Everything a run depends on. The resolved form is stored with every run."""
 
@@ -65,19 +92,8 @@ class RunConfig(Section):
                 f"data.max_example_tokens ({data.max_example_tokens}) exceeds train.row_tokens ({train.row_tokens}): "
                 "an example could not fit in a packed row; lower the first or raise the second"
             )
-        groups = self.compute.mesh_spec().data_degree
-        share = groups * train.micro_batch_rows
-        if train.rows_per_step % share:
-            raise ValueError(
-                f"train.rows_per_step ({train.rows_per_step}) is not a multiple of the mesh's replicate x shard times "
-                f"train.micro_batch_rows ({groups} x {train.micro_batch_rows} = {share})"
-            )
-        context = self.compute.mesh.context
-        if context > 1 and train.row_tokens % (2 * context):
-            raise ValueError(
-                f"train.row_tokens ({train.row_tokens}) is not a multiple of 2 x compute.mesh.context ({2 * context}): "
-                "each of those devices gets two equal chunks of a row"
-            )
+        if problems := _check_batch(train, self.compute):
+            raise Disagreement(problems)
         if self.model.backend == "hf" and train.compile != "none":
             raise ValueError("train.compile is for decoders of our own definition, not for model.backend 'hf'")
         names = {source.name for source in data.sources}
@@ -94,8 +110,6 @@ class RunConfig(Section):
             raise ValueError("the mixture repeats its sources without end: give train.steps, or another 'exhausted'")
         if data.on_the_fly:
             _check_on_the_fly(data, train)
-        if self.compute.launcher == "in_process" and self.compute.workers > 1:
-            raise ValueError("compute.launcher 'in_process' runs one worker; use 'ray' for more")
         if self.data.tokenizer is not None and self.model.vocabulary.new_tokens():
             raise ValueError(
                 "model.vocabulary adds tokens to the model's own tokenizer, and data.tokenizer names another one; "

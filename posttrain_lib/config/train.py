@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from posttrain_lib.config.base import Section
+from posttrain_lib.config.base import Disagreement, Problem, Section
 
 
 class Optimizer(Section):
@@ -196,4 +196,8 @@ class TrainConfig(Section):
             raise ValueError("with a mixture, passes are a matter of each source: give train.mixture.sources.*.epochs")
         if self.steps is not None and self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) exceeds steps ({self.steps})")
+        if self.steps is not None and self.profile is not None and max(self.profile.steps) > self.steps:
+            within = sorted({min(step, self.steps) for step in self.profile.steps})
+            what = f"profile.steps has {max(self.profile.steps)}, and the run's last step is {self.steps}"
+            raise Disagreement([Problem(what, f"set train.profile.steps: {within}, or raise train.steps")])
         return self

@@ -61,7 +61,7 @@ def check_tensor(config: DecoderConfig, degree: int) -> None:
                 f"tensor parallelism cannot cut {what} into equal parts",
                 where=f"compute.mesh.tensor, {where}",
                 got=f"{number} over {degree} ranks",
-                expected=f"one of {', '.join(fitting) or 1}",
+                expected=f"one of {', '.join(fitting)}" if len(fitting) > 1 else "".join(fitting) or 1,
             )
 
     for number, layer in enumerate(config.layers):

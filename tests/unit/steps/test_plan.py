@@ -68,7 +68,7 @@ def test_what_cannot_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFi
     said = capsys.readouterr()
     assert "activations" in said.out, "the plan stands above the refusal"
     assert "a device would need" in said.err and "has 23.5" in said.err
-    assert "compute.mesh: replicate 1, shard 64" in said.err
+    assert "no single change that was tried fits; these together do: compute.mesh: {shard: 32, context: 2" in said.err
 
 
 def test_data_of_other_machines_is_not_asked_for() -> None:
