@@ -117,7 +117,7 @@ class Estimate:
         self.spec = spec
         self._weights: dict[str, list[tuple[int | None, str, tuple[int, ...], bool]]] = {}
         self._shares: dict[tuple[object, ...], tuple[dict[int | None, Share], dict[int | None, Share]]] = {}
-        self._passes: dict[Layout, dict[str, int]] = {}
+        self._passes: dict[tuple[Layout, str], dict[str, int]] = {}
 
     def memory(self, layout: Layout) -> dict[str, int]:
         """Bytes of one device by kind (:data:`KINDS`); kinds that a run does not have are 0."""
@@ -141,8 +141,8 @@ class Estimate:
     def _computing(self, layout: Layout) -> dict[str, int]:
         """Of forward and backward, which know of the mesh only what cuts a token or a row."""
         mesh = MeshSpec(context=layout.mesh.context, tensor=layout.mesh.tensor)
-        key = dataclasses.replace(layout, mesh=mesh, rows_per_step=0, offload=False, lora=None, moments=0)
-        key = dataclasses.replace(key, lora=None if layout.lora is None else repr(layout.lora))
+        same = dataclasses.replace(layout, mesh=mesh, rows_per_step=0, offload=False, lora=None, moments=0)
+        key = same, repr(layout.lora)
         if key not in self._passes:
             head = {"output head": _head(self.spec, layout)}
             self._passes[key] = {**_activations(self.spec, layout), **head}
