@@ -50,6 +50,6 @@ def watch(
 def _begun_again(step: int) -> str:
     """Why a run that was further begins at step 0."""
     return (
-        f"train: WARNING: this run had come to step {step}, and none of its checkpoints can be read (those that are "
-        "there are named below); it begins again at step 0"
+        f"train: WARNING: this run had come to step {step}, and there is no checkpoint of it that can be read (damaged "
+        "ones are named below); it begins again at step 0"
     )

@@ -112,7 +112,7 @@ def place(job: TrainJob, unit: dict[str, float], per_node: int, least: int | Non
                 return place(_shrunk(job, there, least), unit, per_node, None)
             if now > deadline:
                 raise placement.refusal()
-    except BaseException:
+    except BaseException:  # an interrupt too: room that is not given back stays taken
         placement.give_back()
         raise
     return placement, job
