@@ -122,7 +122,7 @@ def _evaluate(
     config = context.config
     loss = build_loss(config.train.loss, config.train.loss_options)
     store = TokenStore(Path(context.inputs["held_out"].uri))
-    held_out = held_out_loss(model, loss, store, row_tokens=config.train.row_tokens)
+    held_out = held_out_loss(model, loss, store, row_tokens=config.train.row_tokens).losses
     wanted = max(config.evaluation.exact_match_prompts, config.evaluation.samples)
     ids = [prompt["prompt_ids"] for prompt in prompts[:wanted]]
     completions = greedy_generate(model, ids, config.evaluation.max_new_tokens, stop_ids(tokenizer))

@@ -50,7 +50,7 @@ def check_start(config: RunConfig) -> None:
     from posttrain_lib.losses import build_loss
 
     loss = build_loss(config.train.loss, config.train.loss_options)
-    wanted = getattr(loss, "kind", "document")
+    wanted = loss.kind
     for source in config.data.sources:
         kind = _KINDS.get(source.format, "document")
         if kind != wanted:

@@ -1,7 +1,9 @@
-"""Held-out loss per source, with the loss object that trains."""
+"""Held-out loss per source and a loss's own figures, with the loss object that trains."""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,19 +18,36 @@ from posttrain_lib.training.device import autocast
 
 if TYPE_CHECKING:
     from posttrain_lib.data.token_store import TokenStore
-    from posttrain_lib.losses.base import Loss
+    from posttrain_lib.losses.base import Loss, LossOutput
     from posttrain_lib.models.decoder import Decoder
     from posttrain_lib.schema.batches import PackedBatch
 
 
-def source_sums(batch: PackedBatch, nll_N: Tensor, sources: int) -> Tensor:
-    """Weighted loss and weight per source: float64 [sources, 2] on the batch's device."""
-    document_N = torch.searchsorted(batch.cu_seqlens, batch.supervised_index.to(torch.int32), right=True) - 1
-    source_N = batch.document_sources[document_N].long()
-    weight_N = batch.loss_weights[batch.supervised_index].double()
-    sums = torch.zeros(sources, 2, dtype=torch.float64, device=nll_N.device)
-    sums.index_add_(0, source_N, torch.stack([nll_N.double() * weight_N, weight_N], dim=1))
+@dataclass(frozen=True)
+class Means:
+    """``losses``: ``{"all": mean, "<source>": mean}``; ``figures``: the loss's own, by name."""
+
+    losses: dict[str, float]
+    figures: dict[str, float]
+
+
+def output_sums(loss: Loss, batch: PackedBatch, output: LossOutput, sources: int) -> Tensor:
+    """Weighted loss and weight per source, then sum and weight of each figure: float64 [sources + figures, 2]."""
+    device = output.values.device
+    sums = torch.zeros(sources + len(loss.figures), 2, dtype=torch.float64, device=device)
+    weights = output.weights.double()
+    source_M = batch.document_sources[output.segments].long()
+    sums.index_add_(0, source_M, torch.stack([output.values.double() * weights, weights], dim=1))
+    for number, name in enumerate(loss.figures, start=sources):
+        sums[number] = output.figures[name]
     return sums
+
+
+def means_of(sums: Tensor, loss: Loss, sources: list[str]) -> Means:
+    """The means of global sums [sources + figures, 2]; a figure of no weight is left out."""
+    of_figures = zip(loss.figures, sums[len(sources) :].tolist(), strict=True)
+    figures = {name: total / weight for name, (total, weight) in of_figures if weight > 0}
+    return Means(mean_losses(sums[: len(sources)], sources), figures)
 
 
 def mean_losses(sums: Tensor, names: list[str]) -> dict[str, float]:
@@ -48,22 +67,30 @@ def held_out_loss(
     batch_rows: int = 1,
     mesh: RankMesh | None = None,
     precision: str = "fp32",
-) -> dict[str, float]:
-    """Mean loss per trained token over the whole store, overall and per source, the same on every rank.
+) -> Means:
+    """Mean loss per item (trained token, or pair) over the whole store, overall and per source, and the loss's
+    figures, the same on every rank.
 
     ``row_tokens`` is the length of a packed row and bounds memory with ``batch_rows``; neither changes the result
     beyond rounding. ``mesh``: of the ranks that share the work; default: this process alone, where the model is.
     """
     mesh = mesh or RankMesh(SINGLE, next(model.parameters()).device)
     device, rank, world = mesh.device, mesh.data_rank, mesh.spec.data_degree
-    sums = torch.zeros(len(store.sources), 2, dtype=torch.float64, device=device)
+    rows = len(store.sources) + len(loss.figures)
+    sums = torch.zeros(rows, 2, dtype=torch.float64, device=device)
     shared = not (model.config.is_recurrent or model.config.changes_rope(1, store.longest))
     for arrays in held_out_batches(
         store, row_tokens=row_tokens, rank=rank, world=world, batch_rows=batch_rows, share_prefixes=shared
     ):
-        batch = to_torch(own_part(arrays, mesh), device)
+        batch = to_torch(with_signals(own_part(arrays, mesh), loss, "held_out"), device)
         with autocast(device, precision):
             output = loss(model, batch)
-        sums += source_sums(batch, output.nll, len(store.sources))
+        sums += output_sums(loss, batch, output, len(store.sources))
     total = torch.tensor(mesh.sum_over_tokens(sums.flatten().tolist()), dtype=torch.float64)
-    return mean_losses(total.view(len(store.sources), 2), store.sources)
+    return means_of(total.view(rows, 2), loss, store.sources)
+
+
+def with_signals(batch: PackedBatch, loss: Loss, split: str) -> PackedBatch:
+    """The batch (numpy) with what the loss adds to it."""
+    signals = loss.signals(batch, split)
+    return dataclasses.replace(batch, signals=signals) if signals else batch

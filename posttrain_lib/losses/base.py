@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from posttrain_lib.losses.beside import Beside
     from posttrain_lib.models.decoder import Decoder
     from posttrain_lib.schema.batches import PackedBatch
 
@@ -17,25 +21,61 @@ class LossOutput:
     """One micro-batch's share of a step.
 
     ``local_sum`` is a differentiable scalar, a sum and never a mean: the step divides by the global count, so that
-    how rows are split over micro-batches and workers changes nothing. ``nll`` is float [N], detached: the unweighted
-    negative log-likelihood at each supervised position, from which per-source losses are reported.
+    how rows are split over micro-batches and workers changes nothing.
+
+    The held-out loss, the losses per source and the rows that an incident names come from M *items*, supervised tokens
+    or pairs: ``values`` float [M], detached, the loss of each, unweighted; ``weights`` float [M]; ``segments`` int64
+    [M], the segment of the batch that each belongs to. ``figures`` has for each name in ``Loss.figures`` a float64 [2],
+    detached: (sum, weight) of what is reported as sum / weight over all micro-batches and ranks.
     """
 
     local_sum: Tensor
-    nll: Tensor
+    values: Tensor
+    weights: Tensor
+    segments: Tensor
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_tokens(
+        cls, local_sum: Tensor, values_N: Tensor, batch: PackedBatch, figures: Mapping[str, Tensor] | None = None
+    ) -> LossOutput:
+        """An output whose items are the supervised tokens [N] of ``batch`` with their loss weights."""
+        weights_N = batch.loss_weights[batch.supervised_index]
+        return cls(local_sum, values_N.detach(), weights_N, segments_of_tokens(batch), figures or {})
 
 
-class Loss(Protocol):
+def segments_of_tokens(batch: PackedBatch) -> Tensor:
+    """int64 [N]: the segment of each supervised token."""
+    return torch.searchsorted(batch.cu_seqlens, batch.supervised_index.to(torch.int32), right=True) - 1
+
+
+class Loss(ABC):
     """An objective. It must use every trained parameter even for a micro-batch without targets (a zero that belongs
     to the graph), because sharded training communicates in the backward.
 
-    A loss may say in ``kind`` which examples it learns from (see ``data.token_store.KINDS``); without it, documents.
+    Attributes:
+        kind: the examples that it learns from, one of ``data.token_store.KINDS``.
+        needs: the frozen model that it compares with, if any; see :meth:`attach`.
+        figures: names of what it reports besides its value, as ``rewards/margin``.
     """
 
+    kind: ClassVar[Literal["document", "pair", "prompt"]] = "document"
+    needs: Literal["reference", "teacher"] | None = None
+    figures: tuple[str, ...] = ()
+
+    def attach(self, beside: Beside) -> None:
+        """Take what stands beside the trained model; called once before the first step of a loss with ``needs``."""
+        raise NotImplementedError(f"{type(self).__name__} says that it needs a {self.needs}, and takes none")
+
+    def signals(self, batch: PackedBatch, split: str) -> dict[str, Any]:
+        """More arrays for a batch (numpy) of the split "train" or "held_out"; they become ``batch.signals``, tensors on
+        the device. An array's first axis has one entry for each supervised token, or for each segment, or pair."""
+        return {}
+
+    @abstractmethod
     def divisor(self, batch: PackedBatch) -> float:
         """This batch's share of the global count that the step divides by; known before the forward."""
-        ...
 
+    @abstractmethod
     def __call__(self, model: Decoder, batch: PackedBatch) -> LossOutput:
         """Run the model on the batch (torch tensors) and return the local sum."""
-        ...

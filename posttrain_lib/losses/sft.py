@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from posttrain_lib.losses.base import LossOutput
+from posttrain_lib.losses.base import Loss, LossOutput
 from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from posttrain_lib.schema.batches import PackedBatch
 
 
-class SFTLoss:
+class SFTLoss(Loss):
     """``sum_t w_t * -log p(target_t)``, to be divided by the global ``sum_t w_t``."""
 
     def divisor(self, batch: PackedBatch) -> float:
@@ -31,4 +31,4 @@ class SFTLoss:
         local_sum, nll = model(
             batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, output, prefixes=batch.prefixes
         )
-        return LossOutput(local_sum, nll)
+        return LossOutput.of_tokens(local_sum, nll, batch)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,6 +175,37 @@ class LoraDecoder(Decoder):
         else:
             return head
         return replace(head, adapter=adapter)
+
+
+@contextmanager
+def without_adapters(model: LoraDecoder) -> Iterator[None]:
+    """A context in which the model is its own frozen base: every adapter counts nothing.
+
+    Raises:
+        ModelError: DoRA, whose trained row lengths are no addition to the base.
+    """
+    if any(adapted.dora for adapted in model.adapters.values()):
+        raise ModelError(
+            "a model with DoRA cannot be run as its own base",
+            where="model.lora.dora",
+            expected="false",
+            fix="set model.lora.dora: false, or take a reference that stands by itself",
+        )
+    scales = [
+        (module, module.lora_scale) for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)
+    ]
+    experts = [(module, module.lora_scales) for module in model.modules() if isinstance(module, LoraExperts)]
+    try:
+        for module, _ in scales:
+            module.lora_scale = 0.0
+        for mixture, kept in experts:
+            mixture.lora_scales = dict.fromkeys(kept, 0.0)
+        yield
+    finally:
+        for module, scale in scales:
+            module.lora_scale = scale
+        for mixture, kept in experts:
+            mixture.lora_scales = kept
 
 
 def apply_lora(model: Decoder, settings: LoraSettings | Any) -> LoraDecoder:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class PackedBatch:
         document_ids     int64 [n]   example index in the token store; -1 for padding
         parents          int32 [n]   the earlier segment whose path this one continues, -1 for a whole document; None
                                      where the batch has whole documents alone (see ``schema.shared_prefix``)
+    ``signals`` are arrays that a loss adds to the batch (``losses.base.Loss.signals``).
     ``max_seqlen`` is the longest segment; ``real_tokens`` counts tokens that are not padding, shared ones once.
     ``prefixes`` is what attention needs to know of ``parents``. It is made with the batch, in the loader's thread, so
     that no batch with parents is without it; to change ``parents`` in a copy, set it to None. Where a batch's tokens
@@ -47,6 +48,7 @@ class PackedBatch:
     real_tokens: int
     parents: Any = None
     prefixes: SharedPrefixes | None = None
+    signals: Mapping[str, Any] = field(default_factory=dict)
 
     ARRAYS = (
         "token_ids",
@@ -75,6 +77,7 @@ class PackedBatch:
             arrays.update(parents=convert(self.parents))
         if self.prefixes is not None:
             arrays.update(prefixes=self.prefixes.map(convert))
+        arrays.update(signals={name: convert(array) for name, array in self.signals.items()})
         return PackedBatch(**arrays, max_seqlen=self.max_seqlen, real_tokens=self.real_tokens)
 
     @property

@@ -21,6 +21,8 @@ class StepReport:
     ``step_seconds`` leaves evaluation and checkpoint out.
     ``memory_gib``: weights, gradients, optimizer, activations (``training.memory``), the most that a rank holds.
     ``held_out`` is None at steps without evaluation, else ``{"all": loss, "<source>": loss, ...}``.
+    ``figures`` and ``held_out_figures`` are the loss's own by name (margins, accuracies), of the step and of the
+    held-out examples.
     ``source_tokens`` and ``source_units`` (examples, or what was packed as one) are what each source gave this step.
     ``rows`` counts what became of the rows so far where training tokenises them itself: rows, refused, held_out, units.
     ``incidents`` counts the steps so far whose loss or gradient was not finite, or a spike; of one that was skipped
@@ -45,6 +47,8 @@ class StepReport:
     peak_memory_gib: float
     held_out: dict[str, float] | None = None
     event: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    held_out_figures: dict[str, float] = field(default_factory=dict)
     source_loss: dict[str, float] = field(default_factory=dict)
     source_tokens: dict[str, int] = field(default_factory=dict)
     source_units: dict[str, int] = field(default_factory=dict)

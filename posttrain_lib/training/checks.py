@@ -57,7 +57,7 @@ def check_kind(store: TokenStore, loss: Loss) -> None:
     Raises:
         DataError: naming the kinds.
     """
-    wanted = getattr(loss, "kind", "document")
+    wanted = loss.kind
     found = {KINDS[kind] for kind in np.unique(store.kinds).tolist()}
     if found - {wanted}:
         raise DataError(

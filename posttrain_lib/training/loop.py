@@ -27,7 +27,7 @@ from posttrain_lib.data.loader import LoadedStep
 from posttrain_lib.data.store_feed import StoreFeed, feed_for
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import TrainingError
-from posttrain_lib.evaluation.perplexity import held_out_loss, mean_losses
+from posttrain_lib.evaluation.perplexity import Means, held_out_loss, means_of
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.hf_spec import HFSpec
 from posttrain_lib.models.lora import LoraDecoder
@@ -197,8 +197,8 @@ class Trainer:
     def _first_report(self) -> StepReport:
         """Step 0: the held-out loss before training."""
         progress = self.state.progress
-        losses = self._held_out()
-        progress.first_held_out = progress.patience_held_out = losses["all"]
+        held_out = self._held_out()
+        progress.first_held_out = progress.patience_held_out = held_out.losses["all"]
         report = StepReport(
             step=0,
             total_steps=self.total_steps,
@@ -214,7 +214,8 @@ class Trainer:
             model_flops=0.0,
             mfu=None,
             peak_memory_gib=max(global_max([peak_memory_gib(self.device)])),
-            held_out=losses,
+            held_out=held_out.losses,
+            held_out_figures=held_out.figures,
             event=", ".join(self.notes),
         )
         if self.incidents.rolls_back:  # there is always something to go back to
@@ -243,7 +244,7 @@ class Trainer:
         seconds = time.perf_counter() - begun
         held_out = self._held_out() if self._is_due(self.config.evaluate_every_steps) else None
         events = [f"skipped: {outcome.skipped}"] if outcome.skipped else []
-        events += [] if held_out is None else self._judge(held_out["all"])
+        events += [] if held_out is None else self._judge(held_out.losses["all"])
         self.stopping = stop_agreed()
         due = self.stopping or self._is_due(self.config.checkpoint.every_steps)
         saves = "best" in events or progress.stopped_early or due
@@ -278,9 +279,7 @@ class Trainer:
             )
         except StepIncident as found:
             if policy.decide(found, state.progress, loaded.step) == "skip":
-                return StepOutcome(
-                    None, 0.0, torch.zeros(self.settings.sources, 2, dtype=torch.float64), str(found.what)
-                )
+                return StepOutcome(None, 0.0, torch.zeros(self._sum_rows(), 2, dtype=torch.float64), str(found.what))
             roll_back(state, self.checkpoints, found)
             if loaded.last:
                 self.total_steps = state.progress.step
@@ -303,10 +302,13 @@ class Trainer:
     def _is_over(self) -> bool:
         return self.state.progress.stopped_early or self.state.progress.step >= self.total_steps
 
-    def _held_out(self) -> dict[str, float]:
+    def _sum_rows(self) -> int:
+        return self.settings.sources + len(self.loss.figures)
+
+    def _held_out(self) -> Means:
         pulse.beat("held-out loss")
         with self.meter.clock.part("evaluation"):
-            losses = held_out_loss(
+            means = held_out_loss(
                 self.state.model,
                 self.loss,
                 self.held_out,
@@ -315,14 +317,14 @@ class Trainer:
                 mesh=self.mesh,
                 precision=self.config.precision,
             )
-        if not math.isfinite(losses["all"]):
+        if not math.isfinite(means.losses["all"]):
             raise TrainingError(
                 "the held-out loss is not finite",
                 where=f"after step {self.state.progress.step}",
-                got=losses,
+                got=means.losses,
                 fix="look at the sources named; lower train.optimizer.lr if the training loss was rising",
             )
-        return losses
+        return means
 
     def _judge(self, held_out: float) -> list[str]:
         """Keep count of the best and of patience. The best is the lowest; patience wants it lower by ``min_delta``."""
@@ -348,11 +350,11 @@ class Trainer:
         lr: float,
         work: list[float],
         seconds: float,
-        held_out: dict[str, float] | None,
+        held_out: Means | None,
         events: list[str],
     ) -> StepReport:
         sources = self.feed.sources
-        by_source = mean_losses(outcome.source_sums, sources)
+        means = means_of(outcome.sums, self.loss, sources)
         return StepReport(
             step=self.state.progress.step,
             total_steps=self.total_steps,
@@ -365,9 +367,11 @@ class Trainer:
             tokens_seen=self.state.progress.tokens_seen,
             step_seconds=seconds,
             data_wait_seconds=loaded.data_wait_seconds,
-            held_out=held_out,
+            held_out=None if held_out is None else held_out.losses,
+            held_out_figures={} if held_out is None else held_out.figures,
+            figures=means.figures,
             event=", ".join(events),
-            source_loss={name: by_source[name] for name in sources if name in by_source},
+            source_loss={name: means.losses[name] for name in sources if name in means.losses},
             source_tokens=dict(zip(sources, loaded.source_tokens.tolist(), strict=True)),
             source_units=dict(zip(sources, loaded.source_units.tolist(), strict=True)),
             rows=loaded.rows,

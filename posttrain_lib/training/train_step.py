@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain_lib.data.collate import to_torch
-from posttrain_lib.evaluation.perplexity import source_sums
+from posttrain_lib.evaluation.perplexity import output_sums, with_signals
 from posttrain_lib.optim.clipping import clip_gradients, gradient_norm
 from posttrain_lib.parallel.apply import gradient_scale, settle_gradients, synchronise_gradients
 from posttrain_lib.parallel.context import own_part
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
     from posttrain_lib.parallel.mesh import RankMesh
     from posttrain_lib.schema.batches import PackedBatch
+
+#: loss of each item of a micro-batch, and the segment it belongs to
+Items = tuple[Tensor, Tensor]
 
 #: documents of the highest loss that are named when a step is a spike
 _NAMED = 8
@@ -44,12 +47,12 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """``loss`` and ``grad_norm`` of the step (before clipping); ``source_sums`` float64 [sources, 2], all global. A
-    step that was not taken has no loss, and says why in ``skipped``."""
+    """``loss`` and ``grad_norm`` of the step (before clipping); ``sums`` float64 [sources + figures, 2], see
+    ``evaluation.perplexity``; all global. A step that was not taken has no loss, and says why in ``skipped``."""
 
     loss: float | None
     grad_norm: float
-    source_sums: Tensor
+    sums: Tensor
     skipped: str = ""
 
 
@@ -107,7 +110,7 @@ def _gradients(
     spike: Callable[[float, float], tuple[str, float, str] | None],
 ) -> tuple[float, float, Tensor, Tensor]:
     """(loss, gradient norm, the same as a tensor, per-source sums) of a step that may be taken."""
-    mean, sums, nlls = _accumulate(model, loss, micro_batches, settings, global_divisor=global_divisor, step=step)
+    mean, sums, items = _accumulate(model, loss, micro_batches, settings, global_divisor=global_divisor, step=step)
     with settings.clock.part("optimizer"):
         norm = gradient_norm(model.parameters())
         grad_norm = float(norm)
@@ -119,7 +122,7 @@ def _gradients(
     if found is None:
         raise incident("non_finite", "gradient norm", grad_norm, step, rows)
     quantity, value, bound = found
-    raise incident("spike", quantity, value, step, rows, _highest(micro_batches, nlls, settings), bound)
+    raise incident("spike", quantity, value, step, rows, _highest(micro_batches, items, settings), bound)
 
 
 def accumulate_gradients(
@@ -131,7 +134,7 @@ def accumulate_gradients(
     global_divisor: float,
     step: int = 0,
 ) -> tuple[float, Tensor]:
-    """Leave in ``.grad`` the gradient of ``global loss sum / global_divisor``; return the loss and per-source sums.
+    """Leave in ``.grad`` the gradient of ``global loss sum / global_divisor``; return the loss and the sums.
 
     The divisor is the same on every rank and known before the first backward, so nothing depends on how rows were
     split over micro-batches and ranks.
@@ -152,40 +155,40 @@ def _accumulate(
     *,
     global_divisor: float,
     step: int,
-) -> tuple[float, Tensor, list[Tensor]]:
-    """As :func:`accumulate_gradients`, and each micro-batch's losses [N] of its supervised tokens."""
+) -> tuple[float, Tensor, list[Items]]:
+    """As :func:`accumulate_gradients`, and the losses of each micro-batch's items with their segments."""
     scale = gradient_scale(global_divisor)
     device, sources = settings.mesh.device, settings.sources
-    totals = torch.zeros(1 + 2 * sources, dtype=torch.float64, device=device)
-    nlls: list[Tensor] = []
+    count = sources + len(loss.figures)
+    totals = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
+    items: list[Items] = []
     for number, arrays in enumerate(micro_batches):
-        batch = to_torch(arrays, device)
+        batch = to_torch(with_signals(arrays, loss, "train"), device)
         synchronise_gradients(model, number == len(micro_batches) - 1)
         with settings.clock.part("forward"), autocast(device, settings.precision):
             output = loss(model, batch)
         with settings.clock.part("backward"):
             (output.local_sum * scale).backward()
-        nlls.append(output.nll)
+        items.append((output.values, output.segments))
         totals[0] += output.local_sum.detach()
-        totals[1:] += source_sums(batch, output.nll, sources).flatten()
+        totals[1:] += output_sums(loss, batch, output, sources).flatten()
     with settings.clock.part("backward"):
         settle_gradients(model)
-    total, *by_source = settings.mesh.sum_over_tokens(
+    total, *sums = settings.mesh.sum_over_tokens(
         totals.tolist()
     )  # the only wait for the device before the gradient norm
     if not math.isfinite(total):
-        suspects = [example for pair in zip(micro_batches, nlls, strict=True) for example in _non_finite(*pair)]
+        suspects = [example for pair in zip(micro_batches, items, strict=True) for example in _non_finite(*pair)]
         rows = _everywhere(_names(_all_examples(micro_batches), settings))
         raise incident("non_finite", "loss", total, step, rows, _everywhere(_names(suspects, settings)))
     mean = total / global_divisor if global_divisor else 0.0
-    return mean, torch.tensor(by_source, dtype=torch.float64).view(sources, 2), nlls
+    return mean, torch.tensor(sums, dtype=torch.float64).view(count, 2), items
 
 
-def _non_finite(batch: PackedBatch, nll_N: Tensor) -> list[int]:
+def _non_finite(batch: PackedBatch, items: Items) -> list[int]:
     """Store indices of the documents whose loss is not finite, in order; ``batch`` is of numpy arrays."""
-    bad_N = torch.from_numpy(batch.supervised_index)[~torch.isfinite(nll_N.cpu())].to(torch.int32)
-    documents = torch.searchsorted(torch.from_numpy(batch.cu_seqlens), bad_N, right=True) - 1
-    return sorted({int(example) for example in batch.document_ids[documents.numpy()]})
+    values, segments = (tensor.cpu() for tensor in items)
+    return sorted({int(example) for example in batch.document_ids[segments[~torch.isfinite(values)].numpy()]})
 
 
 def _all_examples(micro_batches: Sequence[PackedBatch]) -> list[int]:
@@ -201,14 +204,13 @@ def _everywhere(names: list[str]) -> list[str]:
     return list(dict.fromkeys(name for part in gather_objects(names) for name in part))
 
 
-def _highest(micro_batches: Sequence[PackedBatch], nlls: Sequence[Tensor], settings: StepSettings) -> list[str]:
-    """The documents of all ranks with the highest loss a token, the highest first."""
+def _highest(micro_batches: Sequence[PackedBatch], items: Sequence[Items], settings: StepSettings) -> list[str]:
+    """The documents of all ranks with the highest loss an item, the highest first."""
     means: list[tuple[float, str]] = []
-    for batch, nll_N in zip(micro_batches, nlls, strict=True):
-        index_N = torch.from_numpy(batch.supervised_index).to(torch.int32)
-        places = torch.searchsorted(torch.from_numpy(batch.cu_seqlens), index_N, right=True) - 1
+    for batch, item in zip(micro_batches, items, strict=True):
+        values, places = (tensor.cpu() for tensor in item)
         count = torch.bincount(places, minlength=len(batch.document_ids))
-        total = torch.bincount(places, weights=nll_N.detach().cpu().double(), minlength=len(batch.document_ids))
+        total = torch.bincount(places, weights=values.double(), minlength=len(batch.document_ids))
         for number in count.nonzero().flatten().tolist():
             name = settings.name_example(int(batch.document_ids[number]))
             means.append((float(total[number] / count[number]), name))

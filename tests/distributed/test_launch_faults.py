@@ -12,6 +12,7 @@ import pytest
 
 from posttrain_lib.compute.heart import read_pulses
 from posttrain_lib.errors import RETRY_EXIT_CODE
+from posttrain_lib.losses.base import Loss
 from posttrain_lib.training.pulse import current
 from tests.support.launched import Family, command, start, wait_for
 
@@ -28,7 +29,7 @@ def lines(output: Path) -> dict[int, str]:
     return found
 
 
-class HangingLoss:
+class HangingLoss(Loss):
     """The usual loss, until rank 0's sixth step: then it sleeps, for as long as a file is not there."""
 
     def __init__(self) -> None:

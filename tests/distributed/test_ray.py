@@ -17,6 +17,7 @@ from posttrain_lib.compute.launch import launch
 from posttrain_lib.compute.processes import SESSION_FILE, descendants, remove_orphans, started_at
 from posttrain_lib.config.compute import ComputeConfig
 from posttrain_lib.errors import ConfigError, TrainingError
+from posttrain_lib.losses.base import Loss
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training.job import TrainJob
 from tests.oracles.tiny_job import make_job, tiny_config
@@ -111,7 +112,7 @@ def test_a_worker_lost_too_often_ends_the_run_with_the_reason(tmp_path: Path) ->
     assert list((tmp_path / "work/checkpoints").glob("step-*")), "what was trained is kept"
 
 
-class BrokenLoss:
+class BrokenLoss(Loss):
     """A user's loss with a mistake in it, on one rank."""
 
     def divisor(self, batch: object) -> float:

@@ -157,7 +157,7 @@ def test_the_loss_of_completions_that_share_a_prompt(name, precision, tiny_folde
         with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
             output = build_loss("sft")(model, to_torch(batch))
         output.local_sum.backward()
-        results.append((output.local_sum.detach().double(), output.nll.double(), _gradients(model)))
+        results.append((output.local_sum.detach().double(), output.values.double(), _gradients(model)))
     (sum_plain, nll_plain, gradients_plain), (sum_shared, nll_shared, gradients_shared) = results
     # bfloat16 keeps 8 bits, and the two ways round other partial sums, in every one of some tens of operations
     limit = EXACT if precision is None else 0.03

@@ -16,6 +16,7 @@ from posttrain_lib.data.making import make
 from posttrain_lib.embedded.conversations import generate_rows
 from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import ConfigError, DataError
+from posttrain_lib.losses.sft import SFTLoss
 from steps import foresight
 
 #: a row of each format
@@ -38,7 +39,7 @@ def chatml(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     return ChatTokenizer(folder)
 
 
-class PairLoss:
+class PairLoss(SFTLoss):
     """Of a loss, what decides beforehand."""
 
     kind = "pair"

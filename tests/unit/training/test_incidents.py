@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from posttrain_lib.config.train import Incidents
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.losses import build_loss
-from posttrain_lib.losses.base import LossOutput
+from posttrain_lib.losses.base import Loss, LossOutput
 from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.training.incidents import LEAST, IncidentPolicy, StepIncident, incident, read_log
@@ -27,7 +28,7 @@ from tests.unit.training.test_loop import run
 POISON = 17
 
 
-class Poisoned:
+class Poisoned(Loss):
     """A user's loss that the row :data:`POISON` multiplies by ``factor``."""
 
     def __init__(self, factor: float = math.inf) -> None:
@@ -43,8 +44,8 @@ class Poisoned:
         bad_N = torch.as_tensor(batch.document_ids)[places] == POISON
         if not (bad_N.any() and torch.is_grad_enabled()):  # the held-out rows have a number 17, too
             return output
-        nll = output.nll.where(~bad_N, output.nll * self.factor)
-        return LossOutput(output.local_sum * self.factor, nll)
+        values = output.values.where(~bad_N, output.values * self.factor)
+        return dataclasses.replace(output, local_sum=output.local_sum * self.factor, values=values)
 
 
 def config(incidents: dict, steps: int = 8, factor: float = math.inf, **changes: object):

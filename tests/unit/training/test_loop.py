@@ -19,6 +19,7 @@ from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.errors import CheckpointError, ConfigError, DataError, TrainingError
 from posttrain_lib.evaluation.perplexity import held_out_loss
 from posttrain_lib.losses import build_loss
+from posttrain_lib.losses.base import Loss
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.schema.examples import TokenizedExample
@@ -76,10 +77,10 @@ def test_held_out_loss_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     model, store = build_model(spec), TokenStore(tmp_path / "held_out")
     load_hf_weights(model, spec, job.model_folder)
     # other rows, so other sums: float32 rounding only
-    before = held_out_loss(model, build_loss("sft"), store, row_tokens=64, batch_rows=3)
+    before = held_out_loss(model, build_loss("sft"), store, row_tokens=64, batch_rows=3).losses
     assert before == pytest.approx(reports[0].held_out, rel=1e-6)
     model.load_state_dict(load_model_state(result.last_checkpoint))
-    after = held_out_loss(model, build_loss("sft"), store, row_tokens=64)
+    after = held_out_loss(model, build_loss("sft"), store, row_tokens=64).losses
     assert after == pytest.approx(reports[-1].held_out, rel=1e-6)
 
 
@@ -195,7 +196,7 @@ def test_a_diverging_run_stops_with_the_last_good_checkpoint(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "work/checkpoints").iterdir()] == ["step-00000001"]
 
 
-class LastTokensLoss:
+class LastTokensLoss(Loss):
     """A user's own loss, found by its name in the run file."""
 
     def __init__(self, scale: float = 1.0) -> None:

@@ -65,7 +65,7 @@ def test_it_learns(job_of: Callable[..., TrainJob], model_type: str) -> None:
     assert set(state) == set(before.state_dict())
     assert not any(torch.equal(state[name], value) for name, value in before.named_parameters())
     before.load_state_dict(state)
-    again = held_out_loss(before, build_loss("sft"), TokenStore(Path(job.held_out_store)), row_tokens=64)
+    again = held_out_loss(before, build_loss("sft"), TokenStore(Path(job.held_out_store)), row_tokens=64).losses
     assert again == pytest.approx(reports[-1].held_out, rel=1e-6)  # other rows: float32 rounding
 
 

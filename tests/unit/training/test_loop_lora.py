@@ -58,7 +58,7 @@ def test_a_run_trains_adapters_and_keeps_those_alone(tmp_path: Path, base_dtype:
         row_tokens=32,
         batch_rows=2,
         precision="fp32",
-    )
+    ).losses
     # merged in float32: sums in another order; a base and products in bfloat16 round by 2^-9 each
     assert losses["all"] == pytest.approx(last["all"], rel=1e-5 if base_dtype == "float32" else 2e-2)
 
