@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     )
     raise SystemExit(1) from None
 
-DEFAULT_CONFIG = {"sft": ROOT / "configs" / "sft" / "default.yaml"}
+DEFAULT_CONFIG = {recipe: ROOT / "configs" / recipe / "default.yaml" for recipe in ("sft", "dpo", "reward", "distill")}
 
 #: Metaflow's exit code for "failed, and a retry would fail the same way"
 _DO_NOT_RETRY = 202

@@ -23,6 +23,9 @@ from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 from steps.foresight import HUB_ID, check_model, check_start, local_folder
 
+#: recipe -> where its run file names a frozen model of its own
+_COMPANION_FIELDS = {"dpo": "dpo.reference.path", "distill": "distill.teacher.path"}
+
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """What is generated, and the names of what is found (their content enters the key by digest)."""
@@ -30,6 +33,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "sources": [{"name": s.name, "generate": _plain(s.generate), "path": s.path} for s in config.data.sources],
         "model": {"path": config.model.path, "from_scratch": _plain(config.model.from_scratch)},
         "vocabulary": config.model.vocabulary.model_dump(mode="json", exclude={"pad_to_multiple_of"}),
+        "companion": None if config.beside is None else config.beside[1],
         "tokenizer": config.data.tokenizer,
         "chat_template": config.data.chat_template,
     }
@@ -75,6 +79,8 @@ def body(context: StepContext) -> StepResult:
         generated.append(path)
         outputs[f"source:{source.name}"] = (path.relative_to(out).as_posix(), "rows")
     outputs["model"] = _model(context, generated)
+    if "companion" in context.inputs:
+        outputs["companion"] = context.inputs["companion"]
     outputs["tokenizer"] = context.inputs.get("tokenizer", outputs["model"])
     if "chat_template" in context.inputs:
         outputs["chat_template"] = context.inputs["chat_template"]
@@ -143,10 +149,12 @@ def _write_scratch(context: StepContext, generated: list[Path], out: Path) -> No
 
 def _write_rows(path: Path, generate: GeneratedConversations) -> None:
     from posttrain_lib.embedded.conversations import generate_rows
+    from posttrain_lib.embedded.pairs import generate_pairs
 
+    make = generate_pairs if generate.pairs else generate_rows
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as handle:
-        for row in generate_rows(generate.rows, generate.seed):
+        for row in make(generate.rows, generate.seed):
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -154,7 +162,9 @@ def _texts(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         with open(path, encoding="utf-8") as handle:
             for line in handle:
-                yield from (message["content"] for message in json.loads(line)["messages"])
+                row = json.loads(line)
+                messages = row.get("messages") or [*row["prompt"], *row["chosen"], *row["rejected"]]
+                yield from (message["content"] for message in messages)
 
 
 def _stored_model(url: str) -> ArtifactRef:
@@ -193,6 +203,7 @@ def _local_folders(config: RunConfig) -> dict[str, Path]:
     scratch, template = config.model.from_scratch, config.data.chat_template
     wanted = {
         "model": (config.model.path, "model.path"),
+        "companion": (config.beside[1] if config.beside else None, _COMPANION_FIELDS.get(config.recipe, "")),
         "tokenizer": (config.data.tokenizer, "data.tokenizer"),
         "scratch_tokenizer": (scratch.tokenizer if scratch else None, "model.from_scratch.tokenizer"),
     }

@@ -13,17 +13,18 @@ from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import RETRY_EXIT_CODE, PosttrainError, PreemptedError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.schema.manifests import StepManifest
-from steps import check_serving, convert_model, evaluate, export, inputs, prepare_data, train
+from steps import check_serving, convert_model, evaluate, export, inputs, prepare_data, score_data, train
 from steps.base import Say, Step, run_step, say_line
 
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "sft" / "default.yaml"
 
-#: The steps of supervised fine-tuning, each with what it needs standing before it.
-SFT: tuple[Step, ...] = (
+#: The steps of every recipe, each with what it needs standing before it.
+STEPS: tuple[Step, ...] = (
     inputs.STEP,
     prepare_data.STEP,
     check_serving.STEP,
     convert_model.STEP,
+    score_data.STEP,
     train.STEP,
     evaluate.STEP,
     export.STEP,
@@ -32,7 +33,12 @@ SFT: tuple[Step, ...] = (
 
 def step_named(name: str) -> Step:
     """The step of that name."""
-    return next(step for step in SFT if step.name == name)
+    return next(step for step in STEPS if step.name == name)
+
+
+def chain(config: RunConfig) -> tuple[Step, ...]:
+    """The steps that a recipe has."""
+    return tuple(step for step in STEPS if step is not score_data.STEP or config.beside is not None)
 
 
 def run_until(
@@ -45,7 +51,7 @@ def run_until(
 ) -> dict[str, StepManifest]:
     """Run the chain up to and including ``last``; what is in the store is reused. ``reuse=False`` redoes ``last``."""
     manifests: dict[str, StepManifest] = {}
-    for step in SFT:
+    for step in chain(config):
         is_last = step.name == last
         manifests[step.name] = run_step(step, config, manifests, reuse=reuse or not is_last, say=say, observe=observe)
         if is_last:

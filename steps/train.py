@@ -13,12 +13,13 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.schema.trajectory import TRAJECTORY
-from steps import prepare_data
+from steps import prepare_data, score_data
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 from steps.watch import METRICS, watch
 
 if TYPE_CHECKING:
     from posttrain_lib.data.live_feed import LiveSpec
+    from posttrain_lib.schema.companion import Companion
 
 QUARANTINE = "live_quarantine.jsonl"
 PROFILE = "profile"
@@ -37,6 +38,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "on_the_fly": live,
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
+        "beside": None if config.beside is None else config.beside[0],
     }
 
 
@@ -53,7 +55,14 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     and the rows themselves where training tokenises them."""
     data, model = manifests["prepare_data"].outputs, manifests["convert_model"].outputs
     rows = prepare_data.inputs(config, manifests)
+    companion = {}
+    if score_data.is_needed(config):
+        scored = manifests["score_data"].outputs
+        companion = {f"signals:{split}": scored[split] for split in score_data.SPLITS}
+    if config.beside is not None and config.beside[0] != "base":
+        companion["companion"] = score_data.companion_of(config, manifests)
     return {
+        **companion,
         **{name: ref for name, ref in rows.items() if config.data.on_the_fly or not name.startswith("source:")},
         "train": data["train"],
         "held_out": data["held_out"],
@@ -81,6 +90,7 @@ def body(context: StepContext) -> StepResult:
         pad_vocabulary_to=context.config.model.pad_vocabulary_to,
         lora=context.config.model.lora,
         backend=context.config.model.backend,
+        companion=companion(context),
     )
     result, reports, tracked = watch(launch(job, context.config.compute), context)
     _bring_checkpoints(result, context.out / "checkpoints")
@@ -119,6 +129,22 @@ def body(context: StepContext) -> StepResult:
         },
         summary=summary(result),
     )
+
+
+def companion(context: StepContext) -> Companion | None:
+    """The frozen model beside the trained one, as the job is told of it; None where the recipe has none."""
+    from posttrain_lib.schema.companion import Companion
+
+    if context.config.beside is None:
+        return None
+    kept, _ = context.config.beside
+    if kept == "base":
+        return Companion("base")
+    found = context.inputs["companion"]
+    if kept == "live":
+        return Companion("live", folder=found.uri)
+    tables = {split: context.inputs[f"signals:{split}"].uri for split in score_data.SPLITS}
+    return Companion("stored", tables=tables, made_of={"model": found.digest})
 
 
 def _planned(context: StepContext) -> dict[str, Any] | None:

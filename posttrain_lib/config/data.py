@@ -15,6 +15,7 @@ class GeneratedConversations(Section):
 
     rows: int = Field(6000, ge=10, description="conversations to generate")
     seed: int = 0
+    pairs: bool = Field(False, description="as pairs of a right and a wrong last answer, for format preference")
 
 
 class Source(Section):
@@ -37,6 +38,8 @@ class Source(Section):
     def _one_origin(self) -> Source:
         if (self.path is None) == (self.generate is None):
             raise ValueError("a source needs exactly one of 'path' and 'generate'")
+        if self.generate is not None and self.format != (made := "preference" if self.generate.pairs else "messages"):
+            raise ValueError(f"generated rows are in format {made!r}, not {self.format!r} (generate.pairs says which)")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from posttrain_lib.config.data import DataConfig
 from posttrain_lib.config.evaluation import EvaluationConfig
 from posttrain_lib.config.export import ExportConfig
 from posttrain_lib.config.model import ModelConfig
+from posttrain_lib.config.objectives import DPO, Distill, Reward
 from posttrain_lib.config.tracking import Tracker
 from posttrain_lib.config.train import TrainConfig
 
@@ -72,17 +73,76 @@ def _check_batch(train: TrainConfig, compute: ComputeConfig) -> list[Problem]:
 class RunConfig(Section):
     """Everything a run depends on. The resolved form is stored with every run."""
 
-    recipe: Literal["sft"] = "sft"
+    recipe: Literal["sft", "dpo", "reward", "distill"] = "sft"
     name: str = Field(
         min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="short name of the run, for tags and reports"
     )
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    dpo: DPO | None = Field(None, description="of recipe dpo")
+    reward: Reward | None = Field(None, description="of recipe reward")
+    distill: Distill | None = Field(None, description="of recipe distill")
     compute: ComputeConfig = ComputeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     tracking: tuple[Tracker, ...] = Field((), description="where figures go besides the run's own metrics.jsonl")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _section_of_the_recipe(cls, raw: Any) -> Any:
+        """A recipe's section is there, with its defaults where it is not written."""
+        recipe = raw.get("recipe", "sft") if isinstance(raw, dict) else "sft"
+        if recipe in ("dpo", "reward") and raw.get(recipe) is None:
+            return {**raw, recipe: {}}
+        return raw
+
+    @model_validator(mode="after")
+    def _loss_of_the_recipe(self) -> RunConfig:
+        """The recipe's section says which loss it is; ``train.loss`` may name a loss of one's own in its place."""
+        sections = {"dpo": self.dpo, "reward": self.reward, "distill": self.distill}
+        if foreign := [name for name, found in sections.items() if found is not None and name != self.recipe]:
+            raise ValueError(f"section {foreign[0]} is for recipe {foreign[0]}, and this one is {self.recipe}")
+        if self.recipe == "sft":
+            return self
+        section = sections[self.recipe]
+        if section is None:
+            raise ValueError(f"recipe {self.recipe} needs a section {self.recipe}")
+        name, options = section.loss()
+        given = (self.train.loss, self.train.loss_options)
+        if given == ("sft", {}):
+            # The resolved config says what is trained, whoever reads it.
+            trained = self.train.model_copy(update={"loss": name, "loss_options": options})
+            object.__setattr__(self, "train", trained)
+        elif self.train.loss == name and self.train.loss_options != options:
+            raise ValueError(f"train.loss_options {given[1]} contradict section {self.recipe}: say it there alone")
+        return self
+
+    @property
+    def beside(self) -> tuple[str, str | None] | None:
+        """(how it is kept, path) of the frozen model that the recipe compares with; None where there is none. No path:
+        the model that training starts from."""
+        if self.dpo is not None and self.dpo.needs_reference:
+            return self.dpo.reference.kept, self.dpo.reference.path
+        if self.distill is not None:
+            return self.distill.teacher.kept, self.distill.teacher.path
+        return None
+
+    @model_validator(mode="after")
+    def _beside_can(self) -> RunConfig:
+        kept, _ = self.beside or (None, None)
+        if kept == "base" and (self.model.lora is None or self.model.lora.dora):
+            raise ValueError(
+                "dpo.reference.kept: base is the policy without its adapters, and needs model.lora without dora; "
+                "set dpo.reference.kept: precomputed or live"
+            )
+        if kept in ("precomputed", "stored") and self.data.on_the_fly:
+            raise ValueError("what is stored of every example needs prepared data: set data.on_the_fly: false, or live")
+        if self.recipe == "reward" and self.model.backend == "hf":
+            raise ValueError("recipe reward needs a definition of ours: set model.backend: native")
+        if self.recipe != "sft" and self.compute.mesh.context > 1:
+            raise ValueError(f"recipe {self.recipe} sums over whole documents: set compute.mesh.context: 1")
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

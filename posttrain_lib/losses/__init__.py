@@ -11,6 +11,7 @@ from posttrain_lib.registry import resolve
 
 LOSSES: dict[str, str] = {
     "sft": "posttrain_lib.losses.sft:SFTLoss",
+    "distill": "posttrain_lib.losses.distill:DistillLoss",
 }
 
 

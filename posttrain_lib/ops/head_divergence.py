@@ -8,7 +8,7 @@ put it into the loss weights.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from posttrain_lib.ops.head_chunks import ChunkedHead
 from posttrain_lib.ops.head_sum import RowLoss, weighted_row_sum
 from posttrain_lib.ops.output_head import OutputHead
 
-Divergence = Literal["forward", "reverse", "jensen_shannon"]
+Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 
 
 def linear_divergence(
@@ -36,7 +36,7 @@ def linear_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum over positions of a divergence of the teacher's p and the student's q.
 
-    * ``forward``: ``KL(p || q)``. ``reverse``: ``KL(q || p)``.
+    * ``forward``: ``KL(p || q)``. ``reverse``: ``KL(q || p)``. ``symmetric``: the mean of the two (Jeffreys, halved).
     * ``jensen_shannon``: ``mix * KL(p || m) + (1 - mix) * KL(q || m)`` with ``m = mix * p + (1 - mix) * q``
       (generalised Jensen-Shannon; Agarwal et al. 2024, "On-policy distillation of language models").
 
@@ -54,8 +54,8 @@ def linear_divergence(
         ModelError: the vocabularies or their shards differ, or the two have not the same positions.
         ConfigError: unknown divergence, or a mix outside 0 to 1.
     """
-    if divergence not in ("forward", "reverse", "jensen_shannon"):
-        raise ConfigError("unknown divergence", got=divergence, expected="forward, reverse or jensen_shannon")
+    if divergence not in get_args(Divergence):
+        raise ConfigError("unknown divergence", got=divergence, expected=", ".join(get_args(Divergence)))
     if not 0.0 < mix < 1.0:
         raise ConfigError(
             "mix lies outside 0 to 1", got=mix, expected="0 < mix < 1", fix="take forward for 0, reverse for 1"
@@ -83,8 +83,8 @@ def linear_divergence(
 def linear_top_divergence(
     hidden_TD: Tensor,
     head: OutputHead,
-    teacher_ids_TK: Tensor,
-    teacher_logprobs_TK: Tensor,
+    teacher_ids_NK: Tensor,
+    teacher_logprobs_NK: Tensor,
     loss_weights_T: Tensor,
     index_N: Tensor,
     *,
@@ -100,8 +100,8 @@ def linear_top_divergence(
     up to 1, teach it that there is none.) A student's rest below the least normal number counts as that.
 
     Args:
-        teacher_ids_TK: int64 [T, K], distinct in each row. teacher_logprobs_TK: float [T, K], at the temperature that
-            the student is to be compared at; -inf is allowed. Both are only read at ``index_N``.
+        teacher_ids_NK: int64 [N, K], distinct in each row, of the positions ``index_N``.
+        teacher_logprobs_NK: float [N, K], at the temperature that the student is to be compared at; -inf is allowed.
         temperature: divides the student's logits alone. The others: as :func:`linear_divergence`.
 
     Returns:
@@ -110,13 +110,13 @@ def linear_top_divergence(
     Raises:
         ConfigError: ids and log-probabilities differ in shape.
     """
-    if teacher_ids_TK.shape != teacher_logprobs_TK.shape:
+    if teacher_ids_NK.shape != teacher_logprobs_NK.shape:
         raise ConfigError(
             "the teacher's ids and log-probabilities differ in shape",
-            got=f"{tuple(teacher_ids_TK.shape)} and {tuple(teacher_logprobs_TK.shape)}",
+            got=f"{tuple(teacher_ids_NK.shape)} and {tuple(teacher_logprobs_NK.shape)}",
             expected="one log-probability for each id",
         )
-    loss = _TopDivergence(teacher_ids_TK.index_select(0, index_N), teacher_logprobs_TK.index_select(0, index_N))
+    loss = _TopDivergence(teacher_ids_NK, teacher_logprobs_NK)
     return weighted_row_sum(
         loss, hidden_TD, head, loss_weights_T, index_N, chunk_tokens=chunk_tokens, temperature=temperature
     )
@@ -131,6 +131,7 @@ class _Divergence(RowLoss):
         self.formula = {
             "forward": self._forward,
             "reverse": self._reverse,
+            "symmetric": self._symmetric,
             "jensen_shannon": self._jensen_shannon,
         }[divergence]
 
@@ -159,6 +160,16 @@ class _Divergence(RowLoss):
         value = chunked.total((ratio * q).sum(-1))
         if wants_grad:
             q.mul_(ratio.sub_(value[:, None]))
+        return value
+
+    def _symmetric(self, chunked: ChunkedHead, log_p: Tensor, log_q: Tensor, wants_grad: bool) -> Tensor:
+        p, q = log_p.exp(), log_q.exp()
+        ratio = torch.sub(log_q, log_p, out=log_p)
+        backward = chunked.total((ratio * q).sum(-1))
+        value = (backward - chunked.total((ratio * p).sum(-1))) / 2
+        if wants_grad:
+            # half of q - p, and half of what the reverse has
+            torch.mul(q, ratio.sub_(backward[:, None]).add_(1), out=log_q).sub_(p).div_(2)
         return value
 
     def _jensen_shannon(self, chunked: ChunkedHead, log_p: Tensor, log_q: Tensor, wants_grad: bool) -> Tensor:

@@ -61,6 +61,7 @@ def linear_divergence_reference(
     values = {
         "forward": (p * (log_p - log_q)).sum(-1),
         "reverse": (q * (log_q - log_p)).sum(-1),
+        "symmetric": ((p - q) * (log_p - log_q)).sum(-1) / 2,
         "jensen_shannon": mix * (p * (log_p - log_m)).sum(-1) + (1 - mix) * (q * (log_q - log_m)).sum(-1),
     }[divergence]
     return (values * loss_weights_T[index_N]).sum(), values.detach()
@@ -69,16 +70,16 @@ def linear_divergence_reference(
 def linear_top_divergence_reference(
     hidden_TD: Tensor,
     head: OutputHead,
-    teacher_ids_TK: Tensor,
-    teacher_logprobs_TK: Tensor,
+    teacher_ids_NK: Tensor,
+    teacher_logprobs_NK: Tensor,
     loss_weights_T: Tensor,
     index_N: Tensor,
     *,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss_sum, divergence_N) of ``ops.head_divergence.linear_top_divergence``."""
-    q = log_probabilities(hidden_TD, head, temperature)[index_N].exp().gather(1, teacher_ids_TK[index_N])
-    p = teacher_logprobs_TK[index_N].exp()
+    q = log_probabilities(hidden_TD, head, temperature)[index_N].exp().gather(1, teacher_ids_NK)
+    p = teacher_logprobs_NK.exp()
     p, q = (torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], dim=-1) for kept in (p, q))
     values = (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
     return (values * loss_weights_T[index_N]).sum(), values.detach()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from posttrain_lib.config.model import Lora
     from posttrain_lib.config.train import TrainConfig
     from posttrain_lib.data.live_feed import LiveSpec
+    from posttrain_lib.schema.companion import Companion
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class TrainJob:
     ``live``: rows to tokenise while training; ``train_store`` is then a sample of them.
     ``pad_vocabulary_to``: embedding and head have rows in multiples of it, 1 = as many as the vocabulary; on resume it
     must be what it was. ``lora``: adapters to train on the frozen model (a config section, or anything with its
-    attributes); None: all weights are trained. ``backend`` "hf": the model runs as transformers' own class.
+    attributes); None: all weights are trained. ``companion``: the frozen model that the loss compares with.
+    ``backend`` "hf": the model runs as transformers' own class.
     """
 
     model_folder: str
@@ -45,6 +47,7 @@ class TrainJob:
     rank: int = 0
     mesh: MeshSpec = SINGLE
     offload: Literal["none", "parameters"] = "none"
+    companion: Companion | None = None
     rendezvous: str | None = None
 
     @property

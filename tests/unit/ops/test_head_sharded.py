@@ -58,12 +58,14 @@ def everything(student: Case, teacher: Case) -> dict[str, list[Tensor]]:
     logprobs, entropy = token_logprobs(hidden, head, student.targets, index, temperature=0.7, with_entropy=True)
     assert entropy is not None
     record("log-probs", (logprobs * pull + entropy * pull.square()).sum(), logprobs, entropy)
-    for divergence in ("forward", "reverse", "jensen_shannon"):
+    for divergence in ("forward", "reverse", "symmetric", "jensen_shannon"):
         inputs = (hidden, head, teacher.hidden, teacher.head, weights, index)
         record(divergence, *linear_divergence(*inputs, divergence=divergence, chunk_tokens=4))
     kept, ids = top_logprobs(teacher.hidden, teacher.head, everywhere, TOP)
     results["top"] = [kept, ids]
-    record("kept", *linear_top_divergence(hidden, head, ids[:, :5], kept[:, :5], weights, index, chunk_tokens=4))
+    record(
+        "kept", *linear_top_divergence(hidden, head, ids[index, :5], kept[index, :5], weights, index, chunk_tokens=4)
+    )
     logits = head.logits(hidden)
     results["logits"] = [logits.detach()]
     record("through logits", (logits.softmax(-1).square().sum(-1)).sum())

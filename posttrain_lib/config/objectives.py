@@ -1,0 +1,111 @@
+"""The sections of recipes beyond SFT: what is optimised, and the frozen model that it is compared with, if any."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain_lib.config.base import Section
+
+#: variants that compare with no reference
+REFERENCE_FREE = ("simpo", "orpo")
+
+
+class Reference(Section):
+    """The policy that a preference loss measures from."""
+
+    kept: Literal["precomputed", "live", "base"] = Field(
+        "precomputed",
+        description="precomputed: its log-probs are stored once, before training; live: it runs beside the policy; "
+        "base: the policy without its adapters (model.lora)",
+    )
+    path: str | None = Field(None, description="another model's folder; default: the model that training starts from")
+
+    @model_validator(mode="after")
+    def _base_is_the_start(self) -> Reference:
+        if self.kept == "base" and self.path is not None:
+            raise ValueError("kept: base is the model that training starts from: leave path out, or set kept: live")
+        return self
+
+
+class DPO(Section):
+    """Learning from pairs of a better and a worse answer."""
+
+    variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"] = "sigmoid"
+    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of the pairs taken to be the wrong way round")
+    sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-likelihood a token")
+    length_normalise: bool = Field(False, description="log-probs a token in place of an answer's sum")
+    simpo_gamma: float | None = Field(None, ge=0, description="simpo: the margin wanted, in units of reward")
+    reference: Reference = Reference()
+
+    def loss(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the loss."""
+        if self.variant == "simpo":
+            return "simpo", {"beta": self.beta, "gamma": self.simpo_gamma or 0.0, "sft_weight": self.sft_weight}
+        if self.variant == "orpo":
+            return "orpo", {"beta": self.beta}
+        names = ("variant", "beta", "label_smoothing", "sft_weight", "length_normalise")
+        return "dpo", {name: getattr(self, name) for name in names}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the variant compares with one."""
+        return self.variant not in REFERENCE_FREE
+
+    @model_validator(mode="after")
+    def _options_of_the_variant(self) -> DPO:
+        if self.simpo_gamma is not None and self.variant != "simpo":
+            raise ValueError(f"simpo_gamma is for variant simpo, not {self.variant}")
+        if self.label_smoothing and self.variant not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing is for the variants sigmoid and robust, not {self.variant}")
+        if self.variant == "robust" and not self.label_smoothing:
+            raise ValueError("variant robust needs label_smoothing above 0; without it, it is sigmoid")
+        return self
+
+
+class Reward(Section):
+    """A scalar score from pairs of a better and a worse answer (Bradley-Terry)."""
+
+    centre: float = Field(0.0, ge=0, description="weight of (chosen + rejected)^2, which keeps scores around 0")
+
+    def loss(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the loss."""
+        return "reward", {"centre": self.centre}
+
+
+class Teacher(Section):
+    """The model that is learned from."""
+
+    path: str = Field(description="its folder, URL or hub id; of the student's tokenizer")
+    kept: Literal["live", "stored"] = Field(
+        "live", description="live: it runs beside the student; stored: its top log-probs are stored once"
+    )
+    top_k: int = Field(64, ge=1, description="stored: log-probs kept of each trained token's distribution")
+
+
+class Distill(Section):
+    """Learning a teacher's distributions over the next token."""
+
+    teacher: Teacher
+    divergence: Literal["forward", "reverse", "symmetric", "jensen_shannon"] = Field(
+        "forward", description="forward: KL(teacher || student); reverse: KL(student || teacher); symmetric: their mean"
+    )
+    mix: float = Field(0.5, gt=0, lt=1, description="of jensen_shannon: the teacher's share in the mixture")
+    temperature: float = Field(1.0, gt=0, description="divides the logits of both")
+    hard_weight: float = Field(0.0, ge=0, lt=1, description="share of the tokens' own cross-entropy in the loss")
+
+    def loss(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the loss."""
+        names = ("divergence", "mix", "temperature", "hard_weight")
+        return "distill", {name: getattr(self, name) for name in names}
+
+    @model_validator(mode="after")
+    def _stored_is_forward(self) -> Distill:
+        if self.teacher.kept == "stored" and self.divergence != "forward":
+            raise ValueError(
+                f"divergence {self.divergence} needs the teacher's whole distribution: set teacher.kept: live, or "
+                "divergence: forward"
+            )
+        return self
