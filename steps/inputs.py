@@ -82,9 +82,20 @@ def body(context: StepContext) -> StepResult:
     if "companion" in context.inputs:
         outputs["companion"] = context.inputs["companion"]
     outputs["tokenizer"] = context.inputs.get("tokenizer", outputs["model"])
+    if "companion" in context.inputs:
+        _check_companion(context, outputs["tokenizer"])
     if "chat_template" in context.inputs:
         outputs["chat_template"] = context.inputs["chat_template"]
     return StepResult(outputs, summary=_describe(context))
+
+
+def _check_companion(context: StepContext, tokenizer: tuple[str, str] | ArtifactRef) -> None:
+    """The frozen model means by an id what the trained one means."""
+    from posttrain_lib.data.shared_ids import check_shared_ids
+
+    own = tokenizer.uri if isinstance(tokenizer, ArtifactRef) else context.out / tokenizer[0]
+    where = _COMPANION_FIELDS[context.config.recipe]
+    check_shared_ids(own, context.inputs["companion"].uri, where=where)
 
 
 def _model(context: StepContext, generated: list[Path]) -> tuple[str, str] | ArtifactRef:

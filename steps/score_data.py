@@ -38,11 +38,16 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """The token stores and the frozen model."""
+    """The token stores, the frozen model, and the trained one for its vocabulary."""
     if not is_needed(config):
         return {}
     data = manifests["prepare_data"].outputs
-    return {"train": data["train"], "held_out": data["held_out"], "companion": companion_of(config, manifests)}
+    return {
+        "train": data["train"],
+        "held_out": data["held_out"],
+        "companion": companion_of(config, manifests),
+        "model": manifests["convert_model"].outputs["model"],
+    }
 
 
 def companion_of(config: RunConfig, manifests: Manifests) -> ArtifactRef:
@@ -85,6 +90,7 @@ def _store(
     context: StepContext, model: Decoder, store: TokenStore, folder: Path, made_of: dict[str, str], split: str
 ) -> None:
     from posttrain_lib.evaluation.frozen import store_document_logprobs, store_top_logprobs
+    from posttrain_lib.models.families import spec_from_folder
 
     config = context.config
     progress = _progress(context, split)
@@ -99,6 +105,7 @@ def _store(
         row_tokens=config.train.row_tokens,
         top_k=config.distill.teacher.top_k,
         temperature=config.distill.temperature,
+        vocab_size=spec_from_folder(context.inputs["model"].uri).config.vocab_size,
         progress=progress,
     )
 

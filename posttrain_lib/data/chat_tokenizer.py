@@ -302,6 +302,12 @@ def _is_marker(content: str) -> bool:
     return _BRACKETED.fullmatch(content) is not None and _HTML.fullmatch(content) is None
 
 
+def vocabulary_of(folder: str | Path) -> dict[str, int]:
+    """Token -> id of a tokenizer folder; it needs no template."""
+    found: dict[str, int] = _load(Path(folder)).get_vocab()
+    return found
+
+
 def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 

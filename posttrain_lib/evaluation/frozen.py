@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,17 +66,21 @@ def store_top_logprobs(
     row_tokens: int,
     top_k: int,
     temperature: float = 1.0,
+    vocab_size: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Write ``ids`` (uint16 where the vocabulary allows it, else int32) and ``logprobs`` (float16) by trained token,
     [top_k] each, the most likely first, and ``rest`` (float16), the log-probability of all other tokens together: 4 or
     6 bytes an entry and 2 a token. float16 keeps a log-probability to 1 part in 2048; with the rest stored by itself,
     that rounding never becomes mass on tokens that the teacher does not believe in.
+
+    ``vocab_size``: the student's; what the teacher has besides is left out of its distribution.
     """
-    small = model.config.vocab_size <= np.iinfo(np.uint16).max + 1
+    entries = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    small = entries <= np.iinfo(np.uint16).max + 1
     columns = {
-        "ids": (np.uint16 if small else np.int32, (top_k,)),
-        "logprobs": (np.float16, (top_k,)),
+        "ids": (np.uint16 if small else np.int32, (min(top_k, entries),)),
+        "logprobs": (np.float16, (min(top_k, entries),)),
         "rest": (np.float16, ()),
     }
     writer = SignalWriter(folder, store, "token", columns, {**made_of, "temperature": str(temperature)})
@@ -83,7 +88,8 @@ def store_top_logprobs(
     for arrays, batch in _batches(model, store, row_tokens):
 
         def output(hidden_TD: Tensor, head: OutputHead, batch: PackedBatch = batch) -> tuple[Tensor, Tensor]:
-            return top_logprobs(hidden_TD, head, batch.supervised_index, top_k, temperature=temperature)
+            own = dataclasses.replace(head, vocab_size=entries)
+            return top_logprobs(hidden_TD, own, batch.supervised_index, min(top_k, entries), temperature=temperature)
 
         logprobs, ids = (tensor.cpu().numpy() for tensor in _run(model, batch, output))
         rest = _log_of_rest(logprobs)
