@@ -12,6 +12,12 @@ from posttrain_lib.registry import resolve
 LOSSES: dict[str, str] = {
     "sft": "posttrain_lib.losses.sft:SFTLoss",
     "distill": "posttrain_lib.losses.distill:DistillLoss",
+    "sigmoid": "posttrain_lib.losses.sigmoid:SigmoidLoss",
+    "dpo": "posttrain_lib.losses.dpo:DPOLoss",
+    "simpo": "posttrain_lib.losses.reference_free:SimPOLoss",
+    "orpo": "posttrain_lib.losses.reference_free:ORPOLoss",
+    "kto": "posttrain_lib.losses.kto:KTOLoss",
+    "reward": "posttrain_lib.losses.reward:RewardLoss",
 }
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from posttrain_lib.errors import ConfigError
+
 if TYPE_CHECKING:
     from posttrain_lib.losses.beside import Beside
     from posttrain_lib.models.decoder import Decoder
@@ -49,6 +51,12 @@ def segments_of_tokens(batch: PackedBatch) -> Tensor:
     return torch.searchsorted(batch.cu_seqlens, batch.supervised_index.to(torch.int32), right=True) - 1
 
 
+def weighted_figure(values: Tensor, weights: Tensor) -> Tensor:
+    """Float64 [2]: what ``LossOutput.figures`` has of a mean of values with these weights, [M] each."""
+    weights = weights.double()
+    return torch.stack([values.detach().double() @ weights, weights.sum()])
+
+
 class Loss(ABC):
     """An objective. It must use every trained parameter even for a micro-batch without targets (a zero that belongs
     to the graph), because sharded training communicates in the backward.
@@ -79,3 +87,11 @@ class Loss(ABC):
     @abstractmethod
     def __call__(self, model: Decoder, batch: PackedBatch) -> LossOutput:
         """Run the model on the batch (torch tensors) and return the local sum."""
+
+
+def check_option(name: str, value: object, holds: bool, expected: str) -> None:
+    """Raises ConfigError where an option of a loss does not hold."""
+    if not holds:
+        raise ConfigError(
+            "the loss does not take this value", where=f"train.loss_options.{name}", got=value, expected=expected
+        )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain_lib.errors import DataError
+from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.losses.base import segments_of_tokens
 
 if TYPE_CHECKING:
@@ -30,7 +30,15 @@ def pair_signals(batch: PackedBatch) -> dict[str, Any]:
 
     Raises:
         DataError: the batch holds half of a pair, or documents that are no pairs.
+        ConfigError: the batch is a rank's part of documents that lie over several.
     """
+    if batch.prefixes is not None and batch.prefixes.exchange is not None:
+        raise ConfigError(
+            "losses on pairs look at whole documents, and these lie over several ranks",
+            where="compute.mesh.context",
+            expected="1",
+            fix="set compute.mesh.context: 1; use shard and recomputation for long rows",
+        )
     real = np.flatnonzero(batch.document_ids >= 0)
     chosen, rejected = real[0::2], real[1::2]
     if len(chosen) != len(rejected) or (batch.document_ids[chosen] + 1 != batch.document_ids[rejected]).any():
@@ -41,6 +49,15 @@ def pair_signals(batch: PackedBatch) -> dict[str, Any]:
             fix="prepare the data from a source of pairs (data.sources.format: preference)",
         )
     return {"chosen": chosen.astype(np.int64), "rejected": rejected.astype(np.int64)}
+
+
+def trained_pairs(batch: PackedBatch) -> dict[str, Any]:
+    """As :func:`pair_signals`, without pairs of which neither document has a supervised token."""
+    pairs = pair_signals(batch)
+    segments = np.searchsorted(batch.cu_seqlens, batch.supervised_index, side="right") - 1
+    counts = np.bincount(segments, minlength=len(batch.document_ids))
+    trained = counts[pairs["chosen"]] + counts[pairs["rejected"]] > 0
+    return {name: places[trained] for name, places in pairs.items()}
 
 
 def supervised_counts(batch: PackedBatch) -> Tensor:

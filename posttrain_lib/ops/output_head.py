@@ -124,9 +124,9 @@ class OutputHead:
         With ``shard`` every rank gets all columns; a loss on them must be the same on every rank, and its gradient in
         the hidden states and in ``adapter.down_RD`` is then whole on every rank.
         """
-        logits = linear(self._spread(hidden_TD), self.weight_VD)
+        logits = linear(self.spread(hidden_TD), self.weight_VD)
         if self.adapter is not None:
-            low = linear(self._spread(hidden_TD), self._spread(self.adapter.down_RD))
+            low = linear(self.spread(hidden_TD), self.spread(self.adapter.down_RD))
             logits = logits + linear(low, self.adapter.up_VR) * self.adapter.scale
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -138,7 +138,9 @@ class OutputHead:
             logits = pad(logits[:, : self.entries], (0, self.rows - self.entries), value=float("-inf"))
         return logits
 
-    def _spread(self, tensor: Tensor) -> Tensor:
+    def spread(self, tensor: Tensor) -> Tensor:
+        """The tensor, which every rank has, as it goes into work on this rank's rows: its gradient is the sum over the
+        ranks. Itself where the vocabulary is whole."""
         return tensor if self.shard is None else _Spread.apply(tensor, self.shard.group)
 
 
