@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from posttrain_lib.ops.output_head import OutputHead
 
 
-def log_probabilities(hidden_TD: Tensor, head: OutputHead, temperature: float = 1.0) -> Tensor:
-    """[T, entries that exist] log-probabilities."""
+def logits_reference(hidden_TD: Tensor, head: OutputHead) -> Tensor:
+    """[T, entries that exist] logits."""
     weight = head.weight_VD
     if head.adapter is not None:
         weight = weight + head.adapter.scale * head.adapter.up_VR @ head.adapter.down_RD
     logits = head.scale * hidden_TD @ weight[: head.local_vocab_size].t()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return (logits / temperature).log_softmax(-1)
+    return logits
+
+
+def log_probabilities(hidden_TD: Tensor, head: OutputHead, temperature: float = 1.0) -> Tensor:
+    """[T, entries that exist] log-probabilities."""
+    return (logits_reference(hidden_TD, head) / temperature).log_softmax(-1)
+
+
+def target_logits_reference(hidden_TD: Tensor, head: OutputHead, target_ids_T: Tensor, index_N: Tensor) -> Tensor:
+    """logits_N of ``ops.target_logits.target_logits``."""
+    return logits_reference(hidden_TD, head).gather(1, target_ids_T[:, None]).squeeze(1)[index_N]
 
 
 def token_logprobs_reference(
@@ -39,6 +50,26 @@ def linear_cross_entropy_reference(
     """(loss_sum, nll_N) of ``ops.linear_cross_entropy.linear_cross_entropy``."""
     picked, _ = token_logprobs_reference(hidden_TD, head, target_ids_T, supervised_index_N)
     return -(picked * loss_weights_T[supervised_index_N]).sum(), -picked.detach()
+
+
+def linear_regularised_cross_entropy_reference(
+    hidden_TD: Tensor,
+    head: OutputHead,
+    target_ids_T: Tensor,
+    loss_weights_T: Tensor,
+    supervised_index_N: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    entropy_bonus: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(loss_sum, values_N) of ``ops.head_regularised.linear_regularised_cross_entropy``."""
+    logits, targets = logits_reference(hidden_TD, head)[supervised_index_N], target_ids_T[supervised_index_N]
+    smoothed = cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    values = smoothed + z_loss * logits.logsumexp(-1).square() - entropy_bonus * entropy
+    return (values * loss_weights_T[supervised_index_N]).sum(), values.detach()
 
 
 def linear_divergence_reference(

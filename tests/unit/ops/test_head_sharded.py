@@ -15,9 +15,11 @@ from torch import Tensor
 
 from posttrain_lib.errors import ModelError
 from posttrain_lib.ops.head_divergence import linear_divergence, linear_top_divergence
+from posttrain_lib.ops.head_regularised import linear_regularised_cross_entropy
 from posttrain_lib.ops.head_topk import top_logprobs
 from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from posttrain_lib.ops.output_head import HeadAdapter, OutputHead, VocabularyShard
+from posttrain_lib.ops.target_logits import target_logits
 from tests.unit.ops.head_cases import TOKENS, Case, Options, make_case
 
 RANKS, ROWS = 2, 18  # 36 rows, of which 33 exist: the second rank holds padding
@@ -57,6 +59,13 @@ def everything(student: Case, teacher: Case) -> dict[str, list[Tensor]]:
     record("cross-entropy", *linear_cross_entropy(hidden, head, student.targets, weights, index, chunk_tokens=4))
     logprobs, entropy = token_logprobs(hidden, head, student.targets, index, temperature=0.7, with_entropy=True)
     assert entropy is not None
+    whole = linear_regularised_cross_entropy(
+        *(hidden, head, student.targets, weights, index),
+        **{"label_smoothing": 0.2, "z_loss": 0.03, "entropy_bonus": 0.4, "chunk_tokens": 4},
+    )
+    record("regularised", *whole[:2])
+    logits = target_logits(hidden, head, student.targets, index)
+    record("target logits", (logits * pull).sum(), logits)
     record("log-probs", (logprobs * pull + entropy * pull.square()).sum(), logprobs, entropy)
     for divergence in ("forward", "reverse", "symmetric", "jensen_shannon"):
         inputs = (hidden, head, teacher.hidden, teacher.head, weights, index)
