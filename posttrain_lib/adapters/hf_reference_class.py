@@ -32,6 +32,21 @@ def native_class(hf_config: Mapping[str, Any], where: str) -> Any:
     return getattr(transformers, names if isinstance(names, str) else names[0])
 
 
+def classifier_name(model_type: str) -> str | None:
+    """The name of transformers' own sequence classification class of a ``model_type``; None where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model_type)
+    return names if names is None or isinstance(names, str) else str(names[0])
+
+
+def types_with_classifier() -> set[str]:
+    """Every ``model_type`` that transformers has a sequence classification class of."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+
+
 def native_config(hf_config: Mapping[str, Any], where: str) -> Any:
     """transformers' configuration object of a config.json's content.
 

@@ -18,7 +18,7 @@ from posttrain_lib.checkpoint.verify_documents import largest
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.lora import Adapted, LoraSettings, merge, planned_adapters
-from posttrain_lib.models.spec import VOCABULARY_WEIGHTS
+from posttrain_lib.models.spec import VOCABULARY_WEIGHTS, ModelSpec
 from posttrain_lib.schema.manifests import Check
 
 #: the base's folder inside the adapter's
@@ -50,10 +50,13 @@ def _linked(path: Path, target: Path) -> bool:
     return True
 
 
-def write_readme(folder: Path, base: str, revision: str | None, *, enclosed: bool, remarks: Sequence[str]) -> None:
+def write_readme(
+    folder: Path, base: str, revision: str | None, *, enclosed: bool, remarks: Sequence[str], scores: bool = False
+) -> None:
     """How to load the adapter, and what a reader cannot do with it, for a person.
 
-    ``base``, ``revision``: as ``adapter_config.json`` has them; ``enclosed``: the base is in :data:`BASE`.
+    ``base``, ``revision``: as ``adapter_config.json`` has them; ``enclosed``: the base is in :data:`BASE`;
+    ``scores``: the adapter makes a reward model of it.
     """
     if enclosed:
         arguments = f'"{BASE}"'
@@ -65,6 +68,7 @@ def write_readme(folder: Path, base: str, revision: str | None, *, enclosed: boo
     else:
         arguments = f'"{base}"' if revision is None else f'"{base}", revision="{revision}"'
         which = f"Its base is `{base}`" + ("." if revision is None else f", revision `{revision}`.")
+    kind, head = ("SequenceClassification", ", num_labels=1") if scores else ("CausalLM", "")
     lines = [
         "# LoRA adapter in PEFT's format",
         "",
@@ -73,9 +77,9 @@ def write_readme(folder: Path, base: str, revision: str | None, *, enclosed: boo
         "```python",
         "# from this folder",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import AutoModelFor{kind}",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({arguments})",
+        f"base = AutoModelFor{kind}.from_pretrained({arguments}{head})",
         'model = PeftModel.from_pretrained(base, ".")',
         "```",
         *(["", "Remarks", ""] if remarks else []),
@@ -85,7 +89,12 @@ def write_readme(folder: Path, base: str, revision: str | None, *, enclosed: boo
 
 
 def compare_adapter(
-    model: Decoder, state: Mapping[str, Tensor], settings: LoraSettings | Any, folder: Path, base: Path
+    model: Decoder,
+    state: Mapping[str, Tensor],
+    settings: LoraSettings | Any,
+    folder: Path,
+    base: Path,
+    spec: ModelSpec | None = None,
 ) -> Check:
     """Read an adapter and the base that it is for, and compare with what was trained, weight by weight.
 
@@ -95,11 +104,12 @@ def compare_adapter(
         settings: the run's adapters.
         folder: the adapter's.
         base: the Hugging Face folder that a reader loads it on.
+        spec: of that folder's model; default: as it is read. With a score head where the adapter brings one.
 
     Raises:
         ModelError: the adapter cannot be read, or does not fit on that base.
     """
-    spec = spec_from_folder(base)
+    spec = spec_from_folder(base) if spec is None else spec
     unadapted = build_model(spec)
     load_hf_weights(unadapted, spec, base)
     read = load_adapter(unadapted, spec, folder)

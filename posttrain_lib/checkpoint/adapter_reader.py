@@ -35,6 +35,8 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "arrow_config": (None,),
 }
+#: what a reward model's head may be called in ``modules_to_save``: PEFT itself adds the names of both habits
+_SCORE_HEADS = {"score", "classifier"}
 _SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -46,7 +48,12 @@ _SUFFIXES = {
 }
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, scores: bool = False) -> dict[str, Any]:
+    """adapter_config.json. ``scores``: for a reward model, whose head may come with the adapter.
+
+    Raises:
+        ModelError: it is missing or broken, or has a setting that changes what we compute.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["r"], config["lora_alpha"]
@@ -54,6 +61,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(
             "the adapter's configuration cannot be read", where=path, got=error, fix="name a folder in PEFT's format"
         ) from error
+    if scores and set(config.get("modules_to_save") or ()) <= _SCORE_HEADS:
+        config["modules_to_save"] = None
     for name, harmless in _INERT.items():
         if config.get(name, harmless[0]) not in harmless:
             raise ModelError(
@@ -89,7 +98,7 @@ class AdapterReader:
     def check_bases(self, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
         """PEFT adds embedding and head of the base where they have adapters: they must be this base's."""
         for module, kinds in modules.items():
-            ours = HEAD if module == self.head and self.model.lm_head is not None else EMBEDDING
+            ours = HEAD if module == self.head and not self.model.config.tie_word_embeddings else EMBEDDING
             if "base" in kinds and not self._is_base(ours, kinds["base"]):
                 raise ModelError(
                     "the adapter was made for another base model: it brings another embedding or head",
@@ -106,7 +115,7 @@ class AdapterReader:
         found: dict[str, Values] = {}
         experts: dict[str, dict[int, Values]] = {}
         for module, kinds in modules.items():
-            if self.model.lm_head is None and module == self.head:
+            if self.model.config.tie_word_embeddings and module == self.head:
                 continue
             if not {"down", "up"} <= set(kinds):
                 raise ModelError(
@@ -204,7 +213,7 @@ class AdapterReader:
         return Values(ordered[0].adapted, down, up)
 
     def _check_tied(self, modules: Mapping[str, Mapping[str, Tensor]], found: Mapping[str, Values]) -> None:
-        if self.model.lm_head is not None or not (EMBEDDING in found or self.head in modules):
+        if not self.model.config.tie_word_embeddings or not (EMBEDDING in found or self.head in modules):
             return
         head, value = modules.get(self.head, {}), found.get(EMBEDDING)
         same = (

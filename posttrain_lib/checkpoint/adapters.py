@@ -10,6 +10,7 @@ What the names of a family's files cannot say one to one is written in an exact 
   Either is read. A projection of the experts without an adapter is written as one of zeros, for both readers want
   all three, and is left out when it is read.
 * Embedding and head of a tied model have one adapter, written for both, with ``ensure_weight_tying``.
+* A score head, which is trained whole, is written whole (``modules_to_save``).
 
 The names are those of PEFT 0.21; vLLM reads the same files but for DoRA, and it knows one alpha for the whole adapter.
 """
@@ -47,6 +48,7 @@ from posttrain_lib.models.lora import (
     row_lengths,
     whole,
 )
+from posttrain_lib.models.score import SCORE
 from posttrain_lib.models.spec import ModelSpec
 
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -84,11 +86,16 @@ def save_adapter(
             found = replace(found, magnitude=_all_lengths(place, found.magnitude, values, parameters))
         tensors.update(named_tensors(place, found))
         kinds[place.key] = found.adapted
-    if EMBEDDING in values and model.lm_head is None:
+    tied = model.config.tie_word_embeddings and EMBEDDING in values
+    if tied:
         head = stored_name(spec, HEAD).removesuffix(".weight")
         tensors[f"{PREFIX}{head}.lora_A.weight"] = values[EMBEDDING].up.t().contiguous()
         tensors[f"{PREFIX}{head}.lora_B.weight"] = values[EMBEDDING].down.t().contiguous()
-    config, remarks = _configuration(kinds, places, tied=model.lm_head is None and EMBEDDING in values)
+    if model.score is not None:
+        tensors[PREFIX + SCORE] = _on_host(model.score.weight)
+    config, remarks = _configuration(kinds, places, tied=tied)
+    if model.score is not None:
+        config.update(task_type="SEQ_CLS", modules_to_save=["score"])
     if not dist.is_initialized() or dist.get_rank() == 0:
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
@@ -243,11 +250,13 @@ def load_adapter(model: Decoder, spec: ModelSpec, folder: str | Path) -> LoraDec
             an adapter of one of a tied model's embedding and head alone.
     """
     folder = Path(folder)
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE, scores=model.config.score_head)
     try:
         tensors = load_file(folder / ADAPTER_FILE)
     except (OSError, SafetensorError) as error:
         raise ModelError("the adapter's weights cannot be read", where=folder / ADAPTER_FILE, got=error) from error
+    if model.score is not None:
+        _read_score(model.score.weight, tensors.pop(PREFIX + SCORE, None), spec, folder / ADAPTER_FILE)
     modules = by_module(tensors, folder / ADAPTER_FILE)
     reader = AdapterReader(model, spec, config, folder / ADAPTER_FILE)
     reader.check_bases(modules)
@@ -263,3 +272,19 @@ def load_adapter(model: Decoder, spec: ModelSpec, folder: str | Path) -> LoraDec
                 # The vocabulary's padding has no adapter: zeros.
                 parameters[part].zero_()[tuple(slice(0, size) for size in tensor.shape)] = tensor
     return adapted_model
+
+
+def _read_score(parameter: Tensor, given: Tensor | None, spec: ModelSpec, path: Path) -> None:
+    """Fill the score head with the adapter's; one that brings none leaves the head that the base's folder holds."""
+    if given is None and SCORE not in spec.initialised:
+        return
+    if given is None or given.shape != parameter.shape:
+        raise ModelError(
+            "the adapter's score head is missing, or is that of another model",
+            where=f"{path}: {PREFIX}{SCORE}",
+            got=None if given is None else tuple(given.shape),
+            expected=tuple(parameter.shape),
+            fix="check that the adapter was trained as a reward model of this base, with num_labels=1",
+        )
+    with torch.no_grad():
+        parameter.copy_(given)

@@ -34,7 +34,7 @@ MAX_SHARD_BYTES = 5 << 30
 
 def check_entries(entries: Mapping[str, TensorEntry], spec: ModelSpec, folder: str | Path) -> None:
     """ModelError unless the files hold exactly the spec's tensors, in shapes and dtypes that can be loaded."""
-    expected = stored_shapes(spec.pieces)
+    expected = stored_shapes(spec.pieces_to_load)
     missing = sorted(set(expected) - set(entries))
     if missing:
         raise ModelError(
@@ -75,7 +75,7 @@ def check_entries(entries: Mapping[str, TensorEntry], spec: ModelSpec, folder: s
 
 def is_left_alone(tensor: str, spec: ModelSpec) -> bool:
     """A stored tensor that this decoder neither trains nor needs: Llama's old rotary table, which is computed from the
-    configuration, and what the family names (layers for multi-token prediction)."""
+    configuration, and what the spec names (layers for multi-token prediction, the head that a score head replaces)."""
     named = spec.left_alone is not None and re.match(spec.left_alone, tensor) is not None
     return named or tensor.endswith(".rotary_emb.inv_freq")
 
@@ -157,9 +157,9 @@ def iter_hf_weights(spec: ModelSpec, folder: str | Path) -> Iterator[tuple[str, 
 
 
 def pieces_by_parameter(spec: ModelSpec) -> dict[str, list[Piece]]:
-    """Our parameter name -> its pieces."""
+    """Our parameter name -> its pieces, of those that a folder of the spec holds."""
     found: dict[str, list[Piece]] = {}
-    for piece in spec.pieces:
+    for piece in spec.pieces_to_load:
         found.setdefault(piece.ours, []).append(piece)
     return found
 
@@ -185,7 +185,7 @@ def regions_of(pieces: Sequence[Piece], local: Tensor, offset: Sequence[int] | N
 
 def load_hf_weights(model: nn.Module, spec: ModelSpec, folder: str | Path) -> None:
     """Fill the model's parameters, in place and in their own dtype and on their own device; rows that pad the
-    vocabulary become zero.
+    vocabulary become zero. What the folder does not hold (``spec.initialised``) stays as it is.
 
     ``model`` may be sharded (DTensor parameters): a rank reads the regions of its own share and no other byte (of a
     matrix that is cut by columns, the whole of its rows). ``folder`` may be the URL of a store's folder, whose bytes go

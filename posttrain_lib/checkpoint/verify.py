@@ -173,7 +173,7 @@ def _first_executed(compared: list[list[ModuleDifference]]) -> list[ModuleDiffer
     """What stands around the blocks is compared before them, though norm and head come after them."""
     for modules in compared:
         wrong = next((module.name for module in modules if not module.passed), "norm")
-        if wrong not in ("norm", "lm_head"):
+        if wrong not in ("norm", "lm_head", "score"):
             return modules
     return compared[0] if compared else []
 

@@ -137,9 +137,9 @@ def compare_modules(it: Comparison) -> list[ModuleDifference]:
     ran = [by_name[name] for name in fine] + [step for step in steps if step.name in ours and step.name not in fine]
     found = [_compare(step, ours, coarse, fine) for step in ran]
     if subject.layer is None:
-        head = Step("lm_head", "lm_head", "lm_head", hint="scale or soft cap of the logits differs")
-        by_name["lm_head"] = head
-        found.append(_compare(head, {"lm_head": last}, {"lm_head": coarse_last}, {"lm_head": fine_last}))
+        name = "score" if subject.spec.config.score_head else "lm_head"
+        by_name[name] = head = Step(name, name, name, hint="scale or soft cap of the logits differs")
+        found.append(_compare(head, {name: last}, {name: coarse_last}, {name: fine_last}))
     found = _rotary(it) + found
     return [_explained(item, by_name.get(item.name), subject) for item in found]
 

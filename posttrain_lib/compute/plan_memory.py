@@ -307,7 +307,7 @@ def _head(spec: ModelSpec, layout: Layout) -> int:
     from posttrain_lib.ops import head_chunks as head
 
     config, tokens, kind = spec.config, layout.tokens, "cuda" if layout.cuda else "cpu"
-    entries = -(-config.vocabulary_rows // layout.mesh.tensor)
+    entries = 1 if config.score_head else -(-config.vocabulary_rows // layout.mesh.tensor)
     most = head._CHUNK_BYTES.get(kind, head._CHUNK_BYTES_ELSEWHERE) // (_FLOAT32 * entries)
     rows = min(tokens, max(head._LEAST_ROWS, min(head._CHUNK_ROWS.get(kind, head._CHUNK_ROWS_ELSEWHERE), most)))
     size = config.hidden_size

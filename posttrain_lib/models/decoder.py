@@ -29,7 +29,8 @@ class Decoder(nn.Module):
     """A causal decoder over one packed axis.
 
     ``layers`` is a ModuleList of blocks: the units that sharding and recomputation wrap. With tied embeddings
-    ``lm_head`` is None and the head uses ``embed_tokens.weight``: no second parameter exists.
+    ``lm_head`` is None and the head uses ``embed_tokens.weight``: no second parameter exists. With a score head it is
+    None too, and ``score`` is the head.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -38,18 +39,19 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocabulary_rows, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocabulary_rows, bias=False)
-        )
-        self.vocabulary_shard: VocabularyShard | None = None  # set where rows of the head lie over ranks
+        has_lm_head = not (config.tie_word_embeddings or config.score_head)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocabulary_rows, bias=False) if has_lm_head else None
+        self.score = nn.Linear(config.hidden_size, 1, bias=False) if config.score_head else None
+        self.vocabulary_shard: VocabularyShard | None = None  # set where rows of the vocabulary's head lie over ranks
         # No buffers: a cast to bf16 would round them and a meta-device build would lose them. They are H/2 numbers.
         with torch.device("cpu"):
             self._frequencies = [inverse_frequencies(rope) for rope in config.ropes]
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D] weight of the output head; the embedding's where they are tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[V, D] weight of the output head; the embedding's where they are tied; [1, D] of a score head."""
+        own = self.lm_head if self.score is None else self.score
+        return self.embed_tokens.weight if own is None else own.weight
 
     @property
     def output_head(self) -> OutputHead:
@@ -57,7 +59,7 @@ class Decoder(nn.Module):
         config = self.config
         return OutputHead(
             local(self.head_weight),
-            vocab_size=config.vocab_size,
+            vocab_size=config.head_entries,
             scale=config.logit_scale,
             softcap=config.logit_softcap,
             shard=self.vocabulary_shard,

@@ -50,6 +50,7 @@ class HFFacts:
     max_position_embeddings: int
     tie_word_embeddings: bool
     is_recurrent: bool = False
+    score_head: bool = False
 
     def changes_rope(self, before: int, after: int) -> bool:
         """Never: nothing of a document's earlier tokens is kept."""

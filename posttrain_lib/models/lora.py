@@ -7,7 +7,8 @@
 An adapted module stays the same object under the same name and becomes the adapted twin of its class, so that every
 weight of the base keeps its name. ``X.weight`` is adapted by ``X.lora_down``, ``X.lora_up`` and, with DoRA,
 ``X.lora_magnitude``; a projection ``X`` of the experts by ``X_lora_down`` and ``X_lora_up``. Adapters are float32
-whatever the frozen base is in; the products run in the dtype of the computation.
+whatever the frozen base is in; the products run in the dtype of the computation. A score head has no adapter: its one
+row is trained whole, in float32, beside them.
 """
 
 from __future__ import annotations
@@ -168,12 +169,12 @@ class LoraDecoder(Decoder):
         if isinstance(self.lm_head, LoraLinear):
             own = self.lm_head
             adapter = HeadAdapter(local(own.lora_down).to(dtype), local(own.lora_up).to(dtype), own.lora_scale)
-        elif self.lm_head is None and isinstance(self.embed_tokens, LoraEmbedding):
+        elif self.config.tie_word_embeddings and isinstance(self.embed_tokens, LoraEmbedding):
             tied = self.embed_tokens
             down, up = local(tied.lora_up).t(), local(tied.lora_down).t()
             adapter = HeadAdapter(down.to(dtype), up.to(dtype), tied.lora_scale)
-        else:
-            return head
+        else:  # a score head is trained in float32, and computes in the dtype of the body
+            return head if self.score is None else replace(head, weight_VD=head.weight_VD.to(self.embed_tokens.weight))
         return replace(head, adapter=adapter)
 
 
@@ -230,7 +231,7 @@ def planned_adapters(model: Decoder, settings: LoraSettings | Any) -> list[Adapt
     chosen: set[str] = set()
     for target in settings.targets:
         found = {name for name in names if _is_meant(name.removesuffix(".weight"), target)}
-        if target == "head" and model.lm_head is None:
+        if target == "head" and model.config.tie_word_embeddings:
             found = {EMBEDDING}
         if not found:
             known = known_targets(model)
@@ -258,16 +259,17 @@ def known_targets(model: Decoder) -> list[str]:
     """What ``targets`` may name of this model: its groups, and the last parts of its weights' names."""
     modules = [name.removesuffix(".weight") for name in adaptable_weights(model)]
     groups = [group for group in GROUPS if any(_is_meant(module, group) for module in modules)]
-    if model.lm_head is None:
+    if model.config.tie_word_embeddings:
         groups.append("head")
     return [*groups, *dict.fromkeys(module.rpartition(".")[2] for module in modules)]
 
 
 def adaptable_weights(model: nn.Module) -> list[str]:
-    """Names of the weights that can have an adapter: every projection, the experts', embedding and head."""
+    """Names of the weights that can have an adapter: every projection, the experts', embedding and head. Not a score
+    head: it is trained itself."""
     names = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and path != "score":
             names.append(f"{path}.weight")
         elif isinstance(module, Experts):
             names += [f"{path}.{projection}" for projection in _PROJECTIONS]
@@ -282,6 +284,8 @@ def adapt(model: Decoder, plan: Sequence[Adapted]) -> LoraDecoder:
     """
     _check(model, plan)
     model.requires_grad_(False)
+    if model.score is not None:  # new with the adapters, as PEFT's modules_to_save
+        model.score.to(torch.float32).requires_grad_(True)
     parameters = dict(model.named_parameters())
     for adapted in plan:
         weight = parameters[adapted.name]

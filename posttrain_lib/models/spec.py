@@ -179,6 +179,8 @@ class DecoderConfig:
     ``embedding_scale`` multiplies the embedding, rounded to its weight's dtype first. ``logit_scale`` multiplies the
     logits, ``logit_softcap`` bounds them after that. ``padded_vocab_size``: rows that embedding and head have in
     memory, None = as many as the vocabulary; those behind it are never stored (see ``models.vocabulary``).
+    ``score_head``: in place of a row for every token the head has a single one, whose product is a document's score
+    (see ``models.score``); nothing is then tied, scaled or bounded.
     """
 
     vocab_size: int
@@ -191,6 +193,12 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     padded_vocab_size: int | None = None
+    score_head: bool = False
+
+    @property
+    def head_entries(self) -> int:
+        """Outputs of the head for one hidden state, padding left out."""
+        return 1 if self.score_head else self.vocab_size
 
     @property
     def vocabulary_rows(self) -> int:
@@ -254,7 +262,8 @@ class ModelSpec:
 
     ``rules`` pair our parameter names with Hugging Face's (see ``models.weights``). ``sharding_plan`` says for our
     weight names (with ``{n}`` for the layer) along which dimension they are cut. ``left_alone`` matches stored tensors
-    that are neither trained nor exported (layers for multi-token prediction). ``hf_config`` is the folder's
+    that are neither trained nor exported (layers for multi-token prediction). ``initialised``: our parameters that the
+    folder does not hold and that are made after loading; an export holds them. ``hf_config`` is the folder's
     config.json as it was read; export writes it back.
     """
 
@@ -264,6 +273,7 @@ class ModelSpec:
     sharding_plan: Mapping[str, Sharding]
     left_alone: str | None = None
     hf_config: Mapping[str, Any] = field(default_factory=dict)
+    initialised: tuple[str, ...] = ()
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Our parameter name -> shape, in the decoder's order. A tied head has no entry of its own."""
@@ -281,6 +291,11 @@ class ModelSpec:
         from posttrain_lib.models.weights import pieces_of
 
         return pieces_of(self.rules, self.unpadded_shapes())
+
+    @property
+    def pieces_to_load(self) -> tuple[Piece, ...]:
+        """Those that the folder holds."""
+        return tuple(piece for piece in self.pieces if piece.ours not in self.initialised)
 
     def sharding_of(self, name: str) -> Sharding:
         """How the parameter ``name`` is cut over ranks."""
@@ -327,7 +342,8 @@ def matmul_parameters(spec: ModelSpec) -> tuple[int, int]:
 
     The embedding lookup is no product and is not counted; the output head is, tied or not. Norms, biases and the
     short convolution are not products. Of experts, those count that a token goes through. A training step costs 6
-    FLOPs per token and body parameter, and 6 per *supervised* token and head parameter, besides attention.
+    FLOPs per token and body parameter, and 6 per *supervised* token and head parameter (of a score head: per document),
+    besides attention.
     """
     config = spec.config
     body = 0
@@ -340,7 +356,7 @@ def matmul_parameters(spec: ModelSpec) -> tuple[int, int]:
             body += _numel(shape) * mlp.top_k // mlp.num_experts if len(shape) == 3 else 0
         elif len(shape) == 2:
             body += _numel(shape)
-    return body, config.vocab_size * config.hidden_size
+    return body, config.head_entries * config.hidden_size
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -8,7 +8,7 @@ the part of a latent key that all heads share) gets a gradient that is a share o
 An adapter is cut as its weight's cut requires: by columns the rows of its up, by rows the columns of its down, and the
 other half is whole. Its own products need no exchange that the weight's does not.
 
-Whole on every rank stay: norms over all heads at once (OLMo), mixtures of experts, linear attention.
+Whole on every rank stay: norms over all heads at once (OLMo), mixtures of experts, linear attention, a score head.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
     model.embed_tokens.forward = partial(_embed, model.embed_tokens, mesh)  # type: ignore[method-assign]
     if model.lm_head is not None:
         _lay_all(model.lm_head, mesh, _COLUMNS)
-    rows = model.head_weight.shape[0]
-    model.vocabulary_shard = VocabularyShard(mesh.get_group(), mesh.get_local_rank() * (rows // degree))
+    if not model.config.score_head:  # whose one row is whole on every rank, as a norm's weight is
+        rows = model.head_weight.shape[0]
+        model.vocabulary_shard = VocabularyShard(mesh.get_group(), mesh.get_local_rank() * (rows // degree))
     return model
 
 

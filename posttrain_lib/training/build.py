@@ -16,6 +16,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.hf_decoder import as_decoder, load_hf_decoder
 from posttrain_lib.models.hf_spec import HFSpec, check_workers, hf_spec_from_folder
 from posttrain_lib.models.lora import LoraDecoder, apply_lora, init_adapters
+from posttrain_lib.models.score import init_score_head
 from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.parallel.apply import apply_parallelism
 
@@ -63,6 +64,7 @@ def load_sharded_model(spec: ModelSpec | HFSpec, job: TrainJob, mesh: RankMesh) 
     if job.world > 1:
         model.to_empty(device="cpu" if job.offload == "parameters" else mesh.device)
     load_hf_weights(model, spec, job.model_folder)
+    init_score_head(model, spec, job.train.seed)
     if job.lora is not None and isinstance(model, LoraDecoder):
         init_adapters(model, job.lora.seed)
     return model

@@ -25,8 +25,8 @@ from posttrain_lib.models.feed_forward import MLP, Experts, MixtureOfExperts
 from posttrain_lib.models.linear_attention import GatedDeltaNet
 from posttrain_lib.models.lora import LoraEmbedding, LoraExperts, LoraLinear
 
-#: what a product is done for: each useful token, each supervised position, each query-key pair
-Per = Literal["token", "supervised", "pair"]
+#: what a product is done for: each useful token, each supervised position, each document, each query-key pair
+Per = Literal["token", "supervised", "document", "pair"]
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,11 @@ class _Walk:
         return flows or _trains(module)
 
     def head(self, model: Decoder, flows: bool) -> None:
-        """Rows of padding in the vocabulary do no work that anybody asked for."""
-        entries, hidden = model.config.vocab_size, model.config.hidden_size
-        self._product(model.head_weight[:entries], flows, _trains(model.head_weight), per="supervised")
-        adapter = model.embed_tokens if model.lm_head is None else model.lm_head
+        """Rows of padding in the vocabulary do no work that anybody asked for. A score is asked for once a document."""
+        entries, hidden = model.config.head_entries, model.config.hidden_size
+        per: Per = "document" if model.config.score_head else "supervised"
+        self._product(model.head_weight[:entries], flows, _trains(model.head_weight), per=per)
+        adapter = model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
         if not isinstance(adapter, LoraLinear | LoraEmbedding):
             return
         rank = min(adapter.lora_down.shape)

@@ -2,10 +2,10 @@
 
 Counted as PaLM (Chowdhery et al. 2022, appendix B) does, made exact for packed rows and partly trained models: 2 per
 token and entry of a matrix forward, 2 more where the gradient of its input is needed, 2 more where it is trained. The
-head counts for *supervised* tokens alone (it skips the others), experts for the tokens that go through them. Attention
-goes by query-key pairs within documents, causal, windows as windows: half of the square of a document's length, as is
-the custom; the diagonal's other half is not counted. Norms, lookups and padding are not counted, and of data that was
-dropped before training nothing is. ``training.flop_graph`` walks the modules.
+head counts for *supervised* tokens alone (it skips the others), a score head once a document, experts for the tokens
+that go through them. Attention goes by query-key pairs within documents, causal, windows as windows: half of the square
+of a document's length, as is the custom; the diagonal's other half is not counted. Norms, lookups and padding are not
+counted, and of data that was dropped before training nothing is. ``training.flop_graph`` walks the modules.
 
 Where documents share their beginning, its tokens lie in the batch once and count once, as every other useful token:
 what sharing saves is not in the count. A segment of m tokens after d shared ones has m * d + m^2 / 2 pairs in place of
@@ -65,11 +65,13 @@ class Recomputing:
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of a model for each useful token, each supervised one, and each query-key pair by window."""
+    """FLOPs of a model for each useful token, each supervised one, each query-key pair by window, and each document (a
+    score head's)."""
 
     token: Flops
     supervised: Flops
     pairs: Mapping[int | None, Flops] = field(default_factory=dict)
+    document: Flops = Flops()
 
     @classmethod
     def of(
@@ -92,7 +94,7 @@ class FlopCount:
     def of_model(cls, model: Decoder, recomputing: Recomputing = Recomputing()) -> FlopCount:
         """Of a decoder that is not sharded; what of it is trained is read off its parameters."""
         products, ends = products_of(model)
-        token, supervised = Flops(), Flops()
+        token, supervised, document = Flops(), Flops(), Flops()
         pairs: dict[int | None, Flops] = {}
         last = {product.block: number for number, product in enumerate(products)}
         for number, product in enumerate(products):
@@ -106,9 +108,11 @@ class FlopCount:
                 token += flops
             elif product.per == "supervised":
                 supervised += flops
+            elif product.per == "document":
+                document += flops
             else:
                 pairs[product.window] = pairs.get(product.window, Flops()) + flops
-        return cls(token, supervised, pairs)
+        return cls(token, supervised, pairs, document)
 
     def batch(self, batch: PackedBatch) -> Flops:
         """Of one packed batch (numpy), padding left out."""
@@ -116,6 +120,7 @@ class FlopCount:
         lengths = np.diff(batch.cu_seqlens)[real]
         contexts = None if batch.prefixes is None else np.asarray(batch.prefixes.contexts)[real]
         total = self.token * batch.real_tokens + self.supervised * len(batch.supervised_index)
+        total += self.document * int(real.sum())  # where a document's beginning is shared, the rest of it is a segment
         for window, flops in self.pairs.items():
             total += flops * causal_pairs(lengths, window, contexts)
         return total

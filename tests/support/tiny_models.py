@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from posttrain_lib.adapters.hf_reference_class import classifier_name
 from posttrain_lib.conversion.family_test import TINY_SIZES
 from posttrain_lib.conversion.reference_facts import random_reference
 
@@ -169,3 +170,14 @@ def write_tiny_model(case: str, folder: Path, dtype: torch.dtype = torch.float32
     """The same as a folder, written by transformers."""
     tiny_model(case, **changes).to(dtype).save_pretrained(folder)
     return folder
+
+
+#: cases whose architecture transformers has a sequence classification class of
+SCORE_CASES = sorted(case for case in CASES if classifier_name(CASES[case]["model_type"]) is not None)
+
+
+def write_tiny_score_model(case: str, folder: Path, **changes: Any) -> Path:
+    """transformers' sequence classification model of a case with one label, as it writes it, every parameter random."""
+    architecture = classifier_name(CASES[case]["model_type"])
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return write_tiny_model(case, folder, **{"architectures": [architecture], **labels, **changes})

@@ -13,6 +13,7 @@ from posttrain_lib.errors import ModelError
 from posttrain_lib.models.families.fields import ConfigReader
 from posttrain_lib.models.families.foreign import refuse_own_code, refuse_quantised
 from posttrain_lib.models.families.shared import sharding_plan
+from posttrain_lib.models.score import as_score_model, check_score_config, is_score_config
 from posttrain_lib.models.spec import DecoderConfig, ModelSpec, Sharding
 from posttrain_lib.models.weights import Rule
 
@@ -73,13 +74,21 @@ def get_family(model_type: object, where: str = "model_type") -> Family:
 
 
 def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
-    """The ModelSpec of a config.json's content; ModelError names the field that is not supported."""
+    """The ModelSpec of a config.json's content: of a causal language model, or of a sequence classification model with
+    one label (see ``models.score``).
+
+    Raises:
+        ModelError: another kind of model, or a field that is not supported, by its name.
+    """
     refuse_quantised(hf_config, where)
     if str(hf_config.get("model_type")) not in FAMILIES:
         refuse_own_code(hf_config, where)
     family = get_family(hf_config.get("model_type"), where=f"{where}: model_type")
     architectures = hf_config.get("architectures")
-    if architectures not in (None, [family.architecture], (family.architecture,)):
+    scores = is_score_config(hf_config)
+    if scores:
+        check_score_config(hf_config, where)
+    elif architectures not in (None, [family.architecture], (family.architecture,)):
         raise ModelError(
             "the model is not a plain causal language model of its family",
             where=f"{where}: architectures",
@@ -103,7 +112,7 @@ def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -
             expected="values of the kinds that transformers writes",
             fix="compare the file with the maker's",
         ) from error
-    return ModelSpec(
+    spec = ModelSpec(
         family=family.model_type,
         config=config,
         rules=family.rules,
@@ -111,6 +120,7 @@ def spec_from_config(hf_config: Mapping[str, Any], where: str = "config.json") -
         left_alone=family.left_alone and family.left_alone.replace("{layers}", str(config.num_hidden_layers)),
         hf_config=dict(hf_config),
     )
+    return as_score_model(spec) if scores else spec
 
 
 def spec_from_folder(folder: str | Path) -> ModelSpec:

@@ -25,7 +25,7 @@ HARMLESS = frozenset(
     max_length min_length do_sample temperature top_k top_p typical_p repetition_penalty num_beams id2label
     label2id problem_type finetuning_task task_specific_params _attn_implementation attn_implementation
     _attn_implementation_autoset chunk_size_feed_forward is_encoder_decoder tokenizer_class prefix
-    decoder_start_token_id sep_token_id _commit_hash unsloth_version unsloth_fixed base_model_tp_plan
+    decoder_start_token_id num_labels sep_token_id _commit_hash unsloth_version unsloth_fixed base_model_tp_plan
     base_model_pp_plan output_router_logits router_aux_loss_coef auto_map
     """.split()  # noqa: SIM905 - a list of forty quoted lines would be harder to read
 )
