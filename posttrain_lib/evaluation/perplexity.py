@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,12 +68,14 @@ def held_out_loss(
     batch_rows: int = 1,
     mesh: RankMesh | None = None,
     precision: str = "fp32",
+    observe: Callable[[PackedBatch, LossOutput], None] | None = None,
 ) -> Means:
     """Mean loss per item (trained token, or pair) over the whole store, overall and per source, and the loss's
     figures, the same on every rank.
 
     ``row_tokens`` is the length of a packed row and bounds memory with ``batch_rows``; neither changes the result
     beyond rounding. ``mesh``: of the ranks that share the work; default: this process alone, where the model is.
+    ``observe`` is called with each of this rank's batches and what the loss gave for it.
     """
     mesh = mesh or RankMesh(SINGLE, next(model.parameters()).device)
     device, rank, world = mesh.device, mesh.data_rank, mesh.spec.data_degree
@@ -85,6 +88,8 @@ def held_out_loss(
         batch = to_torch(with_signals(own_part(arrays, mesh), loss, "held_out"), device)
         with autocast(device, precision):
             output = loss(model, batch)
+        if observe is not None:
+            observe(batch, output)
         sums += output_sums(loss, batch, output, len(store.sources))
     total = torch.tensor(mesh.sum_over_tokens(sums.flatten().tolist()), dtype=torch.float64)
     return means_of(total.view(rows, 2), loss, store.sources)

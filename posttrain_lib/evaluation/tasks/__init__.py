@@ -1,0 +1,42 @@
+"""Evaluation tasks by name. Each scores examples one by one, so that every metric has an interval."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.evaluation.answers import exact_match, majority_baseline
+from posttrain_lib.evaluation.tasks.base import Given, Task, TaskResult
+from posttrain_lib.registry import resolve
+
+__all__ = ["TASKS", "Given", "Task", "TaskResult", "build_task", "exact_match", "majority_baseline"]
+
+TASKS: dict[str, str] = {
+    "exact_match": "posttrain_lib.evaluation.tasks.exact_match:ExactMatch",
+    "multiple_choice": "posttrain_lib.evaluation.tasks.multiple_choice:MultipleChoice",
+    "pass_at_k": "posttrain_lib.evaluation.tasks.pass_at_k:PassAtK",
+    "perplexity": "posttrain_lib.evaluation.tasks.perplexity:Perplexity",
+    "win_rate": "posttrain_lib.evaluation.tasks.win_rate:WinRate",
+}
+
+
+def build_task(task: str, options: Mapping[str, Any], where: str = "evaluation.tasks") -> Task:
+    """The task called ``task``, or a user's own given as ``module:attribute``, made with ``options``.
+
+    Raises:
+        ConfigError: no such task, or options that it does not take.
+    """
+    factory = resolve(task, TASKS, what="evaluation task", where=where)
+    try:
+        made: Task = factory(**options)
+    except TypeError as error:
+        known = list(inspect.signature(factory).parameters)
+        near = [close for name in options if name not in known for close in difflib.get_close_matches(name, known, n=1)]
+        fix = f"did you mean '{near[0]}'?" if near else str(error)
+        raise ConfigError(
+            "the task does not take these options", where=where, got=dict(options), expected=", ".join(known), fix=fix
+        ) from error
+    return made
