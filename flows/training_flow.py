@@ -64,16 +64,18 @@ class TrainingFlow(FlowSpec):
 
     @step
     def evaluate(self):
-        """Held-out loss per source, exact match and samples, before and after training."""
+        """Held-out loss per source, exact match, samples and tasks, before and after training."""
         with plain_errors():
             self.manifests = pipeline.advance("evaluate", self.run_config, self.manifests, reuse=self.reuse)
         self.next(self.export)
 
     @step
     def export(self):
-        """Write a Hugging Face folder and prove it in transformers and vLLM."""
+        """Write a Hugging Face folder and prove it in transformers and vLLM; ask lm_eval, where the run file does."""
         with plain_errors():
             self.manifests = pipeline.advance("export", self.run_config, self.manifests, reuse=self.reuse)
+            if self.run_config["evaluation"]["lm_eval"] is not None:
+                self.manifests = pipeline.advance("lm_eval", self.run_config, self.manifests, reuse=self.reuse)
         self.next(self.end)
 
     @card(type="blank", id="report")

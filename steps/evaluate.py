@@ -1,25 +1,43 @@
-"""Step ``evaluate``: held-out loss per source, exact match and greedy samples, before and after training."""
+"""Step ``evaluate``: held-out loss per source, exact match, greedy samples and tasks, before and after training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
-from steps.base import Manifests, Step, StepContext, StepResult
+from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+    from posttrain_lib.evaluation.bootstrap import Scores
+    from posttrain_lib.evaluation.perplexity import Means
+    from posttrain_lib.evaluation.tasks import Given, Task, TaskResult
     from posttrain_lib.models.decoder import Decoder
+
+#: every example's scores, one line for each task, model and example
+SCORES = "task_scores.jsonl"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found of one model: held-out means, each document's loss, generations, and each task's result."""
+
+    held_out: Means
+    documents: Scores
+    texts: list[str]
+    results: Mapping[str, TaskResult]
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The evaluation section without its gates, the loss, which checkpoint is looked at, and how it is padded."""
+    """The evaluation section without its gates and what is asked of the exported folder, the loss, which checkpoint is
+    looked at, and how it is padded."""
     return {
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"gates"}),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"gates", "lm_eval"}),
         "loss": [config.train.loss, config.train.loss_options],
         "row_tokens": config.train.row_tokens,
         "checkpoint": config.export.checkpoint,
@@ -30,7 +48,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """The model before and after, the held-out tokens and prompts, the tokenizer."""
+    """The model before and after, the held-out tokens and prompts, the tokenizer, the rows of tasks."""
     data, made = manifests["prepare_data"].outputs, manifests["inputs"].outputs
     found = {
         "model": manifests["convert_model"].outputs["model"],
@@ -41,7 +59,32 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     }
     if "chat_template" in made:
         found["chat_template"] = made["chat_template"]
+    return {**found, **_task_files(config)}
+
+
+def _task_files(config: RunConfig) -> dict[str, ArtifactRef]:
+    from posttrain_lib.data.sources import digest_rows, pinned
+
+    found = {}
+    for title, task in tasks_of(config).items():
+        for number, path in enumerate(task.files()):
+            digest = digest_rows(pinned(path), known_digests())
+            found[f"task:{title}:{number}"] = ArtifactRef(uri=path, kind="rows", digest=digest)
     return found
+
+
+def tasks_of(config: RunConfig) -> dict[str, Task]:
+    """The tasks of the run file by the name that they have there.
+
+    Raises:
+        ConfigError: one that cannot be imported or made.
+    """
+    wanted = config.evaluation.tasks
+    if not wanted:
+        return {}
+    from posttrain_lib.evaluation.tasks import build_task
+
+    return {one.title: build_task(one.task, one.arguments(), f"evaluation.tasks: {one.title}") for one in wanted}
 
 
 def body(context: StepContext) -> StepResult:
@@ -50,36 +93,38 @@ def body(context: StepContext) -> StepResult:
     from posttrain_lib.checkpoint.manager import load_model_state
 
     tokenizer = load_tokenizer(context.config, context.inputs)
-    prompts = read_prompts(Path(context.inputs["prompts"].uri))
+    prompts, tasks = read_prompts(Path(context.inputs["prompts"].uri)), tasks_of(context.config)
     model = load_base(context)
     context.say("evaluate: the model before training")
-    before = _evaluate(context, model, tokenizer, prompts)
+    before = _evaluate(context, model, tokenizer, prompts, tasks)
     state = load_model_state(context.inputs["checkpoint"].uri)
     model.load_state_dict(trained_weights(model, state, context.config.model.lora))
     context.say("evaluate: the model after training")
-    after = _evaluate(context, model, tokenizer, prompts)
+    after = _evaluate(context, model, tokenizer, prompts, tasks)
+    earlier, later = before.held_out.losses, after.held_out.losses
     metrics: dict[str, Any] = {
-        "held_out_before": before["held_out"],
-        "held_out_after": after["held_out"],
-        "generations": _side_by_side(context, prompts, before["texts"], after["texts"]),
+        "held_out_before": earlier,
+        "held_out_after": later,
+        "generations": _side_by_side(context, prompts, before.texts, after.texts),
+        "comparison": _comparison(context, tasks, before, after),
     }
     if context.config.evaluation.exact_match_prompts:
-        metrics["exact_match"] = _exact_match(context, prompts, before["texts"], after["texts"])
+        metrics["exact_match"] = _exact_match(context, prompts, before.texts, after.texts)
     (context.out / "evaluation.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
-    improved = after["held_out"]["all"] < before["held_out"]["all"]
+    _write_scores(context.out / SCORES, {"before": before.results, "after": after.results})
     return StepResult(
-        outputs={"evaluation": ("evaluation.json", "evaluation")},
+        outputs={"evaluation": ("evaluation.json", "evaluation"), "task_scores": (SCORES, "task_scores")},
         checks=[
             Check(
                 "held-out loss fell",
-                improved,
-                after["held_out"]["all"],
-                before["held_out"]["all"],
+                later["all"] < earlier["all"],
+                later["all"],
+                earlier["all"],
                 "loss before training",
             )
         ],
         metrics=metrics,
-        summary=f"held-out loss {before['held_out']['all']:.4f} -> {after['held_out']['all']:.4f}",
+        summary=f"held-out loss {earlier['all']:.4f} -> {later['all']:.4f}",
     )
 
 
@@ -111,22 +156,66 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def _evaluate(
-    context: StepContext, model: Decoder, tokenizer: ChatTokenizer, prompts: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+    context: StepContext,
+    model: Decoder,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[dict[str, Any]],
+    tasks: Mapping[str, Task],
+) -> _Found:
     from posttrain_lib.data.probes import stop_ids
     from posttrain_lib.data.token_store import TokenStore
+    from posttrain_lib.evaluation.documents import DocumentLosses
     from posttrain_lib.evaluation.generation import greedy_generate
     from posttrain_lib.evaluation.perplexity import held_out_loss
+    from posttrain_lib.evaluation.tasks import Given
     from posttrain_lib.losses import build_loss
 
     config = context.config
     loss = build_loss(config.train.loss, config.train.loss_options)
     store = TokenStore(Path(context.inputs["held_out"].uri))
-    held_out = held_out_loss(model, loss, store, row_tokens=config.train.row_tokens).losses
+    documents = DocumentLosses(store)
+    held_out = held_out_loss(model, loss, store, row_tokens=config.train.row_tokens, observe=documents)
     wanted = max(config.evaluation.exact_match_prompts, config.evaluation.samples)
     ids = [prompt["prompt_ids"] for prompt in prompts[:wanted]]
     completions = greedy_generate(model, ids, config.evaluation.max_new_tokens, stop_ids(tokenizer))
-    return {"held_out": held_out, "texts": [tokenizer.decode(tokens) for tokens in completions]}
+    texts = [tokenizer.decode(tokens) for tokens in completions]
+    given = Given(store, config.train.row_tokens, prompts, config.evaluation.seed)
+    results = {title: _run(context, title, task, model, tokenizer, given) for title, task in tasks.items()}
+    return _Found(held_out, documents.scores(), texts, results)
+
+
+def _run(
+    context: StepContext, title: str, task: Task, model: Decoder, tokenizer: ChatTokenizer, given: Given
+) -> TaskResult:
+    result = task.run(model, tokenizer, given)
+    found = (f"{name} {value.mean:.4f}" for name, value in result.metrics(given.seed).items())
+    context.say(f"evaluate: {title}: {', '.join(found)}")
+    return result
+
+
+def _comparison(context: StepContext, tasks: Mapping[str, Task], before: _Found, after: _Found) -> list[dict[str, Any]]:
+    """Held-out loss, the loss's own figures, and the tasks' metrics, side by side."""
+    from posttrain_lib.evaluation.comparison import compare, figure_rows
+
+    seed = context.config.evaluation.seed
+    rows = compare("held_out", {"loss": before.documents}, {"loss": after.documents}, seed)
+    rows += figure_rows(before.held_out.figures, after.held_out.figures, len(after.documents.values))
+    for title, task in tasks.items():
+        earlier, later = before.results[title], after.results[title]
+        rows += compare(title, earlier.scores, {**later.scores, **task.compare(earlier, later)}, seed)
+    return rows
+
+
+def _write_scores(path: Path, results: Mapping[str, Mapping[str, TaskResult]]) -> None:
+    """Each example's scores and what its task tells of it, one line each."""
+    with open(path, "w", encoding="utf-8") as handle:
+        for model, tasks in results.items():
+            for title, result in tasks.items():
+                for number in range(max((len(scores.values) for scores in result.scores.values()), default=0)):
+                    scores = {name: float(each.values[number]) for name, each in result.scores.items()}
+                    told = result.examples[number] if result.examples else {}
+                    line = {"task": title, "model": model, "example": number, "scores": scores, **told}
+                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _exact_match(

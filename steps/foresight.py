@@ -37,6 +37,7 @@ def check_names(config: RunConfig) -> None:
     check_start(config)
     _check_optimizer(config)
     _check_weights(config)
+    check_evaluation(config)
     _check_compute(config)
 
 
@@ -70,6 +71,46 @@ def check_start(config: RunConfig) -> None:
             where="model.from_scratch.tokenizer",
             fix="name a tokenizer folder, or add a source with 'generate'",
         )
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Rows and names of the evaluation's tasks, the metrics that gates name, and lm_eval where it is asked for.
+
+    Raises:
+        ConfigError, DataError: naming field, file or row.
+    """
+    from posttrain_lib.adapters.lm_eval_process import check_installed
+    from steps.evaluate import tasks_of
+
+    if config.evaluation.lm_eval is not None:
+        check_installed()
+    tasks = tasks_of(config)
+    for title, task in tasks.items():
+        task.check()
+        if "held_out" in task.needs and any(_KINDS.get(source.format) for source in config.data.sources):
+            raise ConfigError(
+                "the task reads held-out documents, and the sources give pairs or prompts",
+                where=f"evaluation.tasks: {title}",
+                fix="take the task out: the held-out loss of what is trained is in the report in any case",
+            )
+    known = {title: task.metrics for title, task in tasks.items()} | {"held_out": ("loss", *_figures(config))}
+    for gate in config.evaluation.gates.metrics:
+        title, _, metric = gate.partition(".")
+        if metric not in known[title]:
+            near = difflib.get_close_matches(metric, known[title], n=1)
+            raise ConfigError(
+                "a gate names a metric that its task does not have",
+                where="evaluation.gates.metrics",
+                got=gate,
+                expected=f"one of {', '.join(f'{title}.{name}' for name in known[title])}",
+                fix=f"did you mean '{title}.{near[0]}'?" if near else "name one of these",
+            )
+
+
+def _figures(config: RunConfig) -> tuple[str, ...]:
+    from posttrain_lib.losses import build_loss
+
+    return build_loss(config.train.loss, config.train.loss_options).figures
 
 
 def local_folder(path: str, field: str) -> Path | None:

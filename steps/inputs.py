@@ -21,7 +21,7 @@ from posttrain_lib.lineage.digests import digest_value
 from posttrain_lib.lineage.store import default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
-from steps.foresight import HUB_ID, check_model, check_start, local_folder
+from steps.foresight import HUB_ID, check_evaluation, check_model, check_start, local_folder
 
 #: recipe -> where its run file names a frozen model of its own
 _COMPANION_FIELDS = {"dpo": "dpo.reference.path", "distill": "distill.teacher.path"}
@@ -49,6 +49,7 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 
     if _trains(config):
         check_start(config)
+        check_evaluation(config)
     rows = {source.name: pinned(source.path) for source in config.data.sources if source.path is not None}
     folders = _local_folders(config)
     digests = known_digests()

@@ -13,12 +13,12 @@ from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import RETRY_EXIT_CODE, PosttrainError, PreemptedError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.schema.manifests import StepManifest
-from steps import check_serving, convert_model, evaluate, export, inputs, prepare_data, score_data, train
+from steps import check_serving, convert_model, evaluate, export, inputs, lm_eval, prepare_data, score_data, train
 from steps.base import Say, Step, run_step, say_line
 
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "sft" / "default.yaml"
 
-#: The steps of every recipe, each with what it needs standing before it.
+#: The steps of every recipe, each with what it needs standing before it; the last for those who ask for it.
 STEPS: tuple[Step, ...] = (
     inputs.STEP,
     prepare_data.STEP,
@@ -28,6 +28,7 @@ STEPS: tuple[Step, ...] = (
     train.STEP,
     evaluate.STEP,
     export.STEP,
+    lm_eval.STEP,
 )
 
 

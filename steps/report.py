@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
+from posttrain_lib.config.evaluation import MetricGate
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.schema.manifests import StepManifest
 
@@ -31,6 +32,7 @@ def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any
         "held_out_after": after,
         "held_out_ratio": after / before,
         "exact_match": evaluation.get("exact_match"),
+        "comparison": [*evaluation.get("comparison", []), *_on_the_export(manifests)],
         "tokens_per_second": training["tokens_per_second"],
         "fill": training["fill"],
         "data_wait_share": training["data_wait_share"],
@@ -64,10 +66,12 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     shares = [f"{name} {summary[key]:.1%}" for name, key in _PEAK_SHARES.items() if summary.get(key) is not None]
     print(", ".join([speed, f"fill {summary['fill']:.3f}", *shares, f"{summary['peak_memory_gib']:.2f} GiB"]))
     print(f"exported to {summary['export']}")
+    comparison = {(row["task"], row["metric"]): row for row in summary.get("comparison", []) if row["group"] == "all"}
     demands = [
         ("held-out loss ratio", summary["held_out_ratio"], gates.max_held_out_loss_ratio, "at most"),
         ("exact match", match.get("after"), gates.min_exact_match, "at least"),
         ("exact match over majority", _margin(match), gates.min_exact_match_over_majority, "at least"),
+        *_demands(gates.metrics, comparison),
     ]
     for name, value, limit, sense in demands:
         if limit is None:
@@ -81,6 +85,25 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
                 expected=f"{sense} {limit}",
                 fix="look at the curves in the report card; train longer, or state another gate",
             )
+
+
+def _demands(
+    gates: Mapping[str, MetricGate], comparison: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> Iterator[tuple[str, float | None, float | None, str]]:
+    """What gates on tasks' metrics say: what of which value, the value, its limit, and from which side."""
+    for name, gate in gates.items():
+        task, _, metric = name.partition(".")
+        row = comparison.get((task, metric), {})
+        value, change = (found["mean"] if (found := row.get(kind)) else None for kind in ("after", "difference"))
+        yield name, value, gate.min, "at least"
+        yield name, value, gate.max, "at most"
+        yield f"the change of {name}", change, gate.min_change, "at least"
+        yield f"the change of {name}", change, gate.max_change, "at most"
+
+
+def _on_the_export(manifests: Manifests) -> list[dict[str, Any]]:
+    """Rows of what was asked of the exported folder, if anything."""
+    return manifests["lm_eval"].metrics["comparison"] if "lm_eval" in manifests else []
 
 
 def _margin(match: Mapping[str, Any]) -> float | None:
@@ -107,6 +130,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "notes": [[name.replace("_", " "), f"{count:,}"] for name, count in receipt["notes"].items() if count],
         "lengths": receipt["length_histogram"],
         "samples": json.loads(_file(manifests, "prepare_data", "samples"))[:4],
+        "comparison": [*evaluation.get("comparison", []), *_on_the_export(manifests)],
         "generations": evaluation["generations"],
         "environment": manifests["train"].environment | manifests["train"].code,
     }

@@ -5,22 +5,20 @@ Every function takes plain manifests and reports; nothing here decides anything.
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from metaflow.cards import Markdown, ProgressBar, Table, VegaChart
 
+from posttrain_lib.adapters.metaflow_comparison import comparison_parts
+from posttrain_lib.adapters.metaflow_parts import FAILED, PASSED, SCHEMA, block, escaped, text
 from posttrain_lib.schema.manifests import Check, StepManifest
 from posttrain_lib.schema.reports import StepReport
 
-_TRAINED, _PASSED, _FAILED = "#ffe082", "#2e7d32", "#c62828"
+_TRAINED = "#ffe082"
 #: points per curve; more makes the page slow without being visible
 _MAX_POINTS = 400
-#: what CommonMark, browsers or Python's own str.splitlines take for the end of a line
-_LINE_END = re.compile("\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 
 
 class TrainingCard:
@@ -142,7 +140,7 @@ def bar_chart(title: str, counts: Mapping[str, float], axis: str) -> dict[str, A
 
 def _chart(title: str, values: list[dict[str, Any]], mark: dict[str, Any], encoding: dict[str, Any]) -> dict[str, Any]:
     return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "$schema": SCHEMA,
         "title": title,
         "width": "container",
         "height": 220,
@@ -156,29 +154,24 @@ def coloured_sample(sample: Mapping[str, Any]) -> Markdown:
     """One document, its trained tokens on a coloured ground (paler for weights under 1)."""
     pieces = []
     for token, weight in zip(sample["tokens"], sample["weights"], strict=True):
-        text = _escaped(token, "&#9166;<br>")
+        shown = escaped(token, "&#9166;<br>")
         shade = f"background:{_TRAINED};opacity:{0.55 + 0.45 * min(1.0, weight):.2f}" if weight else "color:#666"
-        pieces.append(f"<span style='{shade}'>{text}</span>")
-    name = _escaped(f"{sample['source']} {sample['row_id']}")
+        pieces.append(f"<span style='{shade}'>{shown}</span>")
+    name = escaped(f"{sample['source']} {sample['row_id']}")
     return block(
         f"<b>{name}</b><div style='font-family:monospace;font-size:13px;line-height:1.5'>{''.join(pieces)}</div>"
     )
-
-
-def block(inner: str) -> Markdown:
-    """Raw HTML as one Markdown block. ``inner`` must hold no empty line: text of rows comes through ``_escaped``."""
-    return Markdown(f"<div>{inner}</div>")
 
 
 def checks_table(checks: Iterable[tuple[str, Check]]) -> Table:
     """Every check of every step, with value and limit, and a bar of how much of the limit is taken up."""
     rows = []
     for step, check in checks:
-        colour, word = (_PASSED, "passed") if check.passed else (_FAILED, "FAILED")
+        colour, word = (PASSED, "passed") if check.passed else (FAILED, "FAILED")
         verdict = block(f"<b style='color:{colour}'>{word}</b>")
         # Values quote rows, as a token or a text that differs.
-        value, limit = (_text(show(said)) for said in (check.value, check.limit))
-        rows.append([step, check.name, verdict, value, limit, _share(check), _text(check.reason)])
+        value, limit = (text(show(said)) for said in (check.value, check.limit))
+        rows.append([step, check.name, verdict, value, limit, _share(check), text(check.reason)])
     return Table(rows, headers=["step", "check", "result", "measured", "limit", "of the limit", "why this limit"])
 
 
@@ -190,7 +183,7 @@ def _share(check: Check) -> Any:
     if check.passed != (value <= limit):
         return ""  # a limit from below
     width = 80 * min(1.0, value / limit) if not math.isnan(value) else 80
-    colour = _PASSED if check.passed else _FAILED
+    colour = PASSED if check.passed else FAILED
     bar = f"<div style='height:8px;width:{width:.0f}px;background:{colour}'></div>"
     return block(f"<div style='width:80px;background:#ddd'>{bar}</div>")
 
@@ -220,20 +213,9 @@ def lineage_table(manifests: Mapping[str, StepManifest]) -> Table:
 def generations_table(samples: Sequence[Mapping[str, str]]) -> Table:
     """Prompt, expected answer, and what the model said before and after."""
     rows = [
-        [_text(item["prompt"]), _text(item["expected"]), _text(item["before"]), _text(item["after"])]
-        for item in samples
+        [text(item["prompt"]), text(item["expected"]), text(item["before"]), text(item["after"])] for item in samples
     ]
     return Table(rows, headers=["prompt (last turn)", "expected", "before training", "after training"])
-
-
-def _text(value: str, limit: int = 400) -> Markdown:
-    shown = value if len(value) <= limit else value[:limit] + " ..."
-    return block(f"<span style='font-family:monospace;font-size:12px'>{_escaped(shown)}</span>")
-
-
-def _escaped(value: str, line_end: str = "<br>") -> str:
-    """Text of a row within one HTML block. An empty line would end the block, and Markdown would read what follows."""
-    return _LINE_END.sub(line_end, html.escape(value))
 
 
 def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, StepManifest]) -> None:
@@ -242,11 +224,13 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(Markdown(f"# {report['name']}: {report['recipe']} run report"))
     if report["lacks"]:
         card.append(Markdown("## Trained as transformers' own class (`model.backend: hf`)"))
-        card.append(Table([[_text(lack)] for lack in report["lacks"]], headers=["what that lacks"]))
-    headline_cells = [[_text(cell) for cell in row] for row in report["headline"]]  # an answer of a row is among them
+        card.append(Table([[text(lack)] for lack in report["lacks"]], headers=["what that lacks"]))
+    headline_cells = [[text(cell) for cell in row] for row in report["headline"]]  # an answer of a row is among them
     card.append(Table(headline_cells, headers=["figure", "before", "after"]))
     if report["data_end"]:
-        card.append(_text(report["data_end"]))
+        card.append(text(report["data_end"]))
+    for part in comparison_parts(report["comparison"]):
+        card.append(part)
     card.append(Markdown("## Curves"))
     for spec in curves(reports).values():
         card.append(VegaChart(spec))
@@ -259,7 +243,7 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(Markdown("### What training saw of each source"))
     card.append(Table(report["sources"], headers=sources))
     if report["findings"]:
-        findings = [[_text(cell) for cell in row] for row in report["findings"]]
+        findings = [[text(cell) for cell in row] for row in report["findings"]]
         card.append(Table(findings, headers=["worth a look", "rows", "first ones"]))
     if report["notes"]:
         card.append(Table(report["notes"], headers=["counted on the way", ""]))

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from posttrain_lib.config.base import Disagreement
 from posttrain_lib.config.run import RunConfig
@@ -197,6 +197,7 @@ def _keys_at(kind: Any, place: Sequence[int | str]) -> set[str]:
 
 
 def _tags(member: Any) -> set[Any]:
-    """What stands for a member of a union: the fields of it that have one value only."""
+    """What stands for a member of a union: its tag, or the fields of it that have one value only."""
+    tags = {note.tag for note in getattr(member, "__metadata__", ()) if isinstance(note, Tag)}
     kinds = (field.annotation for field in getattr(member, "model_fields", {}).values())
-    return {get_args(kind)[0] for kind in kinds if get_origin(kind) is Literal and len(get_args(kind)) == 1}
+    return tags | {get_args(kind)[0] for kind in kinds if get_origin(kind) is Literal and len(get_args(kind)) == 1}

@@ -1,0 +1,107 @@
+"""Before and after training as a table and as charts, for a Metaflow card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metaflow.cards import Markdown, Table, VegaChart
+
+from posttrain_lib.adapters.metaflow_parts import FAILED, PASSED, SCHEMA, block, text
+
+_BEFORE, _AFTER = "#9e9e9e", "#1565c0"
+_COLOURS = {"better": PASSED, "worse": FAILED}
+_HEADERS = ["task", "metric", "of", "examples", "before", "after", "difference", "verdict", "baseline"]
+_NOTE = (
+    "In brackets: 95% intervals, by resampling examples; that of the difference resamples an example's two scores "
+    "together. They tell how much other examples would change a number, not another training run. *unclear*: the "
+    "difference's interval holds 0."
+)
+
+
+def comparison_parts(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Components for the rows of ``evaluation.comparison``; none where there are none."""
+    if not rows:
+        return []
+    charts = [VegaChart(spec) for spec in comparison_charts(rows).values()]
+    return [Markdown("## Comparison"), Markdown(_NOTE), comparison_table(rows), *charts]
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each metric and group."""
+    cells = []
+    for row in rows:
+        examples = (row["after"] or row["before"] or {}).get("examples")
+        baseline = "" if row["baseline"] is None else f"{row['baseline'][1]:.4g} ({row['baseline'][0]})"
+        cells.append(
+            [
+                text(row["task"]),
+                text(row["metric"]),
+                text(row["group"]),
+                "" if examples is None else f"{examples:,}",
+                text(_shown(row["before"])),
+                text(_shown(row["after"])),
+                text(_shown(row["difference"], sign="+")),
+                _coloured(row["verdict"]),
+                text(baseline),
+            ]
+        )
+    return Table(cells, headers=_HEADERS)
+
+
+def comparison_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Vega-Lite charts by "task metric": each group's values before and after with their intervals."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        points = found.setdefault(f"{row['task']} {row['metric']}", [])
+        for model in ("before", "after"):
+            if (value := row[model]) is not None:
+                points.append({"group": row["group"], "model": model, **value})
+    return {title: _chart(title, points) for title, points in found.items()}
+
+
+def _chart(title: str, points: list[dict[str, Any]]) -> dict[str, Any]:
+    groups = list(dict.fromkeys(point["group"] for point in points))
+    place = {"field": "group", "type": "nominal", "sort": groups, "title": None}
+    offset = {"field": "model", "type": "nominal", "sort": ["before", "after"]}
+    colour = {
+        "field": "model",
+        "type": "nominal",
+        "title": None,
+        "scale": {"domain": ["before", "after"], "range": [_BEFORE, _AFTER]},
+    }
+    across = {"y": place, "yOffset": offset, "color": colour}
+    value = {"field": "mean", "type": "quantitative", "title": None, "scale": {"zero": False}}
+    interval = {"x": {**value, "field": "low"}, "x2": {"field": "high"}}
+    known = "isValid(datum.low) && isValid(datum.high)"
+    return {
+        "$schema": SCHEMA,
+        "title": f"{title}, with 95% intervals",
+        "width": "container",
+        "height": {"step": 18},
+        "data": {"values": points},
+        "layer": [
+            {
+                "transform": [{"filter": known}],
+                "mark": {"type": "rule", "strokeWidth": 2},
+                "encoding": {**across, **interval},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 70, "tooltip": {"content": "data"}},
+                "encoding": {**across, "x": value},
+            },
+        ],
+    }
+
+
+def _shown(value: Mapping[str, Any] | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    interval = "" if value["low"] is None else f" [{value['low']:{sign}.4g}, {value['high']:{sign}.4g}]"
+    return f"{value['mean']:{sign}.4g}{interval}"
+
+
+def _coloured(verdict: str) -> Any:
+    if not verdict:
+        return ""
+    return block(f"<b style='color:{_COLOURS.get(verdict, '#666')}'>{verdict}</b>")
