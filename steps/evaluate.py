@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
+from steps import beside
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
         "template": [config.data.template_date, config.data.template_kwargs],
+        "beside": None if config.beside is None else config.beside[0],
+        "reward": None if config.reward is None else [config.reward.pad_token, config.train.seed],
     }
 
 
@@ -59,7 +63,7 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     }
     if "chat_template" in made:
         found["chat_template"] = made["chat_template"]
-    return {**found, **_task_files(config)}
+    return {**found, **beside.inputs(config, manifests), **_task_files(config)}
 
 
 def _task_files(config: RunConfig) -> dict[str, ArtifactRef]:
@@ -133,8 +137,16 @@ def load_base(context: StepContext) -> Decoder:
     from posttrain_lib.evaluation.model import load_model
 
     wanted = context.config.model
-    folder = context.inputs["model"].uri
-    return load_model(folder, pad_vocabulary_to=wanted.pad_vocabulary_to, backend=wanted.backend)
+    padding = None
+    if context.config.reward is not None:
+        padding = beside.score_padding(context.config, load_tokenizer(context.config, context.inputs))
+    return load_model(
+        context.inputs["model"].uri,
+        pad_vocabulary_to=wanted.pad_vocabulary_to,
+        backend=wanted.backend,
+        score_padding=padding,
+        seed=context.config.train.seed,
+    )
 
 
 def load_tokenizer(config: RunConfig, found: dict[str, ArtifactRef]) -> ChatTokenizer:
@@ -166,16 +178,22 @@ def _evaluate(
     from posttrain_lib.data.token_store import TokenStore
     from posttrain_lib.evaluation.documents import DocumentLosses
     from posttrain_lib.evaluation.generation import greedy_generate
+    from posttrain_lib.evaluation.model import load_model
     from posttrain_lib.evaluation.perplexity import held_out_loss
     from posttrain_lib.evaluation.tasks import Given
     from posttrain_lib.losses import build_loss
+    from posttrain_lib.training.companions import attach_companion
 
     config = context.config
     loss = build_loss(config.train.loss, config.train.loss_options)
     store = TokenStore(Path(context.inputs["held_out"].uri))
+    load = partial(load_model, pad_vocabulary_to=config.model.pad_vocabulary_to)
+    attach_companion(loss, beside.companion(context, in_one_process=True), {"held_out": store}, load)
     documents = DocumentLosses(store)
     held_out = held_out_loss(model, loss, store, row_tokens=config.train.row_tokens, observe=documents)
     wanted = max(config.evaluation.exact_match_prompts, config.evaluation.samples)
+    if config.reward is not None:  # it writes nothing
+        wanted = 0
     ids = [prompt["prompt_ids"] for prompt in prompts[:wanted]]
     completions = greedy_generate(model, ids, config.evaluation.max_new_tokens, stop_ids(tokenizer))
     texts = [tokenizer.decode(tokens) for tokens in completions]
@@ -238,7 +256,7 @@ def _exact_match(
 def _side_by_side(
     context: StepContext, prompts: Sequence[dict[str, Any]], before: Sequence[str], after: Sequence[str]
 ) -> list[dict[str, str]]:
-    shown = min(context.config.evaluation.samples, len(prompts))
+    shown = min(context.config.evaluation.samples, len(before))
     return [
         {
             "prompt": str(prompts[i]["messages"][-1]["content"]),

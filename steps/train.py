@@ -13,13 +13,13 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.schema.trajectory import TRAJECTORY
-from steps import prepare_data, score_data
+from steps import beside, prepare_data
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 from steps.watch import METRICS, watch
 
 if TYPE_CHECKING:
+    from posttrain_lib.data.chat_tokenizer import ChatTokenizer
     from posttrain_lib.data.live_feed import LiveSpec
-    from posttrain_lib.schema.companion import Companion
 
 QUARANTINE = "live_quarantine.jsonl"
 PROFILE = "profile"
@@ -39,6 +39,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
         "beside": None if config.beside is None else config.beside[0],
+        "pad_token": None if config.reward is None else config.reward.pad_token,
     }
 
 
@@ -55,14 +56,8 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     and the rows themselves where training tokenises them."""
     data, model = manifests["prepare_data"].outputs, manifests["convert_model"].outputs
     rows = prepare_data.inputs(config, manifests)
-    companion = {}
-    if score_data.is_needed(config):
-        scored = manifests["score_data"].outputs
-        companion = {f"signals:{split}": scored[split] for split in score_data.SPLITS}
-    if config.beside is not None and config.beside[0] != "base":
-        companion["companion"] = score_data.companion_of(config, manifests)
     return {
-        **companion,
+        **beside.inputs(config, manifests),
         **{name: ref for name, ref in rows.items() if config.data.on_the_fly or not name.startswith("source:")},
         "train": data["train"],
         "held_out": data["held_out"],
@@ -76,10 +71,12 @@ def body(context: StepContext) -> StepResult:
     from posttrain_lib.compute.launch import launch
     from posttrain_lib.models.hf_spec import marks
     from posttrain_lib.training.job import TrainJob
+    from steps.evaluate import load_tokenizer
 
     planned = _planned(context)
     context.work.mkdir(parents=True, exist_ok=True)
-    made_by = _check_made_by_this_tokenizer(context)
+    tokenizer = load_tokenizer(context.config, context.inputs)
+    made_by = _check_made_by_this_tokenizer(context, tokenizer)
     job = TrainJob(
         model_folder=context.inputs["model"].uri,
         train_store=context.inputs["train"].uri,
@@ -90,7 +87,8 @@ def body(context: StepContext) -> StepResult:
         pad_vocabulary_to=context.config.model.pad_vocabulary_to,
         lora=context.config.model.lora,
         backend=context.config.model.backend,
-        companion=companion(context),
+        companion=beside.companion(context),
+        score_padding=beside.score_padding(context.config, tokenizer),
     )
     result, reports, tracked = watch(launch(job, context.config.compute), context)
     _bring_checkpoints(result, context.out / "checkpoints")
@@ -129,22 +127,6 @@ def body(context: StepContext) -> StepResult:
         },
         summary=summary(result),
     )
-
-
-def companion(context: StepContext) -> Companion | None:
-    """The frozen model beside the trained one, as the job is told of it; None where the recipe has none."""
-    from posttrain_lib.schema.companion import Companion
-
-    if context.config.beside is None:
-        return None
-    kept, _ = context.config.beside
-    if kept == "base":
-        return Companion("base")
-    found = context.inputs["companion"]
-    if kept == "live":
-        return Companion("live", folder=found.uri)
-    tables = {split: context.inputs[f"signals:{split}"].uri for split in score_data.SPLITS}
-    return Companion("stored", tables=tables, made_of={"model": found.digest})
 
 
 def _planned(context: StepContext) -> dict[str, Any] | None:
@@ -256,7 +238,7 @@ def _rows(reports: list[StepReport]) -> dict[str, int]:
     return reports[-1].rows if reports else {}
 
 
-def _check_made_by_this_tokenizer(context: StepContext) -> dict[str, str]:
+def _check_made_by_this_tokenizer(context: StepContext, tokenizer: ChatTokenizer) -> dict[str, str]:
     """The fingerprint of the run's tokenizer and template, which is also that of the token stores.
 
     Raises:
@@ -264,9 +246,8 @@ def _check_made_by_this_tokenizer(context: StepContext) -> dict[str, str]:
     """
     from posttrain_lib.data.fingerprint import check_fingerprint, fingerprint
     from posttrain_lib.data.token_store import TokenStore
-    from steps.evaluate import load_tokenizer
 
-    expected = fingerprint(load_tokenizer(context.config, context.inputs))
+    expected = fingerprint(tokenizer)
     for name in ("train", "held_out"):
         check_fingerprint(TokenStore(context.inputs[name].uri), expected)
     return expected

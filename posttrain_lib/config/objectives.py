@@ -32,18 +32,21 @@ class Reference(Section):
 class DPO(Section):
     """Learning from pairs of a better and a worse answer."""
 
-    variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"] = "sigmoid"
+    variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "kto"] = "sigmoid"
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of the pairs taken to be the wrong way round")
     sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-likelihood a token")
-    length_normalise: bool = Field(False, description="log-probs a token in place of an answer's sum")
-    simpo_gamma: float | None = Field(None, ge=0, description="simpo: the margin wanted, in units of reward")
+    length_normalise: bool | None = Field(
+        None, description="compare log-probs a token in place of an answer's sums; default: as the variant has it"
+    )
+    target_margin: float | None = Field(None, ge=0, description="simpo: the margin wanted, in units of reward")
     reference: Reference = Reference()
 
     def loss(self) -> tuple[str, dict[str, Any]]:
         """Name and options of the loss."""
         if self.variant == "simpo":
-            return "simpo", {"beta": self.beta, "gamma": self.simpo_gamma or 0.0, "sft_weight": self.sft_weight}
+            margin = self.target_margin or 0.0
+            return "simpo", {"beta": self.beta, "target_margin": margin, "sft_weight": self.sft_weight}
         if self.variant == "orpo":
             return "orpo", {"beta": self.beta}
         names = ("variant", "beta", "label_smoothing", "sft_weight", "length_normalise")
@@ -56,8 +59,8 @@ class DPO(Section):
 
     @model_validator(mode="after")
     def _options_of_the_variant(self) -> DPO:
-        if self.simpo_gamma is not None and self.variant != "simpo":
-            raise ValueError(f"simpo_gamma is for variant simpo, not {self.variant}")
+        if self.target_margin is not None and self.variant != "simpo":
+            raise ValueError(f"target_margin is for variant simpo, not {self.variant}")
         if self.label_smoothing and self.variant not in ("sigmoid", "robust"):
             raise ValueError(f"label_smoothing is for the variants sigmoid and robust, not {self.variant}")
         if self.variant == "robust" and not self.label_smoothing:
@@ -69,6 +72,10 @@ class Reward(Section):
     """A scalar score from pairs of a better and a worse answer (Bradley-Terry)."""
 
     centre: float = Field(0.0, ge=0, description="weight of (chosen + rejected)^2, which keeps scores around 0")
+    pad_token: str | None = Field(
+        None,
+        description="padding token of the exported model, which no document may end with; default: the tokenizer's",
+    )
 
     def loss(self) -> tuple[str, dict[str, Any]]:
         """Name and options of the loss."""

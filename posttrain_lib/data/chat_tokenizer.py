@@ -225,6 +225,16 @@ class ChatTokenizer:
         """End-of-sequence id."""
         return self._tokenizer.eos_token_id
 
+    @property
+    def pad_id(self) -> int | None:
+        """Padding id."""
+        return self._tokenizer.pad_token_id
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token by its text; None where the vocabulary lacks it."""
+        found: int | None = self._tokenizer.get_vocab().get(token)
+        return found
+
     def mentions(self, variable: str) -> bool:
         """Whether the template uses a variable of this name, not fixed by the run's own template variables."""
         if variable not in self._mentioned:  # asked for every turn

@@ -65,12 +65,19 @@ class DistillLoss(Loss):
                 )
         self._teacher = beside
 
+    @property
+    def _attached(self) -> Beside:
+        if self._teacher is None:
+            raise ConfigError(
+                "the loss compares with a teacher and has none", fix="call attach() before the first step"
+            )
+        return self._teacher
+
     def signals(self, batch: PackedBatch, split: str) -> dict[str, Any]:
         """The stored teacher's: ``ids`` int64 and ``logprobs`` float32, [N, K]."""
-        assert self._teacher is not None
-        if not self._teacher.tables:
+        if not self._attached.tables:
             return {}
-        found = self._teacher.tables[split].of_tokens(batch)
+        found = self._attached.tables[split].of_tokens(batch)
         # Rounded in the store, they no longer add up to 1.
         kept, rest = (np.exp(found[name].astype(np.float32)) for name in ("logprobs", "rest"))
         total = kept.sum(axis=1, keepdims=True) + rest[:, None]
@@ -82,15 +89,16 @@ class DistillLoss(Loss):
 
     def __call__(self, model: Decoder, batch: PackedBatch) -> LossOutput:
         """Both forwards; logits exist only in chunks of supervised rows."""
-        assert self._teacher is not None
         if batch.signals:
             return self._output(batch, *self._student(model, batch, None, None))
 
+        trains = torch.is_grad_enabled()
+
         def with_teacher(hidden_TE: Tensor, head: OutputHead) -> tuple[Tensor, Tensor, Tensor | None]:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(trains):
                 return self._student(model, batch, hidden_TE, head)
 
-        return self._output(batch, *self._teacher.run(model, batch, with_teacher))
+        return self._output(batch, *self._attached.run(model, batch, with_teacher))
 
     def _student(
         self, model: Decoder, batch: PackedBatch, teacher_TE: Tensor | None, teacher_head: OutputHead | None

@@ -16,7 +16,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.hf_decoder import as_decoder, load_hf_decoder
 from posttrain_lib.models.hf_spec import HFSpec, check_workers, hf_spec_from_folder
 from posttrain_lib.models.lora import LoraDecoder, apply_lora, init_adapters
-from posttrain_lib.models.score import init_score_head
+from posttrain_lib.models.score import init_score_head, with_score_head
 from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.parallel.apply import apply_parallelism
 
@@ -35,7 +35,8 @@ def spec_of(job: TrainJob) -> ModelSpec | HFSpec:
     if job.backend == "hf":
         check_workers(job.world)
         return hf_spec_from_folder(job.model_folder)
-    return with_padded_vocabulary(spec_from_folder(job.model_folder), job.pad_vocabulary_to)
+    spec = with_padded_vocabulary(spec_from_folder(job.model_folder), job.pad_vocabulary_to)
+    return spec if job.score_padding is None else with_score_head(spec, job.score_padding)
 
 
 def load_sharded_model(spec: ModelSpec | HFSpec, job: TrainJob, mesh: RankMesh) -> Decoder:

@@ -49,7 +49,7 @@ def attach_companion(
         )
     if companion.kept == "stored":
         tables = {
-            split: SignalTable(folder, stores[split], companion.made_of) for split, folder in companion.tables.items()
+            split: SignalTable(companion.tables[split], store, companion.made_of) for split, store in stores.items()
         }
         loss.attach(Beside(tables=tables))
     elif companion.kept == "base":

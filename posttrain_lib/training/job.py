@@ -29,6 +29,7 @@ class TrainJob:
     ``pad_vocabulary_to``: embedding and head have rows in multiples of it, 1 = as many as the vocabulary; on resume it
     must be what it was. ``lora``: adapters to train on the frozen model (a config section, or anything with its
     attributes); None: all weights are trained. ``companion``: the frozen model that the loss compares with.
+    ``score_padding``: a reward model is trained, and this is the padding token of its config.json; None: no such model.
     ``backend`` "hf": the model runs as transformers' own class.
     """
 
@@ -48,6 +49,7 @@ class TrainJob:
     mesh: MeshSpec = SINGLE
     offload: Literal["none", "parameters"] = "none"
     companion: Companion | None = None
+    score_padding: int | None = None
     rendezvous: str | None = None
 
     @property
