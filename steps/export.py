@@ -12,7 +12,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.model import ModelConfig
 from posttrain_lib.errors import ExportError
 from posttrain_lib.schema.manifests import ArtifactRef, Check
-from steps import evaluate
+from steps import beside, evaluate
 from steps.base import Manifests, Step, StepContext, StepResult
 from steps.checks import outcome
 
@@ -36,6 +36,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "export": config.export.model_dump(mode="json"),
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
+        "reward": None if config.reward is None else config.reward.pad_token,
         "template": [config.data.template_date, config.data.template_kwargs],
     }
 
@@ -71,7 +72,9 @@ def body(context: StepContext) -> StepResult:
     # Comparisons are with the weights as exported: rounding to the export's dtype is a choice of the run file.
     model.load_state_dict({name: _rounded(value, getattr(torch, dtype)) for name, value in state.items()})
     checks += [_same_tokenizer(context, folder, names), *compare_with_reference(model, folder, _prompts(context, 1024))]
-    if context.config.export.verify_vllm:
+    if context.config.reward is not None:
+        checks += _same_scores(context, model, folder)
+    elif context.config.export.verify_vllm:
         checks += _same_in_vllm(context, model, folder)
     for check in checks:
         context.say(f"export: {outcome(check)}")
@@ -120,10 +123,15 @@ def _write(context: StepContext, model: Decoder, state: Mapping[str, Tensor], fo
 
 def _spec(context: StepContext) -> ModelSpec:
     from posttrain_lib.models.families import spec_from_folder
+    from posttrain_lib.models.score import with_score_head
     from posttrain_lib.models.vocabulary import with_padded_vocabulary
 
     multiple = context.config.model.pad_vocabulary_to
-    return with_padded_vocabulary(spec_from_folder(context.inputs["model"].uri), multiple)
+    spec = with_padded_vocabulary(spec_from_folder(context.inputs["model"].uri), multiple)
+    if context.config.reward is None:
+        return spec
+    tokenizer = evaluate.load_tokenizer(context.config, context.inputs)
+    return with_score_head(spec, beside.score_padding(context.config, tokenizer))
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -195,6 +203,18 @@ def _same_tokenizer(context: StepContext, folder: Path, names: list[str]) -> Che
         "0 differences",
         "a changed tokenizer or template is a silent skew between training and serving",
     )
+
+
+def _same_scores(context: StepContext, model: Decoder, folder: Path) -> list[Check]:
+    """The exported classifier, padded as transformers does, scores as the trained model does."""
+    import torch
+
+    from posttrain_lib.checkpoint.verify_documents import Documents
+    from posttrain_lib.checkpoint.verify_score import compare_scores
+
+    prompts = _prompts(context, 1024)
+    lengths = tuple(len(prompt) for prompt in prompts)
+    return compare_scores(model, folder, Documents(torch.tensor([t for prompt in prompts for t in prompt]), lengths))
 
 
 def _same_in_vllm(context: StepContext, model: Decoder, folder: Path) -> list[Check]:

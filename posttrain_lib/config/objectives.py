@@ -47,8 +47,8 @@ class DPO(Section):
         if self.variant == "simpo":
             margin = self.target_margin or 0.0
             return "simpo", {"beta": self.beta, "target_margin": margin, "sft_weight": self.sft_weight}
-        if self.variant == "orpo":
-            return "orpo", {"beta": self.beta}
+        if self.variant in ("orpo", "kto"):
+            return self.variant, {"beta": self.beta}
         names = ("variant", "beta", "label_smoothing", "sft_weight", "length_normalise")
         return "dpo", {name: getattr(self, name) for name in names}
 
@@ -61,6 +61,8 @@ class DPO(Section):
     def _options_of_the_variant(self) -> DPO:
         if self.target_margin is not None and self.variant != "simpo":
             raise ValueError(f"target_margin is for variant simpo, not {self.variant}")
+        if self.sft_weight and self.variant in ("orpo", "kto"):
+            raise ValueError(f"sft_weight is not for variant {self.variant}")
         if self.label_smoothing and self.variant not in ("sigmoid", "robust"):
             raise ValueError(f"label_smoothing is for the variants sigmoid and robust, not {self.variant}")
         if self.variant == "robust" and not self.label_smoothing:
@@ -74,7 +76,7 @@ class Reward(Section):
     centre: float = Field(0.0, ge=0, description="weight of (chosen + rejected)^2, which keeps scores around 0")
     pad_token: str | None = Field(
         None,
-        description="padding token of the exported model, which no document may end with; default: the tokenizer's",
+        description="of the exported model; no document may end with it. Default: the tokenizer's padding token",
     )
 
     def loss(self) -> tuple[str, dict[str, Any]]:

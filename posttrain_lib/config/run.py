@@ -140,6 +140,8 @@ class RunConfig(Section):
             raise ValueError("what is stored of every example needs prepared data: set data.on_the_fly: false, or live")
         if self.recipe == "reward" and self.model.backend == "hf":
             raise ValueError("recipe reward needs a definition of ours: set model.backend: native")
+        if self.recipe == "reward" and self.evaluation.exact_match_prompts:
+            raise ValueError("a reward model writes nothing: leave evaluation.exact_match_prompts out")
         if self.recipe != "sft" and self.compute.mesh.context > 1:
             raise ValueError(f"recipe {self.recipe} sums over whole documents: set compute.mesh.context: 1")
         return self

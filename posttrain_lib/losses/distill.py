@@ -68,9 +68,7 @@ class DistillLoss(Loss):
     @property
     def _attached(self) -> Beside:
         if self._teacher is None:
-            raise ConfigError(
-                "the loss compares with a teacher and has none", fix="call attach() before the first step"
-            )
+            raise ConfigError("the loss compares with a teacher and has none", fix="call attach() before a step")
         return self._teacher
 
     def signals(self, batch: PackedBatch, split: str) -> dict[str, Any]:
