@@ -13,6 +13,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from steps import beside
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
+from steps.loading import load_base, load_tokenizer, read_prompts
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
@@ -132,41 +133,6 @@ def body(context: StepContext) -> StepResult:
     )
 
 
-def load_base(context: StepContext) -> Decoder:
-    """The model that was trained, as it was before."""
-    from posttrain_lib.evaluation.model import load_model
-
-    wanted = context.config.model
-    padding = None
-    if context.config.reward is not None:
-        padding = beside.score_padding(context.config, load_tokenizer(context.config, context.inputs))
-    return load_model(
-        context.inputs["model"].uri,
-        pad_vocabulary_to=wanted.pad_vocabulary_to,
-        backend=wanted.backend,
-        score_padding=padding,
-        seed=context.config.train.seed,
-    )
-
-
-def load_tokenizer(config: RunConfig, found: dict[str, ArtifactRef]) -> ChatTokenizer:
-    """The run's tokenizer with the run's template and date."""
-    from posttrain_lib.data.chat_tokenizer import ChatTokenizer
-
-    return ChatTokenizer(
-        found["tokenizer"].uri,
-        chat_template=found["chat_template"].uri if "chat_template" in found else None,
-        template_date=config.data.template_date,
-        template_kwargs=config.data.template_kwargs,
-    )
-
-
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The held-out prompts that the data step wrote, in their order."""
-    with open(path, encoding="utf-8") as handle:
-        return [json.loads(line) for line in handle]
-
-
 def _evaluate(
     context: StepContext,
     model: Decoder,
@@ -239,7 +205,7 @@ def _write_scores(path: Path, results: Mapping[str, Mapping[str, TaskResult]]) -
 def _exact_match(
     context: StepContext, prompts: Sequence[dict[str, Any]], before: Sequence[str], after: Sequence[str]
 ) -> dict[str, Any]:
-    from posttrain_lib.evaluation.tasks import exact_match, majority_baseline
+    from posttrain_lib.evaluation.answers import exact_match, majority_baseline
 
     count = min(context.config.evaluation.exact_match_prompts, len(prompts))
     answers = [prompt["answer"] for prompt in prompts[:count]]

@@ -15,6 +15,7 @@ from posttrain_lib.schema.manifests import ArtifactRef, Check
 from steps import beside, evaluate
 from steps.base import Manifests, Step, StepContext, StepResult
 from steps.checks import outcome
+from steps.loading import load_base, load_tokenizer, read_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def body(context: StepContext) -> StepResult:
     source, folder = Path(context.inputs["model"].uri), context.out / "hf"
     lora, backend = context.config.model.lora, context.config.model.backend
     dtype = exported_dtype(source, context.config.export.dtype, backend)
-    model = evaluate.load_base(context)
+    model = load_base(context)
     trained = load_model_state(context.inputs["checkpoint"].uri)
     state = trained_weights(model, trained, lora)
     checks = [] if lora is None else [_export_adapter(context, model, trained)]
@@ -130,7 +131,7 @@ def _spec(context: StepContext) -> ModelSpec:
     spec = with_padded_vocabulary(spec_from_folder(context.inputs["model"].uri), multiple)
     if context.config.reward is None:
         return spec
-    tokenizer = evaluate.load_tokenizer(context.config, context.inputs)
+    tokenizer = load_tokenizer(context.config, context.inputs)
     return with_score_head(spec, beside.score_padding(context.config, tokenizer))
 
 
@@ -164,7 +165,7 @@ def _save_adapter(context: StepContext, trained: Mapping[str, Tensor], base: str
     from posttrain_lib.checkpoint.adapters import save_adapter
     from posttrain_lib.models.lora import apply_lora
 
-    adapted = apply_lora(evaluate.load_base(context), context.config.model.lora)
+    adapted = apply_lora(load_base(context), context.config.model.lora)
     adapted.load_state_dict(trained, strict=False)
     return save_adapter(adapted, _spec(context), context.out / "adapter", base, revision)
 
@@ -185,7 +186,7 @@ def _name_of_base(model: ModelConfig, source: Path) -> tuple[str, str | None]:
 
 
 def _prompts(context: StepContext, limit_tokens: int) -> list[list[int]]:
-    rows = evaluate.read_prompts(Path(context.inputs["prompts"].uri))
+    rows = read_prompts(Path(context.inputs["prompts"].uri))
     fitting = [row["prompt_ids"] for row in rows if len(row["prompt_ids"]) <= limit_tokens]
     return fitting[: context.config.export.prompts]
 
@@ -252,7 +253,7 @@ def _same_greedy_text(context: StepContext, model: Decoder, prompts: list[list[i
     from posttrain_lib.data.probes import stop_ids
     from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
 
-    tokenizer = evaluate.load_tokenizer(context.config, context.inputs)
+    tokenizer = load_tokenizer(context.config, context.inputs)
     limit, parted = context.config.export.max_logprob_gap, 0
     mine = greedy_generate(model, prompts, context.config.export.new_tokens, stop_ids(tokenizer))
     for prompt, ours, theirs in zip(prompts, mine, answer.token_ids, strict=True):

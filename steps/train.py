@@ -71,7 +71,7 @@ def body(context: StepContext) -> StepResult:
     from posttrain_lib.compute.launch import launch
     from posttrain_lib.models.hf_spec import marks
     from posttrain_lib.training.job import TrainJob
-    from steps.evaluate import load_tokenizer
+    from steps.loading import load_tokenizer
 
     planned = _planned(context)
     context.work.mkdir(parents=True, exist_ok=True)

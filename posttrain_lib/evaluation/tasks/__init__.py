@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.evaluation.answers import exact_match, majority_baseline
 from posttrain_lib.evaluation.tasks.base import Given, Task, TaskResult
 from posttrain_lib.registry import resolve
 
-__all__ = ["TASKS", "Given", "Task", "TaskResult", "build_task", "exact_match", "majority_baseline"]
+__all__ = ["TASKS", "Given", "Task", "TaskResult", "build_task"]
 
 TASKS: dict[str, str] = {
     "exact_match": "posttrain_lib.evaluation.tasks.exact_match:ExactMatch",

@@ -10,8 +10,8 @@ import torch
 
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.evaluation import generation
+from posttrain_lib.evaluation.answers import exact_match, majority_baseline
 from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
-from posttrain_lib.evaluation.tasks import exact_match, majority_baseline
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.ops.output_head import OutputHead

@@ -1,0 +1,42 @@
+"""Answers found in texts."""
+
+from __future__ import annotations
+
+import pytest
+
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.evaluation.answers import behind_four_hashes, extractor, last_number, majority_baseline, matches
+
+
+@pytest.mark.parametrize(
+    ("text", "hashes", "last"),
+    [
+        ("2 + 2 = <<2+2=4>>4\n#### 4", "4", "4"),
+        ("so #### $1,250.00 in all", "1250", "1250"),
+        ("#### 3\n#### -0.50", "-0.5", "-0.5"),
+        ("the answer is 007.", None, "7"),
+        ("#### none", None, None),
+        ("#### -0", "0", "0"),
+        ("#### 100", "100", "100"),
+        ("no number", None, None),
+    ],
+)
+def test_numbers(text: str, hashes: str | None, last: str | None) -> None:
+    assert behind_four_hashes(text) == hashes
+    assert last_number(text) == last
+
+
+def test_a_text_without_an_answer_matches_nothing() -> None:
+    assert matches("#### 18", "18 - 0\n#### 18.0", behind_four_hashes)
+    assert not matches("18", "#### 18", behind_four_hashes)
+    assert not matches("none", "none", last_number)
+
+
+def test_the_majority_goes_by_what_is_found() -> None:
+    assert majority_baseline(["#### 4", "#### 4.0", "#### 5", "none"], behind_four_hashes) == ("4", 0.5)
+
+
+def test_a_misspelt_way_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'gsm8k'"):
+        extractor("gsm8")
+    assert extractor("posttrain_lib.evaluation.answers:last_number") is last_number
