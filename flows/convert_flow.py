@@ -7,7 +7,7 @@
 """
 
 # First, because it sets the environment that Metaflow reads when it is imported.
-from posttrain_flow import ROOT, parser_of, plain_errors  # isort: skip
+from posttrain_flow import ROOT, parser_of, plain_errors, this_run  # isort: skip
 
 from metaflow import Config, FlowSpec, Parameter, card, current, package_sources, step
 
@@ -34,7 +34,7 @@ class ConvertFlow(FlowSpec):
     def start(self):
         """Resolve the config; pin the model folder by its digest."""
         with plain_errors():
-            self.run_config = convert_pipeline.resolve(self.config, self.model, self.overrides)
+            self.run_config = convert_pipeline.resolve(self.config, self.model, self.overrides, this_run())
             self.manifests = convert_pipeline.advance("inputs", self.run_config, {}, reuse=self.reuse)
         self.next(self.propose_family)
 

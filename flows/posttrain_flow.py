@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 try:
     from posttrain_lib.config.load import parse_run_config
     from posttrain_lib.errors import RETRY_EXIT_CODE, ConfigError, PosttrainError, PreemptedError
+    from steps.start_from import RunNames
 except ModuleNotFoundError as error:
     print(
         f"{error}\nThe project's environment is not active. Run the same command through it:\n"
@@ -92,6 +93,18 @@ def parser_of(parse: Callable[..., Any]) -> Callable[[str], dict[str, Any]]:
 
 
 parse_config = parser_of(parse_run_config)
+
+
+def this_run() -> RunNames:
+    """For looking up models by name: the run whose task this is. A retry of the task keeps what its first attempt
+    found, a resumed run what the run found that it resumes."""
+    from metaflow import current
+
+    from posttrain_lib.adapters.metaflow_runs import resumed_runs
+
+    name, again = current.flow_name, [current.run_id] if current.retry_count else []
+    keeps = [*again, *resumed_runs(name, current.origin_run_id)]
+    return RunNames(f"{name}/{current.run_id}", tuple(f"{name}/{run}" for run in keeps))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
     python flows/sft_flow.py run
     python flows/sft_flow.py --config configs/sft/chat_qwen3.yaml run --set train.steps=50
+    python flows/sft_flow.py run --set model.from_scratch=null,model.path=SFTFlow/latest
     python flows/sft_flow.py resume
 
 ``--help`` after any of them lists what it takes.

@@ -1,7 +1,7 @@
 """The steps that every recipe's flow has, in their order; a recipe adds its config, and what is particular to it."""
 
 # First, because it sets the environment that Metaflow reads when it is imported.
-from posttrain_flow import plain_errors  # isort: skip
+from posttrain_flow import plain_errors, this_run  # isort: skip
 
 from metaflow import FlowSpec, Parameter, card, config_expr, current, retry, step
 
@@ -18,7 +18,7 @@ class TrainingFlow(FlowSpec):
     def start(self):
         """Resolve the config, say what will be done, make or find the inputs."""
         with plain_errors():
-            self.run_config = pipeline.resolve(self.config, self.overrides)
+            self.run_config = pipeline.resolve(self.config, self.overrides, this_run())
             self.manifests = pipeline.advance("inputs", self.run_config, {}, reuse=self.reuse)
             pipeline.show_plan(self.run_config, self.manifests)
         self.next(self.prepare_data)

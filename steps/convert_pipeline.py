@@ -11,17 +11,20 @@ from posttrain_lib.schema.manifests import StepManifest
 from steps import convert_model, inputs, propose_family
 from steps.base import Step, run_step
 from steps.pipeline import load_manifests, plain_values
+from steps.start_from import RunNames, with_models_found
 
 STEPS: Mapping[str, Step] = {step.name: step for step in (inputs.STEP, propose_family.STEP, convert_model.STEP)}
 
 
-def resolve(raw: Any, model: str, overrides: str) -> dict[str, Any]:
-    """The resolved config as plain values; ``model`` replaces the run file's where given."""
+def resolve(raw: Any, model: str, overrides: str, run: RunNames | None = None) -> dict[str, Any]:
+    """The resolved config as plain values; ``model`` replaces the run file's where given, and may be a name that
+    ``run`` looks up."""
     plain = plain_values(raw)
     if model:
         plain["model"] = {**plain["model"], "path": model, "from_scratch": None}
     where = "--set" if overrides.strip() else "--config"
-    return build_convert_config(plain, where=where, overrides=[overrides]).model_dump(mode="json")
+    config = build_convert_config(plain, where=where, overrides=[overrides])
+    return with_models_found(config, run=run).model_dump(mode="json")
 
 
 def advance(

@@ -127,7 +127,8 @@ def local_folder(path: str, field: str) -> Path | None:
             "the path does not exist",
             where=field,
             got=path,
-            expected="an existing path or a hub id owner/name[@revision]",
+            expected="an existing path or a hub id owner/name[@revision]"
+            + (", SFTFlow/<run id>, SFTFlow/latest, models/<name>" if field == "model.path" else ""),
         )
     return None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.data import GeneratedConversations
+from posttrain_lib.config.origin import ModelOrigin
 from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.lineage.digests import digest_value
 from posttrain_lib.lineage.store import default_root, disk_errors
@@ -31,7 +32,11 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """What is generated, and the names of what is found (their content enters the key by digest)."""
     return {
         "sources": [{"name": s.name, "generate": _plain(s.generate), "path": s.path} for s in config.data.sources],
-        "model": {"path": config.model.path, "from_scratch": _plain(config.model.from_scratch)},
+        "model": {
+            "path": config.model.path,
+            "origin": _plain(config.model.origin),
+            "from_scratch": _plain(config.model.from_scratch),
+        },
         "vocabulary": config.model.vocabulary.model_dump(mode="json", exclude={"pad_to_multiple_of"}),
         "companion": None if config.beside is None else config.beside[1],
         "tokenizer": config.data.tokenizer,
@@ -61,6 +66,8 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
         found["model"] = _stored_model(path)
     for name, local in folders.items():
         found[name] = ArtifactRef(uri=str(local), kind=name, digest=digests.path(local))
+    if config.model.origin is not None:
+        _check_unchanged(config.model.origin, found["model"])
     with disk_errors("remembering file digests", default_root()):
         digests.save()
     return found
@@ -87,7 +94,9 @@ def body(context: StepContext) -> StepResult:
         _check_companion(context, outputs["tokenizer"])
     if "chat_template" in context.inputs:
         outputs["chat_template"] = context.inputs["chat_template"]
-    return StepResult(outputs, summary=_describe(context))
+    origin = config.model.origin
+    metrics = {} if origin is None else {"model_origin": origin.model_dump(mode="json")}
+    return StepResult(outputs, metrics=metrics, summary=_describe(context))
 
 
 def _check_companion(context: StepContext, tokenizer: tuple[str, str] | ArtifactRef) -> None:
@@ -179,6 +188,22 @@ def _texts(paths: Iterable[Path]) -> Iterator[str]:
                 yield from (message["content"] for message in messages)
 
 
+def _check_unchanged(origin: ModelOrigin, found: ArtifactRef) -> None:
+    """A folder that was named by what made it is still what that made.
+
+    Raises:
+        ModelError: some file of it was changed.
+    """
+    if found.digest != origin.digest:
+        raise ModelError(
+            "the model's folder was changed after it was published",
+            where=found.uri,
+            got=f"digest {found.digest[:12]}",
+            expected=f"{origin.digest[:12]}, which {origin.made_by()} has",
+            fix="make it again, or name the folder itself as model.path",
+        )
+
+
 def _stored_model(url: str) -> ArtifactRef:
     """A model in an object store: what it is, is what the store tells of its files' versions."""
     from posttrain_lib.checkpoint.remote_folder import pinned_files
@@ -259,6 +284,8 @@ def _fetch_from_hub(name: str, field: str) -> Path:
 def _describe(context: StepContext) -> str:
     made = [source.name for source in context.config.data.sources if source.generate is not None]
     parts = [f"generated rows for {', '.join(made)}"] if made else []
+    if context.config.model.origin is not None:
+        parts.append(f"the model is that of {context.config.model.origin.made_by()}")
     if context.config.model.from_scratch is not None:
         parts.append("wrote a new model as a Hugging Face folder")
     if added := context.config.model.vocabulary.count():

@@ -27,6 +27,7 @@ from steps import inputs, prepare_data
 from steps.base import Step, content_key
 from steps.inspect_page import page
 from steps.pipeline import add_config_arguments, plain_errors
+from steps.start_from import with_models_found
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     options = _parser().parse_args(arguments)
     with plain_errors():
-        config = load_run_config(options.config, options.set)
+        config = with_models_found(load_run_config(options.config, options.set))
         inspection = open_prepared(config, _preparing(options))
         found, headline = choose(inspection, options)
         rows = inspection.show(found)

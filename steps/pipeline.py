@@ -15,6 +15,7 @@ from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.schema.manifests import StepManifest
 from steps import check_serving, convert_model, evaluate, export, inputs, lm_eval, prepare_data, score_data, train
 from steps.base import Say, Step, run_step, say_line
+from steps.start_from import RunNames, with_models_found
 
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "sft" / "default.yaml"
 
@@ -60,10 +61,12 @@ def run_until(
     return manifests
 
 
-def resolve(raw: Any, overrides: str = "") -> dict[str, Any]:
-    """The resolved config as plain values, after comma-separated ``key=value`` overrides (as a flow passes them)."""
+def resolve(raw: Any, overrides: str = "", run: RunNames | None = None) -> dict[str, Any]:
+    """The resolved config as plain values, after comma-separated ``key=value`` overrides (as a flow passes them), the
+    models that it names found by ``run``."""
     where = "--set" if overrides.strip() else "--config"
-    return build_run_config(plain_values(raw), where=where, overrides=[overrides]).model_dump(mode="json")
+    config = build_run_config(plain_values(raw), where=where, overrides=[overrides])
+    return with_models_found(config, run=run).model_dump(mode="json")
 
 
 def advance(
@@ -112,7 +115,7 @@ def main(step: str, arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-reuse", action="store_true", help="do this step again even if its result is in the store")
     options = parser.parse_args(arguments)
     with plain_errors():
-        config = load_run_config(options.config, options.set)
+        config = with_models_found(load_run_config(options.config, options.set))
         manifest = run_until(step, config, reuse=not options.no_reuse)[step]
         for name, ref in manifest.outputs.items():
             print(f"  {name:<14}{ref.uri}")

@@ -21,6 +21,7 @@ from posttrain_lib.models.hf_spec import LACKS, HFSpec, check_workers, hf_spec_f
 from posttrain_lib.models.spec import ModelSpec, check_prefixes, matmul_parameters, parameter_count
 from steps.foresight import check_model, check_names, local_folder
 from steps.pipeline import add_config_arguments, plain_errors
+from steps.start_from import told, with_models_found
 
 _FLOAT32_BYTES = 4
 
@@ -48,6 +49,7 @@ def describe(config: RunConfig) -> str:
         f"{train.schedule.warmup_steps} warm-up steps, {train.precision}",
         f"  evaluation every {train.evaluate_every_steps} steps; checkpoint every {train.checkpoint.every_steps}, "
         f"keep {train.checkpoint.keep_last} and the best",
+        *([f"  model      {told(config.model.origin)}"] if config.model.origin is not None else []),
         *_model_lines(config),
         f"  export     {config.export.checkpoint} checkpoint, {config.export.dtype} weights, verified in transformers"
         f"{' and vLLM' if config.export.verify_vllm else ''}",
@@ -252,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resolved", action="store_true", help="also print the config with every default filled in")
     options = parser.parse_args(arguments)
     with plain_errors():
-        config = load_run_config(options.config, options.set)
+        config = with_models_found(load_run_config(options.config, options.set), say=lambda _: None)
         print(describe(config))
         if options.resolved:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")

@@ -25,6 +25,7 @@ def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any
     return {
         "name": run_config["name"],
         "backend": run_config["model"]["backend"],
+        "model_origin": run_config["model"].get("origin"),
         "steps": training["step"],
         "data_end": training["data_end"],
         "tokens_seen": training["tokens_seen"],
@@ -51,7 +52,6 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: a gate does not hold; the export stays in the store, the run counts as failed.
     """
-    gates = RunConfig.model_validate(run_config).evaluation.gates
     match = summary["exact_match"] or {}
     worse = " (training made it worse)" if summary["held_out_after"] > summary["held_out_before"] else ""
     print(f"held-out loss {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}{worse}")
@@ -66,6 +66,22 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     shares = [f"{name} {summary[key]:.1%}" for name, key in _PEAK_SHARES.items() if summary.get(key) is not None]
     print(", ".join([speed, f"fill {summary['fill']:.3f}", *shares, f"{summary['peak_memory_gib']:.2f} GiB"]))
     print(f"exported to {summary['export']}")
+    for gate in gate_results(run_config, summary):
+        if not gate["holds"]:
+            raise TrainingError(
+                f"the gate on {gate['name']} does not hold",
+                where="evaluation.gates",
+                got="not measured" if gate["value"] is None else f"{gate['value']:.4f}",
+                expected=f"{gate['sense']} {gate['limit']}",
+                fix="look at the curves in the report card; train longer, or state another gate",
+            )
+
+
+def gate_results(run_config: dict[str, Any], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{name, value, limit, sense, holds} of each gate that the run file states; value is None where it was not
+    measured, and the gate then does not hold."""
+    gates = RunConfig.model_validate(run_config).evaluation.gates
+    match = summary["exact_match"] or {}
     comparison = {(row["task"], row["metric"]): row for row in summary.get("comparison", []) if row["group"] == "all"}
     demands = [
         ("held-out loss ratio", summary["held_out_ratio"], gates.max_held_out_loss_ratio, "at most"),
@@ -73,18 +89,12 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
         ("exact match over majority", _margin(match), gates.min_exact_match_over_majority, "at least"),
         *_demands(gates.metrics, comparison),
     ]
+    results = []
     for name, value, limit, sense in demands:
-        if limit is None:
-            continue
-        holds = value is not None and (value <= limit if sense == "at most" else value >= limit)
-        if not holds:
-            raise TrainingError(
-                f"the gate on {name} does not hold",
-                where="evaluation.gates",
-                got="not measured" if value is None else f"{value:.4f}",
-                expected=f"{sense} {limit}",
-                fix="look at the curves in the report card; train longer, or state another gate",
-            )
+        if limit is not None:
+            holds = value is not None and (value <= limit if sense == "at most" else value >= limit)
+            results.append({"name": name, "value": value, "limit": limit, "sense": sense, "holds": holds})
+    return results
 
 
 def _demands(
@@ -118,6 +128,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
     return {
         "name": run_config["name"],
         "recipe": run_config["recipe"].upper(),
+        "started_from": _started_from(manifests),
         "lacks": manifests["train"].metrics.get("lacks", []),
         "headline": _headline(manifests),
         "data_end": manifests["train"].metrics["data_end"],
@@ -134,6 +145,16 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "generations": evaluation["generations"],
         "environment": manifests["train"].environment | manifests["train"].code,
     }
+
+
+def _started_from(manifests: Manifests) -> list[list[str]]:
+    """What made the model that the run began with, where it was named so."""
+    origin = manifests["inputs"].metrics.get("model_origin")
+    return [] if origin is None else [[name, _plain(value)] for name, value in origin.items() if value]
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _headline(manifests: Manifests) -> list[list[str]]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from posttrain_lib.errors import StoreError
+from posttrain_lib.lineage.promoted import all_promoted
 from posttrain_lib.lineage.store import Entry, Store
 from steps.pipeline import plain_errors
 
@@ -25,11 +26,16 @@ def report(store: Store) -> str:
 
 
 def clean(store: Store, *, older_than_days: float, dry_run: bool) -> str:
-    """Remove what was not used for so long; what a running step holds stays."""
+    """Remove what was not used for so long; what a running step holds stays, and what was promoted."""
     horizon = time.time() - older_than_days * _DAY_SECONDS
+    named = {Path(entry.path).resolve(): entry.label for entry in all_promoted(store)}
     lines, freed = [], 0.0
     for entry in store.entries():
         if entry.used_at > horizon:
+            continue
+        label = next((label for path, label in named.items() if path.is_relative_to(entry.path.resolve())), None)
+        if label is not None:
+            lines.append(f"kept (promoted as models/{label}) {entry.kind}/{entry.step}/{entry.key[:12]}")
             continue
         removed = dry_run or store.remove(entry)
         freed += _mib(entry) if removed else 0.0

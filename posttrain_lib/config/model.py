@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from posttrain_lib.config.base import Section
+from posttrain_lib.config.origin import ModelOrigin
 
 
 class FromScratch(Section):
@@ -139,8 +140,11 @@ class ModelConfig(Section):
     """Which model to train."""
 
     path: str | None = Field(
-        None, description="Hugging Face folder, its URL in an object store (s3://...), or hub id owner/name[@revision]"
+        None,
+        description="Hugging Face folder, its URL in an object store (s3://...), hub id owner/name[@revision], a run's "
+        "result (SFTFlow/<run id>, SFTFlow/latest, SFTFlow/tag:<tag>) or a promoted model (models/<name>[@<version>])",
     )
+    origin: ModelOrigin | None = Field(None, description="written by the run: what made the model that path named")
     from_scratch: FromScratch | None = None
     verification: VerificationConfig = VerificationConfig()
     vocabulary: Vocabulary = Vocabulary()
@@ -158,6 +162,8 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError("the model needs exactly one of 'path' and 'from_scratch'")
+        if self.origin is not None and self.origin.path != self.path:
+            raise ValueError("origin tells of another model than path names: leave it out, the run writes it")
         return self
 
     @model_validator(mode="after")

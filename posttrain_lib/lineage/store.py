@@ -5,6 +5,8 @@
 <root>/work/<step>/<key>/    what an interrupted step may continue from (training checkpoints)
 <root>/tmp/                  results being written; never read
 <root>/locks/                one lock file per key: equal work waits for the first and then reuses it
+<root>/models/               promoted models (lineage/promoted.py)
+<root>/names/<flow>/         what the names of models in a run's config stood for when it began (steps/start_from.py)
 """
 
 from __future__ import annotations
@@ -73,10 +75,10 @@ class Store:
     def find(self, step: str, key: str) -> StepManifest | None:
         """The published result, or None. A result whose files went missing or changed size is set aside, not used."""
         folder = self.result_folder(step, key)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         if manifest is None:
             return None
-        problem = _first_damage(folder)
+        problem = first_damage(folder)
         if problem is not None:
             aside = self.root / "tmp" / f"damaged-{step}-{key[:12]}-{uuid.uuid4().hex[:8]}"
             with disk_errors("setting a damaged result aside", folder):
@@ -94,7 +96,7 @@ class Store:
         folders = [folder for folder in (self.root / "steps" / step).glob("*") if (folder / MANIFEST).is_file()]
         if not folders:
             return None
-        return _read_manifest(max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime))
+        return read_manifest(max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime))
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -202,14 +204,16 @@ def _wait_for_lock(handle: object) -> None:
             return
 
 
-def _read_manifest(folder: Path) -> StepManifest | None:
+def read_manifest(folder: Path) -> StepManifest | None:
+    """Of a published result; None where the folder is none."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
     return StepManifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _first_damage(folder: Path) -> str | None:
+def first_damage(folder: Path) -> str | None:
+    """The first file of a published result that is missing or has another size, None where all is whole."""
     listing = json.loads((folder / FILES).read_text(encoding="utf-8"))
     for name, size in listing.items():
         path = folder / name

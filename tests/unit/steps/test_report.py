@@ -139,7 +139,9 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     spoken = dict.fromkeys(("prompt", "expected", "before", "after"), PICTURE)
     losses = {"held_out_before": {"all": 3.0, "a": 3.0}, "held_out_after": {"all": 1.0, "a": 1.0}}
     training = {**throughput(reports), "sources": shares(reports), "data_end": DATA_END}
+    origin = {"reference": "SFTFlow/latest", "flow": "SFTFlow", "run": "17", "tags": ["a", "b"], "promoted": None}
     return {"name": "small", "recipe": "sft"}, {
+        "inputs": manifest("inputs", {"model_origin": origin}),
         "prepare_data": manifest("prepare_data", {}, receipt=root / RECEIPT, samples=root / SAMPLES),
         "train": manifest("train", training, metrics=root / "metrics.jsonl"),
         "evaluate": manifest("evaluate", {**losses, "exact_match": match, "generations": [spoken]}),
@@ -148,6 +150,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_the_report_has_what_the_receipt_says(finished: tuple[dict[str, Any], Any]) -> None:
     report = collect(*finished)
+    assert report["started_from"][2:] == [["run", "17"], ["tags", "a, b"]]
     receipt = json.loads(Path(finished[1]["prepare_data"].outputs["receipt"].uri).read_text())
     (row, *refused), counts = report["data"], receipt["sources"]["a"]
     assert row == ["a", *(f"{counts[name]:,}" for name in ("rows", "examples", "tokens", "trained_tokens"))]

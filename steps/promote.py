@@ -1,0 +1,189 @@
+"""Name a result: ``python -m steps.promote --name my-model --from SFTFlow/latest``; a run file then says
+``model.path: models/my-model``.
+
+Each call writes the next version of the name; none is ever changed. A model whose checks or gates failed is refused
+unless --force says why, which the version then tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import getpass
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.errors import ConfigError, VerificationError
+from posttrain_lib.lineage import promoted
+from posttrain_lib.lineage.promoted import Promoted
+from posttrain_lib.lineage.store import Store, read_manifest
+from posttrain_lib.schema.manifests import StepManifest
+from steps import report
+from steps.base import known_digests
+from steps.start_from import check_published, exported_by, is_name, kind_of, resolve_model, run_named
+
+_FROM = "--from"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What is to be promoted, and what speaks against it."""
+
+    path: Path
+    digest: str
+    made_by: dict[str, Any]
+    checks: tuple[dict[str, Any], ...]
+    gates: tuple[dict[str, Any], ...]
+    against: tuple[str, ...]
+
+
+def promote(store: Store, name: str, source: str, *, note: str | None = None, force: str | None = None) -> Promoted:
+    """Record ``source`` (a run's name, another promoted model or a folder) as the next version of ``name``.
+
+    Raises:
+        ConfigError, ModelError: there is no such model, or it is not whole.
+        VerificationError: its checks, gates or run failed, and ``force`` gives no reason to take it all the same.
+    """
+    found = _candidate(source)
+    if found.against and not force:
+        raise VerificationError(
+            "this model is not one to promote",
+            where=_FROM,
+            got=f"{source}: {'; '.join(found.against)}",
+            expected="checks and gates that hold",
+            fix="promote another one, or say why it is right all the same: --force REASON (it is recorded)",
+        )
+    return promoted.record(
+        store,
+        Promoted(
+            name=name,
+            version=0,
+            path=str(found.path),
+            digest=found.digest,
+            files=promoted.sizes(found.path),
+            promoted_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            user=_user(),
+            **found.made_by,
+            checks=found.checks,
+            gates=found.gates,
+            note=note,
+            forced=f"{force} ({'; '.join(found.against)})" if found.against else None,
+        ),
+    )
+
+
+def listing(store: Store) -> str:
+    """A table of all versions."""
+    lines = [f"{'model':<28}{'made by':<34}{'digest':<14}{'promoted':<27}{'by':<14}note"]
+    for entry in promoted.all_promoted(store):
+        made_by = f"{entry.flow}/{entry.run}" if entry.run is not None else "a folder"
+        remarks = [
+            *([entry.note] if entry.note else []),
+            *([f"forced: {entry.forced}"] if entry.forced else []),
+            *([] if Path(entry.path).is_dir() else [f"gone: {entry.path}"]),
+        ]
+        lines.append(
+            f"models/{entry.label:<21}{made_by:<34}{entry.digest[:12]:<14}{entry.promoted_at:<27}{entry.user:<14}"
+            f"{'; '.join(remarks)}".rstrip()
+        )
+    return "\n".join(lines) if len(lines) > 1 else f"no model was promoted in {store.root}"
+
+
+def _candidate(source: str) -> Candidate:
+    if not is_name(source, where=_FROM):
+        return _folder(source)
+    run = run_named(source, where=_FROM)
+    if run is None:
+        return _again(source)
+    found = exported_by(run, where=_FROM, must_be_through=False)
+    manifests = {step: StepManifest.from_dict(raw) for step, raw in run.manifests.items()}
+    gates = report.gate_results(run.config, report.summarise(run.config, manifests))
+    checks = tuple(dataclasses.asdict(check) for check in manifests["export"].checks)
+    against = [*_failed(checks, gates), *([] if run.successful else [f"the run {run.state}"])]
+    return Candidate(found.path, found.digest, found.lineage, checks, tuple(gates), tuple(against))
+
+
+def _again(source: str) -> Candidate:
+    """A promoted model under another name, or an older version made the latest: what was known of it still holds."""
+    found = resolve_model(source, where=_FROM, needs="any")
+    name, _, version = str(found.lineage["promoted"]).partition("@")
+    entry = promoted.find(Store(), name, int(version), where=_FROM)
+    made_by = {key: getattr(entry, key) for key in ("flow", "run", "step", "key", "tags")}
+    against = _failed(entry.checks, list(entry.gates)) or ([entry.forced] if entry.forced else [])
+    return Candidate(found.path, found.digest, made_by, entry.checks, entry.gates, tuple(against))
+
+
+def _folder(source: str) -> Candidate:
+    """A Hugging Face folder from anywhere; of one that a step export published its checks are known."""
+    folder = Path(source).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(
+            "neither a run, nor a promoted model, nor a folder",
+            where=_FROM,
+            got=source,
+            expected="SFTFlow/<run id>, SFTFlow/latest, models/<name>[@<version>], or a Hugging Face folder",
+        )
+    export = read_manifest(folder) or read_manifest(folder.parent)
+    if export is None or export.step != "export":
+        kind_of(folder, _FROM, source)
+        digests = known_digests()
+        digest = digests.path(folder)
+        digests.save()
+        return Candidate(folder, digest, {}, (), (), ())
+    ref = export.outputs["hf"]
+    check_published(Path(ref.uri).parent, export.key, _FROM, source, "run the flow again")
+    checks = tuple(dataclasses.asdict(check) for check in export.checks)
+    made_by = {"step": "export", "key": export.key}
+    return Candidate(Path(ref.uri), ref.digest, made_by, checks, (), tuple(_failed(checks, [])))
+
+
+def _failed(checks: tuple[dict[str, Any], ...], gates: list[dict[str, Any]]) -> list[str]:
+    """What does not hold, in words."""
+    failed = [f"check '{check['name']}' failed" for check in checks if not check["passed"]]
+    for gate in gates:
+        if not gate["holds"]:
+            value = "not measured" if gate["value"] is None else f"{gate['value']:.4f}"
+            failed.append(f"gate on {gate['name']}: {value}, stated {gate['sense']} {gate['limit']}")
+    return failed
+
+
+def _user() -> str:
+    """Who promotes: as Metaflow names people, for an account may be shared."""
+    return os.environ.get("METAFLOW_USER") or getpass.getuser()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    from steps.pipeline import plain_errors
+
+    parser = argparse.ArgumentParser(
+        prog="python -m steps.promote", description="Give a model a name that a run file can say: models/<name>."
+    )
+    parser.add_argument("--name", help="of the model; its versions count up")
+    parser.add_argument(
+        _FROM, dest="source", metavar="MODEL", help="SFTFlow/<run id>, SFTFlow/latest, models/<name>, or a folder"
+    )
+    parser.add_argument("--note", help="a line for those who read the list")
+    parser.add_argument("--force", metavar="REASON", help="promote what failed; the reason is recorded")
+    parser.add_argument("--list", action="store_true", help="show what was promoted")
+    parser.add_argument("--json", action="store_true", help="with --list: every field, as JSON lines")
+    options = parser.parse_args(arguments)
+    if not options.list and (options.name is None or options.source is None):
+        parser.error(f"give --name and {_FROM}, or --list")
+    with plain_errors():
+        store = Store()
+        if options.name is not None and options.source is not None:
+            entry = promote(store, options.name, options.source, note=options.note, force=options.force)
+            print(f"models/{entry.label} -> {entry.path}, digest {entry.digest[:12]}")
+        if options.list and options.json:
+            for entry in promoted.all_promoted(store):
+                print(json.dumps(dataclasses.asdict(entry), sort_keys=True))
+        elif options.list:
+            print(listing(store))
+
+
+if __name__ == "__main__":
+    main()
