@@ -21,7 +21,7 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     if score_data.is_needed(config):
         scored = manifests["score_data"].outputs
         found = {f"signals:{split}": scored[split] for split in score_data.SPLITS}
-    if config.beside is not None:
+    if config.companion is not None:
         found["companion"] = score_data.companion_of(config, manifests)
     return found
 
@@ -31,9 +31,9 @@ def companion(context: StepContext, *, in_one_process: bool = False) -> Companio
 
     ``in_one_process``: adapters are merged there, so that the base is a model by itself.
     """
-    if context.config.beside is None:
+    if context.config.companion is None:
         return None
-    kept, _ = context.config.beside
+    kept = context.config.companion.kept
     found = context.inputs["companion"]
     if kept == "base" and not in_one_process:
         return Companion("base")

@@ -47,7 +47,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
         "template": [config.data.template_date, config.data.template_kwargs],
-        "beside": None if config.beside is None else config.beside[0],
+        "companion": None if config.companion is None else config.companion.kept,
         "reward": None if config.reward is None else [config.reward.pad_token, config.train.seed],
     }
 

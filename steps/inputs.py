@@ -38,7 +38,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
             "from_scratch": _plain(config.model.from_scratch),
         },
         "vocabulary": config.model.vocabulary.model_dump(mode="json", exclude={"pad_to_multiple_of"}),
-        "companion": None if config.beside is None else config.beside[1],
+        "companion": _plain(config.companion),
         "tokenizer": config.data.tokenizer,
         "chat_template": config.data.chat_template,
     }
@@ -68,6 +68,8 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
         found[name] = ArtifactRef(uri=str(local), kind=name, digest=digests.path(local))
     if config.model.origin is not None:
         _check_unchanged(config.model.origin, found["model"])
+    if config.companion is not None and config.companion.origin is not None:
+        _check_unchanged(config.companion.origin, found["companion"])
     with disk_errors("remembering file digests", default_root()):
         digests.save()
     return found
@@ -240,7 +242,7 @@ def _local_folders(config: RunConfig) -> dict[str, Path]:
     scratch, template = config.model.from_scratch, config.data.chat_template
     wanted = {
         "model": (config.model.path, "model.path"),
-        "companion": (config.beside[1] if config.beside else None, _COMPANION_FIELDS.get(config.recipe, "")),
+        "companion": (config.companion.path if config.companion else None, _COMPANION_FIELDS.get(config.recipe, "")),
         "tokenizer": (config.data.tokenizer, "data.tokenizer"),
         "scratch_tokenizer": (scratch.tokenizer if scratch else None, "model.from_scratch.tokenizer"),
     }

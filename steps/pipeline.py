@@ -40,7 +40,7 @@ def step_named(name: str) -> Step:
 
 def chain(config: RunConfig) -> tuple[Step, ...]:
     """The steps that a recipe has."""
-    return tuple(step for step in STEPS if step is not score_data.STEP or config.beside is not None)
+    return tuple(step for step in STEPS if step is not score_data.STEP or config.companion is not None)
 
 
 def run_until(

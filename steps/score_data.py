@@ -25,7 +25,7 @@ _SAID_EVERY = 10  # of the examples' percent
 
 def is_needed(config: RunConfig) -> bool:
     """Whether the run stores anything."""
-    return config.beside is not None and config.beside[0] in ("precomputed", "stored")
+    return config.companion is not None and config.companion.kept in ("precomputed", "stored")
 
 
 def settings(config: RunConfig) -> dict[str, Any]:

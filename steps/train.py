@@ -38,7 +38,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "on_the_fly": live,
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
-        "beside": None if config.beside is None else config.beside[0],
+        "companion": None if config.companion is None else config.companion.kept,
         "pad_token": None if config.reward is None else config.reward.pad_token,
     }
 

@@ -257,7 +257,7 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(checks_table([(name, check) for name, m in manifests.items() for check in m.checks]))
     card.append(Markdown("## Lineage"))
     if report["started_from"]:
-        started_from = [[name, _text(value)] for name, value in report["started_from"]]
+        started_from = [[name, text(value)] for name, value in report["started_from"]]
         card.append(Table(started_from, headers=["the model it began with", ""]))
     card.append(lineage_table(manifests))
     card.append(Table([[key, value] for key, value in report["environment"].items()], headers=["environment", ""]))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain_lib.config.base import Section
+from posttrain_lib.config.origin import ModelOrigin
 
 #: variants that compare with no reference
 REFERENCE_FREE = ("simpo", "orpo")
@@ -20,7 +21,11 @@ class Reference(Section):
         description="precomputed: its log-probs are stored once, before training; live: it runs beside the policy; "
         "base: the policy without its adapters (model.lora)",
     )
-    path: str | None = Field(None, description="another model's folder; default: the model that training starts from")
+    path: str | None = Field(
+        None,
+        description="another model, named as model.path names one; default: the model that training starts from",
+    )
+    origin: ModelOrigin | None = Field(None, description="written by the run: what made the model that path named")
 
     @model_validator(mode="after")
     def _base_is_the_start(self) -> Reference:
@@ -87,7 +92,8 @@ class Reward(Section):
 class Teacher(Section):
     """The model that is learned from."""
 
-    path: str = Field(description="its folder, URL or hub id; of the student's tokenizer")
+    path: str = Field(description="named as model.path names a model; of the student's tokenizer")
+    origin: ModelOrigin | None = Field(None, description="written by the run: what made the model that path named")
     kept: Literal["live", "stored"] = Field(
         "live", description="live: it runs beside the student; stored: its top log-probs are stored once"
     )

@@ -12,7 +12,7 @@ from posttrain_lib.config.data import DataConfig
 from posttrain_lib.config.evaluation import EvaluationConfig
 from posttrain_lib.config.export import ExportConfig
 from posttrain_lib.config.model import ModelConfig
-from posttrain_lib.config.objectives import DPO, Distill, Reward
+from posttrain_lib.config.objectives import DPO, Distill, Reference, Reward, Teacher
 from posttrain_lib.config.tracking import Tracker
 from posttrain_lib.config.train import TrainConfig
 
@@ -119,18 +119,15 @@ class RunConfig(Section):
         return self
 
     @property
-    def beside(self) -> tuple[str, str | None] | None:
-        """(how it is kept, path) of the frozen model that the recipe compares with; None where there is none. No path:
-        the model that training starts from."""
+    def companion(self) -> Reference | Teacher | None:
+        """The frozen model that the recipe compares with; None where there is none."""
         if self.dpo is not None and self.dpo.needs_reference:
-            return self.dpo.reference.kept, self.dpo.reference.path
-        if self.distill is not None:
-            return self.distill.teacher.kept, self.distill.teacher.path
-        return None
+            return self.dpo.reference
+        return None if self.distill is None else self.distill.teacher
 
     @model_validator(mode="after")
     def _beside_can(self) -> RunConfig:
-        kept, _ = self.beside or (None, None)
+        kept = None if self.companion is None else self.companion.kept
         if kept == "base" and (self.model.lora is None or self.model.lora.dora):
             raise ValueError(
                 "dpo.reference.kept: base is the policy without its adapters, and needs model.lora without dora; "
