@@ -38,7 +38,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
             "from_scratch": _plain(config.model.from_scratch),
         },
         "vocabulary": config.model.vocabulary.model_dump(mode="json", exclude={"pad_to_multiple_of"}),
-        "companion": _plain(config.companion),
+        "companion": None if config.companion is None else [config.companion.path, _plain(config.companion.origin)],
         "tokenizer": config.data.tokenizer,
         "chat_template": config.data.chat_template,
     }

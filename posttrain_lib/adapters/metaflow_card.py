@@ -81,7 +81,8 @@ def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
     steps = [r for r in thin if r.step > 0]
     peaks = {"MFU": "mfu", "MFU of the measured peak": "mfu_measured", "HFU": "hfu"}
     return {
-        "loss": line_chart("Loss (nats per trained token)", loss),
+        "loss": line_chart("Loss (nats per trained token, or per pair)", loss),
+        **_figure_charts(thin),
         "throughput": line_chart(
             "Throughput (real tokens per second)",
             [{"step": r.step, "value": r.tokens_per_second, "curve": "tokens/s"} for r in steps],
@@ -111,6 +112,16 @@ def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
             "Gradient norm before clipping", [{"step": r.step, "value": r.grad_norm, "curve": "norm"} for r in steps]
         ),
     }
+
+
+def _figure_charts(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
+    """A chart for each figure of the loss's own, of the steps and of the held-out examples."""
+    values: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        for curve, figures in (("training", report.figures), ("held-out", report.held_out_figures)):
+            for name, value in figures.items():
+                values.setdefault(name, []).append({"step": report.step, "value": value, "curve": curve})
+    return {name: line_chart(name, points) for name, points in values.items()}
 
 
 def line_chart(title: str, values: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from posttrain_lib.ops.output_head import OutputHead
     from posttrain_lib.schema.batches import PackedBatch
 
-FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen", "logps/rejected")
+#: the first two are shown on the terminal
+FIGURES = ("rewards/accuracy", "rewards/margin", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
 
 class PreferenceLoss(Loss):

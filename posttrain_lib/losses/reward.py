@@ -31,7 +31,7 @@ class RewardLoss(Loss):
     """
 
     kind: ClassVar[Literal["document", "pair", "prompt"]] = "pair"
-    figures = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")
+    figures = ("rewards/accuracy", "rewards/margin", "rewards/chosen", "rewards/rejected")
 
     def __init__(self, centre: float = 0.0) -> None:
         check_option("centre", centre, centre >= 0, "0 or more")

@@ -9,14 +9,17 @@ from posttrain_lib.schema.reports import StepReport
 
 
 def figures(report: StepReport) -> dict[str, float]:
-    """``loss/``, ``optim/``, ``perf/``, ``memory/`` and ``data/`` figures of a step; only those that there are.
+    """``loss/``, ``optim/``, ``perf/``, ``memory/`` and ``data/`` figures of a step, and the loss's own under its names
+    (held out: below ``held_out/``); only those that there are.
 
     No name begins with another and a slash: some hosts make folders of them. Where the time went is of the step
     ``perf/seconds_of_step``, on CUDA the one before.
     """
     found: dict[str, float | None] = {"data/tokens_seen": report.tokens_seen, "memory/peak_gib": report.peak_memory_gib}
     found |= {f"loss/held_out/{_part(name)}": value for name, value in (report.held_out or {}).items()}
+    found |= {f"held_out/{name}": value for name, value in report.held_out_figures.items()}
     if report.step > 0:
+        found |= report.figures
         found |= {
             "loss/train": report.loss,
             "optim/lr": report.lr,

@@ -44,6 +44,8 @@ class ProgressLine:
             parts.append(f"MFU {report.mfu:.1%}{_recomputed(report)}")
         if report.held_out is not None:
             parts.append(f"held-out {report.held_out['all']:.4f}")
+            first_figures = list(report.held_out_figures.items())[:_FIGURES]
+            parts += [f"{name.rpartition('/')[2]} {value:.3f}" for name, value in first_figures]
         if first < report.step < report.total_steps:
             left = (now - started) / (report.step - first) * (report.total_steps - report.step)
             parts.append(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
@@ -67,6 +69,10 @@ def _recomputed(report: StepReport) -> str:
     if report.hfu is None or report.hardware_flops <= report.model_flops:
         return ""
     return f" (HFU {report.hfu:.1%})"
+
+
+#: of the loss's own figures on the held-out examples
+_FIGURES = 2
 
 
 class Terminal:

@@ -92,7 +92,12 @@ def test_the_card_shows_the_run(home: Path, first_run: str) -> None:
     data = re.search(r'__MF_DATA__\["[^"]+"\] = "([A-Za-z0-9+/=]+)"', target.read_text())
     assert data is not None
     shown = base64.b64decode(data.group(1)).decode()
-    parts = ("tiny: SFT run report", "held-out loss, all", "Loss (nats per trained token)", "Length of examples")
+    parts = (
+        "tiny: SFT run report",
+        "held-out loss, all",
+        "Loss (nats per trained token, or per pair)",
+        "Length of examples",
+    )
     for said in (*parts, "what is trained is coloured", "before training", "packed = alone, gradients", "content key"):
         assert said in shown
     assert 'src="http' not in target.read_text(), "the page stands alone"
