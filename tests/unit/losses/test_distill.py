@@ -78,7 +78,7 @@ def test_the_loss_is_the_dense_one(folder: Path, options: dict[str, Any]) -> Non
     student.zero_grad()
     expected = dense(loss, student, teacher, batch)
     expected.backward()
-    assert value == pytest.approx(float(expected), rel=EXACT)
+    assert value == pytest.approx(float(expected.detach()), rel=EXACT)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=EXACT)
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -154,11 +154,11 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
     job = make_job(folder, tiny_config(steps=2, loss="distill"))
     with pytest.raises(ConfigError, match="the run names none"):
         run(job)
-    table = folder / "signals"
-    store_top_logprobs(
-        load_model(folder / "teacher"), TokenStore(folder / "train"), table, {"model": "t"}, row_tokens=64, top_k=4
-    )
-    companion = Companion("stored", tables={"train": str(table)})
+    tables = {split: folder / f"signals-{split}" for split in ("train", "held_out")}
+    for split, table in tables.items():
+        store = TokenStore(folder / split)
+        store_top_logprobs(load_model(folder / "teacher"), store, table, {"model": "t"}, row_tokens=64, top_k=4)
+    companion = Companion("stored", tables={split: str(table) for split, table in tables.items()})
     warm = tiny_config(steps=2, loss="distill", loss_options={"temperature": 2.0})
     with pytest.raises(ConfigError, match="stored log-probs do not fit"):
         run(dataclasses.replace(job, train=warm, companion=companion))
