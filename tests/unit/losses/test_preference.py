@@ -54,7 +54,7 @@ def dense_logprobs(model: Decoder, store: TokenStore) -> torch.Tensor:
     sums = []
     for example in range(len(store)):
         ids, weights = store.get(example)
-        tokens, count = torch.from_numpy(ids).long(), len(ids)
+        tokens, count = torch.from_numpy(ids.copy()).long(), len(ids)
         logits = model(tokens, torch.arange(count), torch.tensor([0, count], dtype=torch.int32), count)
         picked = logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
         sums.append(picked[torch.from_numpy(weights[1:] > 0)].sum())
