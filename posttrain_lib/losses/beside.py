@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from posttrain_lib.errors import ModelError
 from posttrain_lib.models.lora import LoraDecoder, without_adapters
 
 if TYPE_CHECKING:
@@ -34,9 +35,20 @@ class Beside:
     def run(self, trained: Decoder, batch: PackedBatch, output: Callable[[Tensor, OutputHead], Any]) -> Any:
         """``output(hidden_TD, head)`` of the frozen model on the batch, without gradients. It is called inside the
         frozen model's forward, where sharded weights are whole, and may run the trained model itself (under
-        ``torch.enable_grad``)."""
+        ``torch.set_grad_enabled``).
+
+        Raises:
+            ModelError: the trained model is to be its own base, and has no adapters, or DoRA.
+        """
         model = trained if self.model is None else self.model
-        off = without_adapters(trained) if self.model is None and isinstance(trained, LoraDecoder) else nullcontext()
+        if self.model is None and not isinstance(trained, LoraDecoder):
+            raise ModelError(
+                "the trained model has no adapters to leave out, so it would be compared with itself",
+                where="model.lora",
+                expected="adapters",
+                fix="set model.lora, or take a reference that stands by itself",
+            )
+        off = without_adapters(trained) if isinstance(trained, LoraDecoder) and self.model is None else nullcontext()
         with off, torch.no_grad():
             return model(
                 batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, output, prefixes=batch.prefixes
