@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.errors import ModelError
-from posttrain_lib.models.seeds import named_generator
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.models.weights import same
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: the head's row, by our name and by transformers'
 SCORE = "score.weight"
@@ -142,7 +141,10 @@ def init_score_head(model: nn.Module, spec: ModelSpec, seed: int) -> None:
     seeded by seed and name: no layout enters. Not zero: then the body would get no gradient in the first step, and for
     long one so small that Adam's epsilon hides it.
     """
+    import torch
+
     from posttrain_lib.checkpoint.hf import local_block
+    from posttrain_lib.models.seeds import named_generator
 
     if SCORE not in spec.initialised:
         return

@@ -67,7 +67,7 @@ OF_ANY: Cases = {
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
     "list": (lambda folder: (folder / "config.json").write_text("[]"), "does not hold an object"),
     "quantised": (settings(quantization_config={"quant_method": "fp8"}), "quantised"),
-    "another head": (settings(architectures=["LlamaForSequenceClassification"]), "not a plain causal language model"),
+    "another head": (settings(architectures=["LlamaForTokenClassification"]), "not a plain causal language model"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors weights"),
     "no index": (no_index, "their index is missing"),
     "other weights": (renamed, "no safetensors weights"),

@@ -144,7 +144,7 @@ def test_other_published_models_are_refused_by_name(name, real_data):
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"hidden_size": "16"}, "hidden_size"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "architectures"),
         ({"model_type": "bert"}, "model_type"),
     ],
 )
