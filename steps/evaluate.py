@@ -195,8 +195,9 @@ def _write_scores(path: Path, results: Mapping[str, Mapping[str, TaskResult]]) -
     with open(path, "w", encoding="utf-8") as handle:
         for model, tasks in results.items():
             for title, result in tasks.items():
-                for number in range(max((len(scores.values) for scores in result.scores.values()), default=0)):
-                    scores = {name: float(each.values[number]) for name, each in result.scores.items()}
+                values = {name: scores.by_itself() for name, scores in result.scores.items()}
+                for number in range(max(map(len, values.values()), default=0)):
+                    scores = {name: each[number] for name, each in values.items()}
                     told = result.examples[number] if result.examples else {}
                     line = {"task": title, "model": model, "example": number, "scores": scores, **told}
                     handle.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -124,6 +124,7 @@ def comparison_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "metric": metric if kind == "none" else f"{metric} ({kind})",
                     "group": "all",
                     "better": {True: "higher", False: "lower"}.get(better.get(task, {}).get(metric)),
+                    "unit": "",
                     "before": None,
                     "after": {
                         "mean": float(mean),

@@ -50,41 +50,50 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def comparison_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Vega-Lite charts by "task metric": each group's values before and after with their intervals."""
+    """Vega-Lite charts by title: values before and after with their intervals. All shares are in one, from 0 to 1;
+    every other metric has one of its own, for it has a scale of its own."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        points = found.setdefault(f"{row['task']} {row['metric']}", [])
+        several = row["unit"] == "share"
+        name = f"{row['task']}: {row['metric']}"
+        label = (name if row["group"] == "all" else f"{name}, {row['group']}") if several else row["group"]
+        points = found.setdefault("Shares" if several else name + f" ({row['unit']})" * bool(row["unit"]), [])
         for model in ("before", "after"):
             if (value := row[model]) is not None:
-                points.append({"group": row["group"], "model": model, **value})
-    return {title: _chart(title, points) for title, points in found.items()}
+                points.append({"of": label, "model": model, **value})
+    return {title: _chart(title, points, [0, 1] if title == "Shares" else None) for title, points in found.items()}
 
 
-def _chart(title: str, points: list[dict[str, Any]]) -> dict[str, Any]:
-    groups = list(dict.fromkeys(point["group"] for point in points))
-    place = {"field": "group", "type": "nominal", "sort": groups, "title": None}
-    offset = {"field": "model", "type": "nominal", "sort": ["before", "after"]}
-    colour = {
-        "field": "model",
-        "type": "nominal",
-        "title": None,
-        "scale": {"domain": ["before", "after"], "range": [_BEFORE, _AFTER]},
+def _chart(title: str, points: list[dict[str, Any]], domain: list[float] | None) -> dict[str, Any]:
+    scale: dict[str, Any] = {"zero": False} if domain is None else {"domain": domain}
+    across = {
+        "y": {
+            "field": "of",
+            "type": "nominal",
+            "sort": list(dict.fromkeys(point["of"] for point in points)),
+            "title": None,
+            "axis": {"labelLimit": 320},
+        },
+        "yOffset": {"field": "model", "type": "nominal", "sort": ["before", "after"]},
+        "color": {
+            "field": "model",
+            "type": "nominal",
+            "title": None,
+            "scale": {"domain": ["before", "after"], "range": [_BEFORE, _AFTER]},
+        },
     }
-    across = {"y": place, "yOffset": offset, "color": colour}
-    value = {"field": "mean", "type": "quantitative", "title": None, "scale": {"zero": False}}
-    interval = {"x": {**value, "field": "low"}, "x2": {"field": "high"}}
-    known = "isValid(datum.low) && isValid(datum.high)"
+    value = {"field": "mean", "type": "quantitative", "title": None, "scale": scale}
     return {
         "$schema": SCHEMA,
         "title": f"{title}, with 95% intervals",
         "width": "container",
-        "height": {"step": 18},
+        "height": {"step": 14},
         "data": {"values": points},
         "layer": [
             {
-                "transform": [{"filter": known}],
+                "transform": [{"filter": "isValid(datum.low) && isValid(datum.high)"}],
                 "mark": {"type": "rule", "strokeWidth": 2},
-                "encoding": {**across, **interval},
+                "encoding": {**across, "x": {**value, "field": "low"}, "x2": {"field": "high"}},
             },
             {
                 "mark": {"type": "point", "filled": True, "size": 70, "tooltip": {"content": "data"}},

@@ -7,7 +7,7 @@ tell the spread, and the interval is that one value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,7 @@ class Scores:
         values: float64 [n]. weights: float64 [n], of the mean; None: all 1. Examples of weight 0 count for nothing.
         groups: the group of each example, [n], as the source that a document is from.
         better: which way is better.
+        unit: "share" of something, 0 to 1; "nats"; or "".
         exponential: the metric is exp of the weighted mean (perplexity).
         baseline: what a trivial answer would give, as ("majority", 0.3).
     """
@@ -47,6 +48,7 @@ class Scores:
     weights: Floats | None = None
     groups: tuple[str, ...] | None = None
     better: Literal["higher", "lower"] = "higher"
+    unit: Literal["share", "nats", ""] = ""
     exponential: bool = False
     baseline: tuple[str, float] | None = None
 
@@ -55,7 +57,11 @@ class Scores:
         assert self.groups is not None
         own = np.array([name == group for name in self.groups], dtype=bool)
         weights = None if self.weights is None else self.weights[own]
-        return Scores(self.values[own], weights, None, self.better, self.exponential)
+        return replace(self, values=self.values[own], weights=weights, groups=None, baseline=None)
+
+    def by_itself(self) -> list[float]:
+        """The metric of each example alone."""
+        return (np.exp(self.values) if self.exponential else self.values).tolist()
 
     def filled(self) -> Floats:
         """The weights, float64 [n]."""

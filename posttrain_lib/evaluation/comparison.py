@@ -15,9 +15,10 @@ ALL = "all"
 def compare(task: str, before: Mapping[str, Scores], after: Mapping[str, Scores], seed: int) -> list[dict[str, Any]]:
     """Rows of plain values for each metric of a task, over all examples and per group where there are several:
 
-    ``task``, ``metric``, ``group`` ("all" or a source), ``better`` ("higher" or "lower"), ``before``, ``after`` and
-    ``difference`` (each ``{mean, low, high, examples}`` or None), ``baseline`` ([name, value] or None), ``verdict``
-    ("better", "worse", "unclear" where the difference's interval holds 0, "" where nothing is compared).
+    ``task``, ``metric``, ``group`` ("all" or a source), ``better`` ("higher" or "lower"), ``unit`` ("share", "nats" or
+    ""), ``before``, ``after`` and ``difference`` (each ``{mean, low, high, examples}`` or None), ``baseline``
+    ([name, value] or None), ``verdict`` ("better", "worse", "unclear" where the difference's interval holds 0, "" where
+    nothing is compared).
     """
     rows = []
     for metric, later in after.items():
@@ -32,6 +33,7 @@ def compare(task: str, before: Mapping[str, Scores], after: Mapping[str, Scores]
                     "metric": metric,
                     "group": group,
                     "better": own.better,
+                    "unit": own.unit,
                     "before": None if earlier is None else _plain(estimate(earlier, seed)),
                     "after": _plain(estimate(own, seed)),
                     "difference": _plain(change),
@@ -55,6 +57,7 @@ def figure_rows(before: Mapping[str, float], after: Mapping[str, float], example
             "metric": name,
             "group": ALL,
             "better": None,
+            "unit": "",
             "before": point(before.get(name)),
             "after": point(after.get(name)),
             "difference": point(after[name] - before[name]) if name in before and name in after else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -38,4 +38,5 @@ class DocumentLosses:
         kept = self._sums[:, 1] > 0
         sums, weights = self._sums[kept].T
         groups = tuple(self._names[source] for source in self._sources[kept])
-        return Scores(sums / weights, weights, groups, better="lower", exponential=exponential)
+        unit: Literal["nats", ""] = "" if exponential else "nats"
+        return Scores(sums / weights, weights, groups, better="lower", unit=unit, exponential=exponential)

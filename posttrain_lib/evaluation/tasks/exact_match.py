@@ -56,7 +56,8 @@ class ExactMatch(Task):
         scores = Scores(
             np.array(hits, dtype=np.float64),
             groups=tuple(prompt["source"] for prompt in prompts),
-            baseline=(f"always {answer!r}", share),
+            unit="share",
+            baseline=(f"always {answer!r}", share) if share > 0 else None,
         )
         examples = [
             {"row_id": prompt["row_id"], "expected": prompt["answer"], "completion": text}

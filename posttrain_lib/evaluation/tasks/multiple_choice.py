@@ -76,9 +76,11 @@ class MultipleChoice(Task):
         sums = iter([sum(values) for values in token_logprobs(model, sequences, begins)])
         rows = [_judged(asked, [next(sums) for _ in asked.choices]) for asked in questions]
         chance = ("chance", float(np.mean([1 / len(asked.choices) for asked in questions])))
-        return TaskResult(
-            {name: Scores(np.array([row[name] for row in rows], float), baseline=chance) for name in self.metrics}, rows
-        )
+        scores = {
+            name: Scores(np.array([row[name] for row in rows], float), unit="share", baseline=chance)
+            for name in self.metrics
+        }
+        return TaskResult(scores, rows)
 
     def _questions(self) -> list[Question]:
         return read_rows(self._file, self._read, self._limit)

@@ -97,7 +97,9 @@ class PassAtK(Task):
             right.append(int(sum(verdicts)))
         groups = tuple(prompt["source"] for prompt in prompts)
         scores = {
-            f"pass@{k}": Scores(np.array([pass_at_k(self._samples, count, k) for count in right]), groups=groups)
+            f"pass@{k}": Scores(
+                np.array([pass_at_k(self._samples, count, k) for count in right]), groups=groups, unit="share"
+            )
             for k in self._k
         }
         examples = [

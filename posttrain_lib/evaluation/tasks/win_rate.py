@@ -98,7 +98,7 @@ class WinRate(Task):
         """1 where the score rose, 0 where it fell, one half where it stayed, as for equal answers."""
         earlier, later = before.scores["score"], after.scores["score"]
         wins = (np.sign(later.values - earlier.values) + 1) / 2
-        return {"win_rate": Scores(wins, groups=later.groups, baseline=("no preference", 0.5))}
+        return {"win_rate": Scores(wins, groups=later.groups, unit="share", baseline=("no preference", 0.5))}
 
     def _scorer(self) -> Scorer:
         found: Scorer = resolve(self._scorer_name, SCORERS, what="scorer", where="evaluation.tasks: scorer")
