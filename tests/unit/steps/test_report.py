@@ -65,6 +65,33 @@ def test_a_gate_on_what_was_not_measured_fails() -> None:
         check_gates(config(min_exact_match=0.5), {**SUMMARY, "exact_match": None})
 
 
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ({"min": 0.5, "max": 0.7, "min_change": 0.1, "max_change": 0.3}, None),
+        ({"min": 0.7}, "the gate on choices.accuracy does not hold"),
+        ({"max": 0.5}, "the gate on choices.accuracy does not hold"),
+        ({"min_change": 0.3}, "the gate on the change of choices.accuracy does not hold"),
+        ({"max_change": 0.1}, "the gate on the change of choices.accuracy does not hold"),
+    ],
+)
+def test_a_gate_on_a_task_s_metric(gate: dict[str, float], said: str | None) -> None:
+    run = config()
+    run["evaluation"]["tasks"] = [{"task": "multiple_choice", "name": "choices", "file": "q.jsonl"}]
+    run["evaluation"]["gates"]["metrics"] = {"choices.accuracy": gate}
+    row = {"task": "choices", "metric": "accuracy", "group": "all"}
+    row |= {"after": {"mean": 0.6}, "difference": {"mean": 0.2}}
+    other = {**row, "group": "a source", "after": {"mean": 0.0}}
+    summary = {**SUMMARY, "comparison": [row, other]}
+    if said is None:
+        check_gates(run, summary)
+        with pytest.raises(TrainingError, match="not measured"):
+            check_gates(run, {**SUMMARY, "comparison": []})
+        return
+    with pytest.raises(TrainingError, match=said):
+        check_gates(run, summary)
+
+
 def test_what_went_wrong_without_a_gate_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     check_gates(config(), SUMMARY)
     assert "worse" not in capsys.readouterr().out
