@@ -16,7 +16,7 @@ from posttrain_lib.compute.plan_memory import weights_of
 from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError, DataError
-from posttrain_lib.models.families import get_family, read_hf_config, spec_from_config
+from posttrain_lib.models.families import get_family, read_hf_config, spec_from_config, spec_from_folder
 from posttrain_lib.models.hf_spec import LACKS, HFSpec, check_workers, hf_spec_from_config
 from posttrain_lib.models.spec import ModelSpec, check_prefixes, matmul_parameters, parameter_count
 from steps.foresight import check_model, check_names, local_folder
@@ -126,7 +126,7 @@ def _model_lines(config: RunConfig) -> list[str]:
     _check_positions(spec, config)
     check_prefixes(spec.config, config.train.share_prefixes, config.data.max_example_tokens)
     body, _ = matmul_parameters(spec)
-    plan = make_plan(spec, config)
+    plan = make_plan(spec, config, _beside(spec, config))
     lines = [
         f"  model      {spec.family}, {parameter_count(spec.config):,} parameters, {body:,} of them in the blocks",
         *_lora_lines(spec, config),
@@ -138,6 +138,17 @@ def _model_lines(config: RunConfig) -> list[str]:
         print("\n".join(lines))  # the refusal is easier to read below what it is about
         raise
     return lines
+
+
+def _beside(spec: ModelSpec, config: RunConfig) -> ModelSpec | None:
+    """The frozen model that runs in the same step, if there is one and it is here."""
+    companion = config.companion
+    if companion is None or companion.kept != "live":
+        return None
+    if companion.path is None:
+        return spec
+    folder = Path(companion.path).expanduser()
+    return spec_from_folder(folder) if folder.is_dir() else None
 
 
 def _check_folder(config: RunConfig) -> None:

@@ -140,7 +140,9 @@ def _planned(context: StepContext) -> dict[str, Any] | None:
 
     if context.config.model.backend == "hf":
         return None
-    plan = make_plan(spec_from_folder(context.inputs["model"].uri), context.config)
+    companion = context.config.companion
+    frozen = spec_from_folder(context.inputs["companion"].uri) if companion and companion.kept == "live" else None
+    plan = make_plan(spec_from_folder(context.inputs["model"].uri), context.config, frozen)
     for line in plan_lines(plan, short=True):
         context.say(line)
     refuse_what_does_not_fit(plan)

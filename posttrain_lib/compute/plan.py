@@ -90,8 +90,8 @@ class LaunchPlan:
         }
 
 
-def make_plan(spec: ModelSpec, config: RunConfig) -> LaunchPlan:
-    """The plan of a run with a model of our own definition.
+def make_plan(spec: ModelSpec, config: RunConfig, beside: ModelSpec | None = None) -> LaunchPlan:
+    """The plan of a run with a model of our own definition, and with a frozen one that runs beside it.
 
     Raises:
         PlanError: the mesh does not fit the model.
@@ -99,7 +99,7 @@ def make_plan(spec: ModelSpec, config: RunConfig) -> LaunchPlan:
     spec = with_padded_vocabulary(spec, config.model.pad_vocabulary_to)
     check_mesh(spec, config)
     layout = layout_of(config)
-    estimate = Estimate(spec)
+    estimate = Estimate(spec, beside and with_padded_vocabulary(beside, config.model.pad_vocabulary_to))
     device, device_bytes = device_of(config)
     train, compute = config.train, config.compute
     plan = LaunchPlan(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from posttrain_lib.compute.plan_activations import Recomputation, Setting, block_kept
@@ -40,6 +40,7 @@ KINDS = {
     "gradients": "this device's share of their gradients",
     "optimiser": "this device's share of the optimiser's state",
     "gradients between micro-batches": "whole ones, kept until the step's last backward reduces them",
+    "frozen model": "this device's share of the reference's or teacher's weights, and what is gathered of them",
     "gathered weights": f"{GATHERED_BLOCKS} blocks at a time, and embedding and head throughout",
     "communication": "flat copies of a block on its way, and its whole gradient",
     "activations": "what blocks keep for their backward",
@@ -113,8 +114,10 @@ _NOTHING = Share()
 class Estimate:
     """Memory of one model under many layouts: what layouts have in common is counted once."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, beside: ModelSpec | None = None) -> None:
+        """``beside``: a frozen model on the same devices, none of whose activations are kept."""
         self.spec = spec
+        self._beside = None if beside is None else Estimate(beside)
         self._weights: dict[str, list[tuple[int | None, str, tuple[int, ...], bool]]] = {}
         self._shares: dict[tuple[object, ...], tuple[dict[int | None, Share], dict[int | None, Share]]] = {}
         self._passes: dict[tuple[Layout, str], dict[str, int]] = {}
@@ -125,9 +128,16 @@ class Estimate:
         # Without a GPU the host's memory is the device's: what is offloaded lies in it all the same.
         held = dict.fromkeys(_HELD, 0) if layout.offload and layout.cuda else self._held(layout)
         found = {**held, **_sharding(layout, trained, frozen), **self._computing(layout)}
+        found["frozen model"] = 0 if self._beside is None else self._beside.weights(layout)
         runtime = CUDA_RUNTIME_BYTES if layout.cuda else CPU_RUNTIME_BYTES
         found["runtime"] = runtime + int(ALLOCATOR_SLACK * sum(found.values()))
         return {kind: int(found[kind]) for kind in KINDS}
+
+    def weights(self, layout: Layout) -> int:
+        """Bytes of one device for the weights alone, with what is gathered of them for computing."""
+        trained, frozen = self._shares_of(replace(layout, lora=None))
+        gathered = _sharding(layout, trained, frozen)["gathered weights"]
+        return gathered + (0 if layout.offload and layout.cuda else _FLOAT32 * _own(trained))
 
     def host_bytes(self, layout: Layout) -> int:
         """Bytes of host memory that a rank needs for what it does not keep on its GPU; 0 without a GPU."""

@@ -38,8 +38,9 @@ class Source(Section):
     def _one_origin(self) -> Source:
         if (self.path is None) == (self.generate is None):
             raise ValueError("a source needs exactly one of 'path' and 'generate'")
-        if self.generate is not None and self.format != (made := "preference" if self.generate.pairs else "messages"):
-            raise ValueError(f"generated rows are in format {made!r}, not {self.format!r} (generate.pairs says which)")
+        pairs = self.generate is not None and self.generate.pairs
+        if self.generate is not None and pairs != (self.format == "preference"):
+            raise ValueError("generate.pairs: true goes with format: preference, and the one needs the other")
         return self
 
 
