@@ -1,0 +1,73 @@
+"""Recipes beyond SFT in the run file: the section says which loss it is, and what contradicts it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from posttrain_lib.config.load import build_run_config
+from posttrain_lib.config.run import RunConfig
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.losses import build_loss
+
+
+def config_of(recipe: str, **sections: Any) -> RunConfig:
+    source = {"name": "a", "path": "rows.jsonl", "format": "messages" if recipe == "distill" else "preference"}
+    raw: dict[str, Any] = {
+        "recipe": recipe,
+        "name": "test",
+        "data": {"sources": [source], "max_example_tokens": 64},
+        "model": {"path": "model"},
+        "train": {"steps": 10, "row_tokens": 64},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section}
+    return build_run_config(raw)
+
+
+@pytest.mark.parametrize("variant", ["sigmoid", "ipo", "hinge", "simpo", "orpo", "kto"])
+def test_every_variant_is_a_loss_that_takes_its_options(variant: str) -> None:
+    train = config_of("dpo", dpo={"variant": variant, "beta": 0.3}).train
+    loss = build_loss(train.loss, train.loss_options)
+    assert (loss.kind, loss.beta) == ("pair", 0.3)
+    assert loss.needs == (None if variant in ("simpo", "orpo") else "reference")
+
+
+def test_the_section_is_the_loss_and_stays_so_when_the_config_is_read_again() -> None:
+    smoothed = config_of("dpo", dpo={"variant": "robust", "label_smoothing": 0.1, "sft_weight": 0.5})
+    assert smoothed.train.loss_options["label_smoothing"] == 0.1
+    assert RunConfig.model_validate(smoothed.model_dump(mode="json")) == smoothed
+    assert config_of("reward", reward={"centre": 0.01}).train.loss_options["centre"] == 0.01
+    distilled = config_of("distill", distill={"teacher": {"path": "t"}, "temperature": 2.0})
+    assert (distilled.train.loss, distilled.train.loss_options["temperature"]) == ("distill", 2.0)
+
+
+def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
+    own = config_of("dpo", train={"loss": "my.losses:Mine", "loss_options": {"a": 1}})
+    assert (own.train.loss, own.train.loss_options) == ("my.losses:Mine", {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sections", "said"),
+    [
+        ("sft", {"dpo": {}}, "section dpo is for recipe dpo"),
+        ("distill", {}, "needs a section distill"),
+        ("dpo", {"dpo": {"vraiant": "ipo"}}, "variant"),
+        ("dpo", {"dpo": {"variant": "sigmod"}}, "sigmoid"),
+        ("dpo", {"dpo": {"variant": "ipo", "label_smoothing": 0.1}}, "label_smoothing is for"),
+        ("dpo", {"dpo": {"variant": "robust"}}, "robust needs label_smoothing"),
+        ("dpo", {"dpo": {"target_margin": 1.0}}, "target_margin is for variant simpo"),
+        ("dpo", {"dpo": {"variant": "kto", "sft_weight": 1.0}}, "sft_weight is not for variant kto"),
+        ("dpo", {"dpo": {"reference": {"kept": "base"}}}, "needs model.lora"),
+        ("dpo", {"dpo": {"reference": {"kept": "base", "path": "x"}}}, "leave path out"),
+        ("dpo", {"train": {"loss": "dpo", "loss_options": {"beta": 9.0}}}, "contradict section dpo"),
+        ("dpo", {"compute": {"devices_per_node": 2, "mesh": {"context": 2}}}, "context: 1"),
+        ("reward", {"model": {"backend": "hf"}}, "backend: native"),
+        ("reward", {"evaluation": {"exact_match_prompts": 10}}, "writes nothing"),
+        ("distill", {"distill": {"teacher": {"path": "t", "kept": "stored"}, "divergence": "reverse"}}, "kept: live"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(recipe: str, sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config_of(recipe, **sections)
