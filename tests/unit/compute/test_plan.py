@@ -19,6 +19,7 @@ from posttrain_lib.conversion.family_test import TINY_SIZES
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_config
+from posttrain_lib.models.score import with_score_head
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 from posttrain_lib.ops.local import local
@@ -150,6 +151,16 @@ def test_a_step_holds_about_what_was_planned(case: str) -> None:
     planned = sum(held.values()) - held["runtime"] - held["parameters"]
     # A plan adds up what a step holds at different times: it may be above, and by no more than half.
     assert 0.95 * live.peak_bytes < planned < 1.5 * live.peak_bytes, (planned, live.peak_bytes, held)
+
+
+def test_a_score_head_costs_a_stream_and_no_logits() -> None:
+    spec = spec_from_config({**TINY_SIZES, **CASES["llama"], "vocab_size": 32_000})
+    causal, scoring = (memory(it, layout(row_tokens=256)) for it in (spec, with_score_head(spec)))
+    # norm in and out, rows and two gradients of float32; logits, their gradient and that of the row are one column each
+    stream, column = 5 * 256 * 32 * 4, 3 * 256 * 4
+    assert stream <= scoring["output head"] <= stream + column
+    assert causal["output head"] > 10 * scoring["output head"]
+    assert causal["parameters"] - scoring["parameters"] == (32_000 - 1) * 32 * 4
 
 
 def test_a_mesh_is_held_against_the_model(llama: ModelSpec) -> None:

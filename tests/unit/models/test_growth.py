@@ -36,7 +36,7 @@ from posttrain_lib.models.growth_tokenizer import (
     prove,
 )
 from posttrain_lib.models.vocabulary import with_padded_vocabulary
-from tests.support.tiny_models import CASES, write_tiny_model
+from tests.support.tiny_models import CASES, write_tiny_model, write_tiny_score_model
 
 TOKENS = [NewToken("<|item|>", special=True), *(NewToken(f"<item_{n}>") for n in range(20))]
 HOW: dict[str, Any] = {"initialise": "mean", "noise": 1e-5, "seed": 0}
@@ -115,6 +115,13 @@ def test_every_family_keeps_its_old_bytes_and_logits(case: str, tiny: ModelMaker
     ours, old = after(ids, torch.arange(30), *layout), before(ids, torch.arange(30), *layout)
     assert torch.equal(ours[:, :known], old[:, :known])
     assert torch.isfinite(ours[:, : known + 21]).all()
+
+
+def test_a_reward_model_grows_in_its_embedding_alone(tokenizer_folder: Path, known: int, tmp_path: Path) -> None:
+    source, out = write_tiny_score_model("llama", tmp_path / "model", vocab_size=known), tmp_path / "grown"
+    shutil.copytree(tokenizer_folder, source, dirs_exist_ok=True)
+    assert_grown(source, out, grow_folder(source, out, TOKENS, **HOW))
+    assert spec_from_folder(out).config.score_head
 
 
 @pytest.mark.parametrize("case", ["llama", "granite"])  # untied, tied

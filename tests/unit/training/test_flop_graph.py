@@ -26,6 +26,7 @@ from posttrain_lib.losses import build_loss
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_config
 from posttrain_lib.models.lora import LoraSettings, apply_lora, known_targets
+from posttrain_lib.models.score import with_score_head
 from posttrain_lib.models.scratch import init_weights
 from posttrain_lib.models.spec import AttentionConfig, GatedDeltaConfig, LatentAttentionConfig, Mixer, ModelSpec
 from posttrain_lib.ops.attention import DocumentLayout
@@ -232,3 +233,19 @@ def test_recomputing_compiled_blocks_runs_their_projections_again() -> None:
     # every projection once more, attention kept
     assert compiled.token.recomputed == compiled.token.model / 3
     assert compiled.pairs[None].recomputed == 0
+
+
+@pytest.mark.parametrize("trained", ["full", "blocks"])
+def test_a_score_is_counted_once_a_document_as_torch_does(trained: str) -> None:
+    spec, batch = with_score_head(spec_of("llama")), batch_of()
+    settings, ends = settings_of(spec, trained), torch.from_numpy(batch.cu_seqlens[1:]).long() - 1
+    count = FlopCount.of(spec, settings)
+    # forward, and gradients of the row and of the hidden state: the head is trained beside adapters, too
+    assert count.document.model == 3 * 2 * spec.config.hidden_size
+    assert count.supervised.model == 0.0
+    model, on = model_of(spec, settings), to_torch(batch)
+    own = {torch.ops.aten.addmm_: _in_place}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        arguments = on.token_ids, on.positions, on.cu_seqlens, on.max_seqlen
+        model(*arguments, lambda hidden, head: head.logits(hidden[ends])).sum().backward()
+    assert counter.get_total_flops() == replace(count, pairs={}).batch(batch).model
