@@ -50,6 +50,7 @@ def describe(config: RunConfig) -> str:
         f"  evaluation every {train.evaluate_every_steps} steps; checkpoint every {train.checkpoint.every_steps}, "
         f"keep {train.checkpoint.keep_last} and the best",
         *([f"  model      {told(config.model.origin)}"] if config.model.origin is not None else []),
+        *_task_lines(config),
         *_model_lines(config),
         f"  export     {config.export.checkpoint} checkpoint, {config.export.dtype} weights, verified in transformers"
         f"{' and vLLM' if config.export.verify_vllm else ''}",
@@ -74,6 +75,13 @@ def _mixture_lines(config: RunConfig) -> list[str]:
         sample = f"{data.on_the_fly_sample:,} of each source are checked beforehand"
         lines.append(f"  on the fly rows are tokenised while training; {sample}")
     return lines
+
+
+def _task_lines(config: RunConfig) -> list[str]:
+    """What is evaluated before and after training, and on the export."""
+    asked = config.evaluation
+    lines = [f"  tasks      {', '.join(task.title for task in asked.tasks)}, before and after"] if asked.tasks else []
+    return lines + ([f"  lm_eval    {', '.join(asked.lm_eval.tasks)}, on the export"] if asked.lm_eval else [])
 
 
 def _data_elsewhere(config: RunConfig) -> list[str]:

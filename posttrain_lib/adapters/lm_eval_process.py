@@ -45,6 +45,7 @@ def command(
     out: str | Path,
     *,
     tasks: tuple[str, ...],
+    include_path: str | None,
     limit: int | None,
     num_fewshot: int | None,
     batch_size: int,
@@ -55,6 +56,7 @@ def command(
     line = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder}"]
     line += ["--tasks", ",".join(tasks), "--batch_size", str(batch_size), "--device", device]
     line += ["--output_path", str(out)]
+    line += [] if include_path is None else ["--include_path", include_path]
     line += [] if limit is None else ["--limit", str(limit)]
     line += [] if num_fewshot is None else ["--num_fewshot", str(num_fewshot)]
     return [*line, "--apply_chat_template"] if apply_chat_template else line

@@ -175,6 +175,7 @@ class LmEval(Section):
     """lm-evaluation-harness on the exported folder, in a process of its own. It must be installed."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="as lm_eval's --tasks")
+    include_path: str | None = Field(None, description="folder with task files of your own")
     limit: int | None = Field(None, ge=1, description="examples of each task")
     num_fewshot: int | None = Field(None, ge=0)
     batch_size: int = Field(8, ge=1)

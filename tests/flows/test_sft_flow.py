@@ -100,7 +100,21 @@ def test_the_card_shows_the_run(home: Path, first_run: str) -> None:
     )
     for said in (*parts, "what is trained is coloured", "before training", "packed = alone, gradients", "content key"):
         assert said in shown
+    for said in ("Comparison", "perplexity: perplexity, with 95% intervals", "pass@2", "better"):
+        assert said in shown
     assert 'src="http' not in target.read_text(), "the page stands alone"
+
+
+def test_every_example_s_scores_are_kept(home: Path, first_run: str) -> None:
+    (scores,) = (home / "store" / "steps" / "evaluate").glob("*/task_scores.jsonl")
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert {(line["task"], line["model"]) for line in lines} == {
+        (task, model) for task in ("perplexity", "pass_at_k") for model in ("before", "after")
+    }
+    (evaluation,) = scores.parent.glob("evaluation.json")
+    rows = json.loads(evaluation.read_text())["comparison"]
+    counted = sum(line["task"] == "perplexity" and line["model"] == "after" for line in lines)
+    assert counted == next(row for row in rows if row["task"] == "perplexity")["after"]["examples"]
 
 
 def test_a_second_run_reuses_every_step(home: Path, first_run: str) -> None:

@@ -1,8 +1,8 @@
 """lm-evaluation-harness: what is said where it is missing, and what its results become.
 
-RESULTS is written by hand from the documented shape of its version 0.4 (``results``, ``higher_is_better``,
-``n-samples``), not recorded from a run. The process is started for real, on a stand-in that answers in that shape: the
-harness is not among the locked packages.
+RESULTS is written by hand in the shape of its version 0.4.13 (``results``, ``higher_is_better``, ``n-samples``), with
+invented figures; it is not recorded from a run. The process is started for real, on a stand-in that answers in that
+shape: the harness is not among the locked packages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from posttrain_lib.errors import ConfigError, VerificationError
 RESULTS: dict[str, Any] = {
     "results": {
         "arc_easy": {
+            "name": "arc_easy",
             "alias": "arc_easy",
+            "sample_len": 75,
             "acc,none": 0.25,
             "acc_stderr,none": 0.05,
             "acc_norm,none": 0.3,
@@ -47,6 +49,7 @@ RESULTS: dict[str, Any] = {
 }
 OPTIONS: dict[str, Any] = {
     "tasks": ("arc_easy", "gsm8k"),
+    "include_path": None,
     "limit": 75,
     "num_fewshot": None,
     "batch_size": 4,
