@@ -30,8 +30,9 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """The model folder."""
-    return {"model": manifests["inputs"].outputs["model"]}
+    """The model folder, and that of a frozen model of its own beside it."""
+    made = manifests["inputs"].outputs
+    return {name: made[name] for name in ("model", "companion") if name in made}
 
 
 def body(context: StepContext) -> StepResult:
@@ -47,12 +48,25 @@ def body(context: StepContext) -> StepResult:
         context.say(f"convert_model: not applicable, backend {backend}: {name}")
     if not report.passed:
         raise _refusal(report, backend)
+    if "companion" in context.inputs:
+        _verify_companion(context)
     return StepResult(
         outputs={"model": context.inputs["model"], "verification": ("verification.json", "verification")},
         checks=list(report.checks),
         metrics=found,
         summary=f"{sum(check.passed for check in report.checks)} of {len(report.checks)} checks passed",
     )
+
+
+def _verify_companion(context: StepContext) -> None:
+    """A reference or a teacher passes the same gate: what it says decides what is learned."""
+    folder = context.inputs["companion"].uri
+    own = context.config.model.model_copy(update={"backend": "native"})
+    report, _ = _verify(folder, own)
+    passed = sum(check.passed for check in report.checks)
+    context.say(f"convert_model: the frozen model {folder}: {passed} of {len(report.checks)} checks passed")
+    if not report.passed:
+        raise _refusal(report, "native")
 
 
 def _refusal(report: VerificationReport, backend: str) -> VerificationError:

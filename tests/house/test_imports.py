@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters/verl_": {"numpy", "torch", "verl", "tensordict", "ray"},
     # torch inside functions only: the import without it is tested below
     "steps": {"numpy", "torch", "yaml", "rich", "huggingface_hub"},
-    "flows": {"metaflow"},
+    "flows": {"metaflow", "training_flow"},
 }
 
 #: project packages that a layer must not import, because they lie above it or need more than it may
