@@ -278,3 +278,17 @@ def test_the_table_names_what_there_is() -> None:
     assert set(wanted) == set(TASKS)
     for name, needed in wanted.items():
         assert build_task(name, {key: options[key] for key in needed}).name == name
+
+
+def test_documents_losses_have_the_held_out_means(small: Decoder, tmp_path: Path) -> None:
+    from posttrain_lib.evaluation.bootstrap import estimate
+    from posttrain_lib.evaluation.documents import DocumentLosses
+    from posttrain_lib.evaluation.perplexity import held_out_loss
+
+    store = TokenStore(write_store(tmp_path / "held_out", 30, seed=3))
+    documents = DocumentLosses(store)
+    means = held_out_loss(small, SFTLoss(), store, row_tokens=64, batch_rows=2, observe=documents)
+    scores = documents.scores()
+    for name, expected in means.losses.items():
+        found = estimate(scores if name == "all" else scores.of_group(name), seed=0)
+        assert found is not None and found.mean == pytest.approx(expected, rel=1e-12)  # float64 sums in another order
