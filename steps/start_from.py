@@ -196,18 +196,21 @@ def with_models_found(
     ``latest`` is by then. Raises as :func:`resolve_model`.
     """
     raw, store = config.model_dump(mode="json"), store or Store()
-    named = [
-        (where, section)
-        for where, section in _sections(raw)
-        if section["path"] is not None and section["origin"] is None and is_name(section["path"], where=where)
-    ]
+    named = []
+    for where, section in _sections(raw):
+        if section["origin"] is not None:
+            _check_there(ModelOrigin.model_validate(section["origin"]), where)
+        elif section["path"] is not None and is_name(section["path"], where=where):
+            named.append((where, section))
     if not named:
         return config
     noted = {} if run is None else _noted(store, run)
     for where, section in named:
         origin = noted.get(where)
         kept = origin is not None and origin.reference == section["path"]
-        if origin is None or not kept:
+        if origin is not None and kept:
+            _check_there(origin, where)
+        else:
             needs: Kind = "any" if where == "model.path" and raw.get("recipe") == "reward" else "causal"
             origin = _origin(section["path"], resolve_model(section["path"], where=where, needs=needs))
         section.update(path=origin.path, origin=origin.model_dump(mode="json"))
@@ -225,6 +228,15 @@ def told(origin: ModelOrigin) -> str:
 
 def _origin(reference: str, found: ResolvedModel) -> ModelOrigin:
     return ModelOrigin(reference=reference, path=str(found.path), digest=found.digest, **found.lineage)
+
+
+def _check_there(origin: ModelOrigin, where: str) -> None:
+    """What was found earlier, by an attempt that stopped or a run file that was written out, may be gone by now."""
+    folder, again = Path(origin.path), _again(origin.flow, origin.run)
+    if origin.key is not None:
+        check_published(folder.parent, origin.key, where, origin.made_by(), again)
+    elif not folder.is_dir():
+        raise ModelError("the model's folder is gone", where=where, got=origin.path, fix=again)
 
 
 def _sections(raw: dict[str, Any], place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from posttrain_flow import plain_errors, this_run
 
 import os
 
-from metaflow import FlowSpec, Parameter, step
+from metaflow import FlowSpec, Parameter, current, step
 
 from posttrain_lib.errors import DataError
 from steps import pipeline
@@ -16,6 +16,8 @@ def fail_in(name: str) -> None:
     """Where $FAIL_IN says so: environment, because a resumed run keeps its parameters."""
     if os.environ.get("FAIL_IN") == name:
         raise DataError(f"asked to fail in {name}")
+    if os.environ.get("FAIL_ONCE_IN") == name and current.retry_count == 0:
+        raise RuntimeError(f"asked to fail once in {name}")
 
 
 class SFTFlow(FlowSpec):

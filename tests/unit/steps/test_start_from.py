@@ -16,7 +16,7 @@ from posttrain_lib.config.load import build_run_config
 from posttrain_lib.config.origin import ModelOrigin
 from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.lineage.store import Store
-from steps import inputs
+from steps import convert_pipeline, inputs
 from steps.base import content_key
 from steps.convert_model import STEP as CONVERT
 from steps.promote import promote
@@ -157,6 +157,12 @@ def test_the_config_gets_the_folder_and_where_it_came_from(promoted: Path) -> No
     assert with_models_found(config) is config, "what was found is not looked up again"
 
 
+def test_the_conversion_flow_takes_names_too(promoted: Path) -> None:
+    resolved = convert_pipeline.resolve({"model": {"path": "folder"}}, "models/mine", "")
+    assert resolved["model"]["path"] == str(promoted)
+    assert resolved["model"]["origin"]["promoted"] == "mine@1"
+
+
 def test_other_models_are_left_as_they_are() -> None:
     config = named("Qwen/Qwen3-0.6B")
     assert with_models_found(config) is config
@@ -177,6 +183,15 @@ def test_a_resumed_run_keeps_what_was_found(promoted: Path) -> None:
     assert first.model.path == resumed.model.path == again.model.path == str(promoted)
     fresh = with_models_found(config, run=RunNames("SFTFlow/4"), say=say)
     assert fresh.model.origin is not None and fresh.model.origin.promoted == "mine@2"
+
+
+def test_what_was_found_and_went_is_missed(promoted: Path) -> None:
+    config, say = named("models/mine"), lambda _: None
+    first = with_models_found(config, run=RunNames("SFTFlow/1"), say=say)
+    shutil.rmtree(promoted.parent)
+    for wanted, run in ((config, RunNames("SFTFlow/2", ("SFTFlow/1",))), (first, None)):
+        with pytest.raises(ModelError, match="no longer in the store"):
+            with_models_found(wanted, run=run, say=say)
 
 
 def test_later_steps_go_by_the_content_not_by_the_name(tmp_path: Path, family_folder: Any) -> None:
