@@ -122,13 +122,15 @@ def _write(context: StepContext, model: Decoder, state: Mapping[str, Tensor], fo
         mark.unlink(missing_ok=True)  # of the folder that training began with
 
 
-def _spec(context: StepContext) -> ModelSpec:
+def _spec(context: StepContext, *, padded: bool = True) -> ModelSpec:
+    """Of the model that was trained; ``padded``: with the rows that its vocabulary has in memory."""
     from posttrain_lib.models.families import spec_from_folder
     from posttrain_lib.models.score import with_score_head
     from posttrain_lib.models.vocabulary import with_padded_vocabulary
 
-    multiple = context.config.model.pad_vocabulary_to
-    spec = with_padded_vocabulary(spec_from_folder(context.inputs["model"].uri), multiple)
+    spec = spec_from_folder(context.inputs["model"].uri)
+    if padded:
+        spec = with_padded_vocabulary(spec, context.config.model.pad_vocabulary_to)
     if context.config.reward is None:
         return spec
     tokenizer = load_tokenizer(context.config, context.inputs)
@@ -156,8 +158,8 @@ def _export_adapter(context: StepContext, model: Decoder, trained: Mapping[str, 
         context.say(f"export: adapter: {remark}")
     made = _is_made(wanted)
     base = put_base(source, folder) if made else source
-    write_readme(folder, name, revision, enclosed=made, remarks=remarks)
-    return compare_adapter(model, trained, wanted.lora, folder, base)
+    write_readme(folder, name, revision, enclosed=made, remarks=remarks, scores=context.config.reward is not None)
+    return compare_adapter(model, trained, wanted.lora, folder, base, _spec(context, padded=False))
 
 
 def _save_adapter(context: StepContext, trained: Mapping[str, Tensor], base: str, revision: str | None) -> list[str]:
