@@ -57,6 +57,8 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     print(f"held-out loss {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}{worse}")
     if summary["data_end"]:
         print(summary["data_end"])
+    for row in [row for row in summary.get("comparison", []) if row["task"] == "held_out" and "/" in row["metric"]][:2]:
+        print(f"held-out {row['metric']} {row['before']['mean']:.4f} -> {row['after']['mean']:.4f}")
     if match:
         print(
             f"exact match {match['before']:.3f} -> {match['after']:.3f} on {match['prompts']} held-out prompts "
