@@ -79,6 +79,12 @@ class Reward(Section):
     """A scalar score from pairs of a better and a worse answer (Bradley-Terry)."""
 
     centre: float = Field(0.0, ge=0, description="weight of (chosen + rejected)^2, which keeps scores around 0")
+    margin_weight: float = Field(
+        0.0,
+        ge=0,
+        description="units of score by which the chosen answer is to lead for one unit of the row's margin; 0: rows' "
+        "margins are not looked at",
+    )
     pad_token: str | None = Field(
         None,
         description="of the exported model; no document may end with it. Default: the tokenizer's padding token",
@@ -86,7 +92,7 @@ class Reward(Section):
 
     def loss(self) -> tuple[str, dict[str, Any]]:
         """Name and options of the loss."""
-        return "reward", {"centre": self.centre}
+        return "reward", {"centre": self.centre, "margin_weight": self.margin_weight}
 
 
 class Teacher(Section):

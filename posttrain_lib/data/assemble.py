@@ -25,7 +25,8 @@ class Segments:
     """The segments of some rows, in order: documents without the tokens that they share with the one before.
 
     ``examples`` int64 [n] ids; ``lengths`` int32 [n] tokens of the segment; ``firsts`` int32 [n] tokens shared before
-    it; ``sources`` int32 [n]; ``per_row`` int64 [rows] segments of each row.
+    it; ``sources`` int32 [n]; ``per_row`` int64 [rows] segments of each row; ``margins`` float32 [n], NaN where not
+    said, or None: of none.
     """
 
     examples: np.ndarray
@@ -33,6 +34,7 @@ class Segments:
     firsts: np.ndarray
     sources: np.ndarray
     per_row: np.ndarray
+    margins: np.ndarray | None = None
 
 
 class _Blocks:
@@ -108,7 +110,10 @@ def segments_of(store: TokenStore, units: Units, rows: Rows) -> Segments:
     if len(examples) > len(rows.units):  # units of several segments
         row_of_unit = np.repeat(np.arange(len(rows)), per_row)
         per_row = np.bincount(row_of_unit, weights=units.count[rows.units], minlength=len(rows)).astype(np.int64)
-    return Segments(examples, store.lengths[examples] - skipped, skipped, store.source_index[examples], per_row)
+    margins = None if store.margins is None else store.margins[examples]
+    return Segments(
+        examples, store.lengths[examples] - skipped, skipped, store.source_index[examples], per_row, margins
+    )
 
 
 def store_filler(store: TokenStore, segments: Segments) -> Fill:
@@ -140,6 +145,7 @@ def assemble(segments: Segments, fill: Fill, row_tokens: int, rows_per_batch: in
     ids = np.append(segments.examples, -1)[order]  # the -1 at the end is what an index of -1, padding, finds
     sources = np.append(segments.sources, np.int32(-1))[order]
     parents = _parents(segments.firsts, order) if segments.firsts.any() else None
+    margins = None if segments.margins is None else np.append(segments.margins, np.float32(np.nan))[order]
     lengths = np.diff(bounds)
     # Every row begins with a segment of its own and ends with one.
     stops = [*range(0, rows * row_tokens, rows_per_batch * row_tokens), rows * row_tokens]
@@ -162,9 +168,14 @@ def assemble(segments: Segments, fill: Fill, row_tokens: int, rows_per_batch: in
                 max_seqlen=longest[number],
                 real_tokens=real[number],
                 parents=None if parents is None else _within(parents, left, right),
+                margins=None if margins is None else _said(margins[left:right]),
             )
         )
     return batches
+
+
+def _said(margins: np.ndarray) -> np.ndarray | None:
+    return None if np.isnan(margins).all() else margins
 
 
 def _within(parents: np.ndarray, left: int, right: int) -> np.ndarray | None:

@@ -47,8 +47,8 @@ class Example:
     """A document for the token store.
 
     ``shared`` of its first tokens, none of them trained, are those of the row's document before it. ``prompt_tokens``
-    is where its first answer begins. ``signature`` is that of :mod:`~posttrain_lib.data.near_duplicates`; empty where
-    none was asked for.
+    is where its first answer begins. ``margin`` is that of the pair that it belongs to. ``signature`` is that of
+    :mod:`~posttrain_lib.data.near_duplicates`; empty where none was asked for.
     """
 
     row_id: str
@@ -61,6 +61,7 @@ class Example:
     truncated: bool
     closed: bool
     resplit: bool
+    margin: float | None = None
     signature: bytes = b""
 
 
@@ -248,12 +249,13 @@ def _examples(row_id: str, made: Made) -> tuple[Example, ...]:
     examples: list[Example] = []
     before: Tokens | None = None
     for document in made.documents:
-        examples.append(_example(row_id, document, 0 if before is None else shared_prefix(before, document.tokens)))
+        shared = 0 if before is None else shared_prefix(before, document.tokens)
+        examples.append(_example(row_id, document, shared, made.margin))
         before = document.tokens
     return tuple(examples)
 
 
-def _example(row_id: str, document: MadeDocument, shared: int) -> Example:
+def _example(row_id: str, document: MadeDocument, shared: int, margin: float | None) -> Example:
     tokens = document.tokens
     return Example(
         row_id=row_id + document.suffix,
@@ -266,6 +268,7 @@ def _example(row_id: str, document: MadeDocument, shared: int) -> Example:
         truncated=document.truncated,
         closed=document.closed,
         resplit=tokens.resplit,
+        margin=margin,
     )
 
 

@@ -8,6 +8,7 @@ what it saves is the preparation, not the work of several ranks.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain_lib.data.assemble import PackedArrays, Segments, assemble
-from posttrain_lib.data.encoding import EncodedRow, encode_rows, make_live_encoder, name_rows
+from posttrain_lib.data.encoding import EncodedRow, Example, encode_rows, make_live_encoder, name_rows
 from posttrain_lib.data.live_rows import At, LiveFile
 from posttrain_lib.data.live_stream import LiveStream, LiveUnit, Pool
 from posttrain_lib.data.mixture import Mixer, Part
@@ -197,6 +198,7 @@ class LiveFeed:
             firsts=np.array([skipped for _, _, skipped in pieces], np.int32),
             sources=np.array([source for source, _, _ in pieces], np.int32),
             per_row=np.array([sum(len(unit.examples) for unit in row) for row in found], np.int64),
+            margins=_margins([example for _, example, _ in pieces]),
         )
 
         def fill(places: np.ndarray, into: PackedArrays) -> None:
@@ -271,6 +273,13 @@ class LiveFeed:
                 expected=f"at most {self._limit:.2%} (data.max_refused_fraction)",
                 fix=f"mend or remove these rows in the source ({kept}), or raise that limit",
             )
+
+
+def _margins(examples: Sequence[Example]) -> np.ndarray | None:
+    said = [example.margin for example in examples]
+    if all(margin is None for margin in said):
+        return None
+    return np.array([math.nan if margin is None else margin for margin in said], np.float32)
 
 
 def _deciding(config: Any) -> dict[str, Any]:

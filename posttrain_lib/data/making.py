@@ -76,7 +76,8 @@ class Made:
 
     A ``pair`` has exactly two documents, the chosen answer first; a ``prompt`` has one, of weight 0. ``notes`` count
     what the receipt should mention. ``read_tokens`` are those of the row before anything was cut or left out: they are
-    the tokens of ``documents``, those in ``left_out_tokens`` and the note ``truncated_tokens`` together.
+    the tokens of ``documents``, those in ``left_out_tokens`` and the note ``truncated_tokens`` together. ``margin`` is
+    that of :class:`~posttrain_lib.schema.examples.PreferencePair`.
     """
 
     kind: Kind
@@ -85,6 +86,7 @@ class Made:
     notes: Counter[str] = field(default_factory=Counter)
     read_tokens: int = 0
     left_out_tokens: int = 0
+    margin: float | None = None
 
 
 def make(tokenizer: ChatTokenizer, row: ParsedRow, settings: Settings) -> Made:
@@ -100,7 +102,7 @@ def make(tokenizer: ChatTokenizer, row: ParsedRow, settings: Settings) -> Made:
         notes = rendered.notes.copy()
         return _fitted(_tokenized(tokenizer, rendered, notes), settings, notes)
     if isinstance(row, PreferencePair):
-        return _pair(tokenizer, row, settings)
+        return dataclasses.replace(_pair(tokenizer, row, settings), margin=row.margin)
     if isinstance(row, Prompt):
         return _prompt(tokenizer, row, settings)
     if isinstance(row, PlainText):

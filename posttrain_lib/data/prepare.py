@@ -301,7 +301,8 @@ class _Preparation:
     def _write(self, source: str, row: EncodedRow, example: Example) -> None:
         store = self._stores[HELD_OUT if row.held_out else TRAIN]
         tokenized = TokenizedExample(example.ids, example.weights, source, example.row_id)
-        store.add(tokenized, kind=row.kind, shared=example.shared, row=(row.file, row.row))
+        place = (row.file, row.row)
+        store.add(tokenized, kind=row.kind, shared=example.shared, row=place, margin=example.margin)
         self.receipt.example(source, example, kind=row.kind, held_out=row.held_out, bos_id=self.tokenizer.bos_id)
         kept = self._samples.setdefault(source, [])
         if len(kept) < _SAMPLES_PER_SOURCE and not row.held_out:

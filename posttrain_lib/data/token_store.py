@@ -3,7 +3,7 @@
     store/
         shard-00000.arrow ...  one record batch each: tokens list<int32>, weights list<float32>,
                                source dictionary<string>, row_id string
-        examples.arrow         one row per example: length, weight_sum, trained, source, kind, shared, file, row
+        examples.arrow         one row per example: length, weight_sum, trained, source, kind, shared, file, row, margin
         index.json             counts, digest, fingerprint, the sources' files, size and sha256 of every file above
 
 ``examples.arrow`` holds what packing and the loss divisor need, so neither ever reads a token. A folder without
@@ -11,7 +11,8 @@
 
 An example knows the row it was made from (``file`` of its source, ``row`` in that file); examples of one row follow one
 another. ``shared`` is how many of its first tokens, none of them trained, are those of the example before it, so that
-both can share their computation; ``kind`` is ``document``, ``pair`` (chosen, then rejected) or ``prompt``.
+both can share their computation; ``kind`` is ``document``, ``pair`` (chosen, then rejected) or ``prompt``. ``margin``
+is how much better the chosen one of its pair is, float32, in the unit of whoever judged; NaN where nobody said.
 
 The first token of a document is never predicted, so its weight never counts: ``weight_sum`` and ``trained`` are
 taken over ``loss_weights[1:]``, here and nowhere else.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from array import array
 from bisect import bisect_right
@@ -39,7 +41,7 @@ from posttrain_lib.schema.examples import TokenizedExample
 INDEX_FILE = "index.json"
 EXAMPLES_FILE = "examples.arrow"
 FORMAT = "posttrain-token-store"
-VERSION = 3
+VERSION = 4
 KINDS = ("document", "pair", "prompt")
 
 # Tokens in one shard: 8 bytes each on disk and, while it is being written, in memory: 64 MiB.
@@ -81,6 +83,7 @@ class TokenStoreWriter:
         self._kinds = array("b")
         self._shared = array("i")
         self._file_index, self._row_index = array("i"), array("q")
+        self._margins = array("f")
         self._source_files: dict[str, list[tuple[str, int]]] = {}
         self._fingerprint = dict(fingerprint or {})
         self._largest_id = -1
@@ -94,22 +97,28 @@ class TokenStoreWriter:
         kind: str = "document",
         shared: int = 0,
         row: tuple[int, int] | None = None,
+        margin: float | None = None,
     ) -> None:
         """Append one example.
 
         Args:
             shared: tokens that it begins with as the example before it does; see the module's text.
             row: (file of the source, row in it) that it was made from; default: a row of its own in file 0.
+            margin: of its pair; None: not said.
 
         Raises:
-            DataError: empty, of unequal lengths, with a token id outside int32 or a weight that is negative or not
-                finite; the row is named.
+            DataError: empty, of unequal lengths, with a token id outside int32, a weight that is negative or not
+                finite, or a margin that float32 does not hold; the row is named.
         """
         tokens = np.ascontiguousarray(example.token_ids, dtype=np.int32)
         weights = np.ascontiguousarray(example.loss_weights, dtype=np.float32)
         self._check(example, tokens, weights)
         if not 0 <= shared < min(len(tokens), *self._lengths[-1:] or [1]):
             raise DataError("no such prefix to share", where=f"{example.source}: {example.row_id}", got=shared)
+        if margin is not None and not abs(margin) <= float(np.finfo(np.float32).max):
+            where = f"{example.source}: {example.row_id}"
+            raise DataError("a margin that float32 does not hold", where=where, got=margin, expected="a finite number")
+        self._margins.append(math.nan if margin is None else margin)
         self._kinds.append(KINDS.index(kind))
         self._shared.append(shared)
         file, row_number = row or (0, len(self._row_index))
@@ -127,6 +136,7 @@ class TokenStoreWriter:
             self._content.update(len(encoded).to_bytes(8, "little") + encoded)
         for number in (len(tokens), self._kinds[-1], shared, file, row_number):
             self._content.update(int(number).to_bytes(8, "little"))
+        self._content.update(np.float32(self._margins[-1]).astype("<f4").tobytes())
         self._content.update(tokens.astype("<i4", copy=False).data)
         self._content.update(weights.astype("<f4", copy=False).data)
         self._pending.append(TokenizedExample(tokens, weights, example.source, example.row_id))
@@ -154,6 +164,7 @@ class TokenStoreWriter:
                 "shared": pa.array(self._shared, pa.int32()),
                 "file": pa.array(self._file_index, pa.int32()),
                 "row": pa.array(self._row_index, pa.int64()),
+                "margin": pa.array(self._margins, pa.float32()),
             }
         )
         shards = list(self._files)
@@ -167,6 +178,7 @@ class TokenStoreWriter:
             "weight": sum(self._weight_sums),
             "longest": max(self._lengths, default=0),
             "largest_id": self._largest_id,
+            "margins": sum(not math.isnan(margin) for margin in self._margins),
             "sources": list(self._sources),
             "digest": self._content.hexdigest(),
             "fingerprint": self._fingerprint,
@@ -243,6 +255,7 @@ class TokenStore:
         source_index: int32 [N], index into ``sources``.
         kinds: int8 [N], index into :data:`KINDS`.
         shared: int32 [N]. file_index: int32 [N]. row_index: int64 [N]. See the module's text.
+        margins: float32 [N], see the module's text; None where no example has one.
         source_files: source -> [(file, rows read from it)], in the order of reading; may lack sources.
         fingerprint: digests of what made the tokens.
         sources: names, in order of first appearance.
@@ -279,6 +292,7 @@ class TokenStore:
         self.shared = columns.column("shared").to_numpy()
         self.file_index = columns.column("file").to_numpy()
         self.row_index = columns.column("row").to_numpy()
+        self.margins: np.ndarray | None = columns.column("margin").to_numpy() if index["margins"] else None
         # Where each shard's examples start; the last entry is the number of examples.
         self._starts = [0]
         for entry in self._files:

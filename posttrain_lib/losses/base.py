@@ -64,11 +64,13 @@ class Loss(ABC):
     Attributes:
         kind: the examples that it learns from, one of ``data.token_store.KINDS``.
         needs: the frozen model that it compares with, if any; see :meth:`attach`.
+        wants_margins: whether it reads ``batch.margins``; data of which no pair has one is then refused.
         figures: names of what it reports besides its value, as ``rewards/margin``.
     """
 
     kind: ClassVar[Literal["document", "pair", "prompt"]] = "document"
     needs: Literal["reference", "teacher"] | None = None
+    wants_margins: bool = False
     figures: tuple[str, ...] = ()
 
     def attach(self, beside: Beside) -> None:

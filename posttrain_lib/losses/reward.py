@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -23,9 +24,10 @@ class RewardLoss(Loss):
     """Bradley-Terry (Ouyang et al. 2022, eq. 1): the mean over pairs of ``-log s(r_chosen - r_rejected - margin)``.
 
     A document's score r is what a head of one row says at its last token. Loss weights are not looked at. ``margin`` is
-    0, or the signal of that name, float [P], where a subclass's :meth:`signals` gives one (Touvron et al. 2023, eq. 2).
+    what the data says of a pair, times ``margin_weight`` (Touvron et al. 2023, eq. 2); 0 where it says nothing.
 
     Args:
+        margin_weight: 0 or more, units of score for one unit of the data's margin. 0: margins are not looked at.
         centre: weight, 0 or more, of ``(r_chosen + r_rejected)^2``, which keeps scores around 0 (Eisenstein et al.
             2023; TRL's ``center_rewards_coefficient``).
     """
@@ -33,13 +35,20 @@ class RewardLoss(Loss):
     kind: ClassVar[Literal["document", "pair", "prompt"]] = "pair"
     figures = ("rewards/accuracy", "rewards/margin", "rewards/chosen", "rewards/rejected")
 
-    def __init__(self, centre: float = 0.0) -> None:
+    def __init__(self, centre: float = 0.0, margin_weight: float = 0.0) -> None:
         check_option("centre", centre, centre >= 0, "0 or more")
-        self.centre = centre
+        check_option("margin_weight", margin_weight, margin_weight >= 0, "0 or more")
+        self.centre, self.margin_weight = centre, margin_weight
+        self.wants_margins = margin_weight > 0
 
     def signals(self, batch: PackedBatch, split: str) -> dict[str, Any]:
-        """The segments of the pairs, ``chosen`` and ``rejected`` int64 [P]."""
-        return pair_signals(batch)
+        """The segments of the pairs, ``chosen`` and ``rejected`` int64 [P]; their ``margin``, float32 [P], as it is
+        subtracted, where the loss wants it and the batch has any."""
+        pairs = pair_signals(batch)
+        if not self.wants_margins or batch.margins is None:
+            return pairs
+        said = np.nan_to_num(batch.margins[pairs["chosen"]], nan=0.0)
+        return {**pairs, "margin": said * np.float32(self.margin_weight)}
 
     def divisor(self, batch: PackedBatch) -> float:
         """The number of pairs."""

@@ -29,6 +29,8 @@ class PackedBatch:
         document_ids     int64 [n]   example index in the token store; -1 for padding
         parents          int32 [n]   the earlier segment whose path this one continues, -1 for a whole document; None
                                      where the batch has whole documents alone (see ``schema.shared_prefix``)
+        margins          float32 [n] how much better the chosen one of the segment's pair is, in the unit of whoever
+                                     judged, NaN where not said; None where no segment has one
     ``signals`` are arrays that a loss adds to the batch (``losses.base.Loss.signals``).
     ``max_seqlen`` is the longest segment; ``real_tokens`` counts tokens that are not padding, shared ones once.
     ``prefixes`` is what attention needs to know of ``parents``. It is made with the batch, in the loader's thread, so
@@ -48,6 +50,7 @@ class PackedBatch:
     real_tokens: int
     parents: Any = None
     prefixes: SharedPrefixes | None = None
+    margins: Any = None
     signals: Mapping[str, Any] = field(default_factory=dict)
 
     ARRAYS = (
@@ -73,8 +76,8 @@ class PackedBatch:
     def map(self, convert: Callable[[Any], Any]) -> PackedBatch:
         """The same batch with ``convert`` applied to every array (numpy -> torch, device moves)."""
         arrays = {name: convert(getattr(self, name)) for name in self.ARRAYS}
-        if self.parents is not None:
-            arrays.update(parents=convert(self.parents))
+        optional = {"parents": self.parents, "margins": self.margins}
+        arrays.update({name: convert(array) for name, array in optional.items() if array is not None})
         if self.prefixes is not None:
             arrays.update(prefixes=self.prefixes.map(convert))
         arrays.update(signals={name: convert(array) for name, array in self.signals.items()})

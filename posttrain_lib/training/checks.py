@@ -69,6 +69,22 @@ def check_kind(store: TokenStore, loss: Loss) -> None:
         )
 
 
+def check_margins(store: TokenStore, loss: Loss) -> None:
+    """Refuse pairs without any margin for a loss that wants them: it would train as if it had not been asked to.
+
+    Raises:
+        DataError: naming the store.
+    """
+    if loss.wants_margins and store.margins is None:
+        raise DataError(
+            "the loss reads the pairs' margins, and no pair has one",
+            where=store.folder,
+            got=f"{len(store) // 2} pairs without a margin",
+            expected="a number 'margin' in the rows, at least in some",
+            fix="name the rows' field in data.sources.fields (margin: <field>), or leave reward.margin_weight out",
+        )
+
+
 def check_warmup(config: TrainConfig, total_steps: int) -> None:
     """The config checks this where it states steps; with epochs the number is known only here."""
     if config.schedule.warmup_steps > total_steps:

@@ -41,7 +41,7 @@ from posttrain_lib.parallel.process_group import global_max, process_group
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training import pulse
 from posttrain_lib.training.build import build_loader, live_feed, load_sharded_model, planned_steps, spec_of
-from posttrain_lib.training.checks import check_ids, check_kind, check_vocabulary, check_warmup
+from posttrain_lib.training.checks import check_ids, check_kind, check_margins, check_vocabulary, check_warmup
 from posttrain_lib.training.companions import attach_companion, load_frozen
 from posttrain_lib.training.device import peak_memory_gib, pick_device, reproducible
 from posttrain_lib.training.flops import relative_pair_cost
@@ -99,6 +99,7 @@ class Trainer:
             check_context(self.spec.config, job.mesh.context, row_tokens=config.row_tokens, longest=longest)
         self.loss = build_loss(config.loss, config.loss_options)
         check_kind(self.store, self.loss)
+        check_margins(self.store, self.loss)
         self.feed: Feed
         if job.live is None:
             self.feed = stored = feed_for(self.store, config)

@@ -7,10 +7,11 @@ that start's last question or the start itself). ``system`` is the prompt's firs
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
+
+import numpy as np
 
 from posttrain_lib.data.formats.common import check_order, group_of, read, tools_of, turns_of, with_system
 from posttrain_lib.data.formats.marked_calls import with_calls_read
@@ -19,6 +20,8 @@ from posttrain_lib.schema.examples import Message, PreferencePair
 
 FIELDS = ("prompt", "chosen", "rejected", "system", "tools", "margin")
 NEEDED = ("chosen", "rejected")
+#: a token store holds margins in float32
+_LARGEST_MARGIN = float(np.finfo(np.float32).max)
 
 Messages = tuple[Message, ...]
 
@@ -76,6 +79,6 @@ def _check_answer(prompt: Messages, answer: Messages, name: str) -> None:
 def _margin(raw: Any) -> float | None:
     if raw is None:
         return None
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw):
-        raise RefusedRow("bad_margin", f"'margin' is {str(raw)[:40]!r}, expected a number")
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or not abs(raw) <= _LARGEST_MARGIN:
+        raise RefusedRow("bad_margin", f"'margin' is {str(raw)[:40]!r}, expected a number that float32 holds")
     return float(raw)

@@ -67,6 +67,31 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, raw: list, shard_t
     assert store.total_tokens == store.lengths.sum() and store.trained_tokens == store.trained_counts.sum()
 
 
+def test_margins_are_kept_and_part_of_the_digest(tmp_path: Path) -> None:
+    def store(name: str, *margins: float | None) -> TokenStore:
+        with TokenStoreWriter(tmp_path / name) as writer:
+            for number, margin in enumerate(margins):
+                for answer in (1, 2):
+                    example = _example([(number, 0.0), (answer, 1.0)])
+                    writer.add(example, kind="pair", row=(0, number), margin=margin)
+        return TokenStore(tmp_path / name)
+
+    some = store("some", None, 0.1, -2.0)
+    assert some.margins is not None and some.margins.dtype == np.float32
+    expected = np.array([np.nan, np.nan, 0.1, 0.1, -2, -2], np.float32)
+    assert np.array_equal(some.margins, expected, equal_nan=True)
+    none = store("none", None, None, None)
+    assert none.margins is None
+    assert len({found.digest for found in (some, none, store("other", None, 0.1, -2.5))}) == 3
+    assert store("again", None, 0.1, -2.0).digest == some.digest
+    for wrong in (float("nan"), float("inf"), 1e39):
+        with (
+            pytest.raises(DataError, match="a margin that float32 does not hold"),
+            TokenStoreWriter(tmp_path / f"wrong {wrong}") as writer,
+        ):
+            writer.add(_example([(1, 0.0), (2, 1.0)]), kind="pair", margin=wrong)
+
+
 def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     examples = _some()
     first = _write(tmp_path / "a", examples, shard_tokens=16)

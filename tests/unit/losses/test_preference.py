@@ -237,6 +237,7 @@ def test_a_reward_needs_a_head_of_one_row(store: TokenStore) -> None:
         ("kto", {"baseline": -0.1}, "baseline"),
         ("kto", {"undesirable_weight": -0.1}, "undesirable_weight"),
         ("reward", {"centre": -0.1}, "centre"),
+        ("reward", {"margin_weight": -1.0}, "margin_weight"),
         ("sft", {"label_smoothing": 1.0}, "label_smoothing"),
         ("sft", {"z_loss": -1.0}, "z_loss"),
         ("sft", {"entropy_bonus": -1.0}, "entropy_bonus"),

@@ -101,6 +101,7 @@ def test_whole_conversations_that_begin_with_a_greeting() -> None:
         ({"chosen": [{**GOOD, "weight": 0.5}]}, "bad_weight"),
         ({"margin": "big"}, "bad_margin"),
         ({"margin": float("nan")}, "bad_margin"),
+        ({"margin": 1e39}, "bad_margin"),
         ({"margin": None, "margins": 1}, "misspelt_field"),
     ],
 )
