@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +41,23 @@ def pair_loss(policy: dict[str, Tensor], reference: dict[str, Tensor], config: d
     return torch.log(1 + torch.exp(-beta * (chosen - rejected)))
 
 
+def descend(
+    weights: dict[str, Tensor], loss_of: Callable[[dict[str, Tensor]], Tensor], lr: float, clip_norm: float
+) -> tuple[dict[str, Tensor], float]:
+    """The weights after one step of gradient descent, and the loss before it."""
+    for weight in weights.values():
+        weight.requires_grad_()
+    loss = loss_of(weights)
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    norm = math.sqrt(sum(float((gradient * gradient).sum()) for gradient in gradients))
+    scale = lr * min(1.0, clip_norm / (norm + 1e-6))
+    updated = {
+        name: (weight - scale * gradient).detach()
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+    }
+    return updated, float(loss.detach())
+
+
 def train(
     policy_folder: Path,
     reference_folder: Path,
@@ -55,15 +72,10 @@ def train(
     policy, reference = load(policy_folder), load(reference_folder)
     losses = []
     for pairs in steps:
-        for weight in policy.values():
-            weight.requires_grad_()
-        loss = sum(pair_loss(policy, reference, config, pair, beta) for pair in pairs) / len(pairs)
-        gradients = torch.autograd.grad(loss, list(policy.values()))
-        norm = math.sqrt(sum(float((gradient * gradient).sum()) for gradient in gradients))
-        scale = lr * min(1.0, clip_norm / (norm + 1e-6))
-        policy = {
-            name: (weight - scale * gradient).detach()
-            for (name, weight), gradient in zip(policy.items(), gradients, strict=True)
-        }
-        losses.append(float(loss.detach()))
+
+        def loss_of(weights: dict[str, Tensor], pairs: Sequence[Pair] = pairs) -> Tensor:
+            return sum(pair_loss(weights, reference, config, pair, beta) for pair in pairs) / len(pairs)
+
+        policy, loss = descend(policy, loss_of, lr, clip_norm)
+        losses.append(loss)
     return losses

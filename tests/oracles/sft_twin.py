@@ -32,8 +32,8 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
-def logits_of(weights: dict[str, Tensor], config: dict, tokens: Tensor) -> Tensor:
-    """Logits [S, V] of one document."""
+def hidden_of(weights: dict[str, Tensor], config: dict, tokens: Tensor) -> Tensor:
+    """What the head is given, [S, D], of one document."""
     heads, shared, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     eps, theta = config["rms_norm_eps"], config["rope_parameters"]["rope_theta"]
     length = len(tokens)
@@ -54,8 +54,12 @@ def logits_of(weights: dict[str, Tensor], config: dict, tokens: Tensor) -> Tenso
         h = rms_norm(x, w["post_attention_layernorm.weight"], eps)
         gated = silu(h @ w["mlp.gate_proj.weight"].T) * (h @ w["mlp.up_proj.weight"].T)
         x = x + gated @ w["mlp.down_proj.weight"].T
-    x = rms_norm(x, weights["model.norm.weight"], eps)
-    return x @ weights["model.embed_tokens.weight"].T  # tied head
+    return rms_norm(x, weights["model.norm.weight"], eps)
+
+
+def logits_of(weights: dict[str, Tensor], config: dict, tokens: Tensor) -> Tensor:
+    """Logits [S, V] of one document; the head is tied."""
+    return hidden_of(weights, config, tokens) @ weights["model.embed_tokens.weight"].T
 
 
 def step_loss(weights: dict[str, Tensor], config: dict, documents: Sequence[Document]) -> Tensor:
