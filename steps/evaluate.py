@@ -1,4 +1,5 @@
-"""Step ``evaluate``: held-out loss per source, exact match, greedy samples and tasks, before and after training."""
+"""Step ``evaluate``: held-out loss per source, exact match, greedy samples and tasks, before and after training; of a
+reward model, how far its scores can be believed."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from steps.loading import load_base, load_tokenizer, read_prompts
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
     from posttrain_lib.evaluation.bootstrap import Scores
+    from posttrain_lib.evaluation.calibration import PairScores
     from posttrain_lib.evaluation.perplexity import Means
     from posttrain_lib.evaluation.tasks import Given, Task, TaskResult
     from posttrain_lib.models.decoder import Decoder
@@ -28,12 +30,14 @@ SCORES = "task_scores.jsonl"
 
 @dataclass(frozen=True)
 class _Found:
-    """What was found of one model: held-out means, each document's loss, generations, and each task's result."""
+    """What was found of one model: held-out means, each document's loss, generations, each task's result, and a reward
+    model's scores of the held-out pairs."""
 
     held_out: Means
     documents: Scores
     texts: list[str]
     results: Mapping[str, TaskResult]
+    pairs: PairScores | None
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -115,6 +119,8 @@ def body(context: StepContext) -> StepResult:
     }
     if context.config.evaluation.exact_match_prompts:
         metrics["exact_match"] = _exact_match(context, prompts, before.texts, after.texts)
+    if context.config.reward is not None:
+        metrics["calibration"] = _calibration(context, before, after)
     (context.out / "evaluation.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
     _write_scores(context.out / SCORES, {"before": before.results, "after": after.results})
     return StepResult(
@@ -142,6 +148,7 @@ def _evaluate(
 ) -> _Found:
     from posttrain_lib.data.probes import stop_ids
     from posttrain_lib.data.token_store import TokenStore
+    from posttrain_lib.evaluation.calibration import score_pairs
     from posttrain_lib.evaluation.documents import DocumentLosses
     from posttrain_lib.evaluation.generation import greedy_generate
     from posttrain_lib.evaluation.model import load_model
@@ -158,14 +165,16 @@ def _evaluate(
     documents = DocumentLosses(store)
     held_out = held_out_loss(model, loss, store, row_tokens=config.train.row_tokens, observe=documents)
     wanted = max(config.evaluation.exact_match_prompts, config.evaluation.samples)
-    if config.reward is not None:  # it writes nothing
-        wanted = 0
+    pairs = None
+    if config.reward is not None:
+        wanted = 0  # it writes nothing
+        pairs = score_pairs(model, store, config.train.row_tokens)
     ids = [prompt["prompt_ids"] for prompt in prompts[:wanted]]
     completions = greedy_generate(model, ids, config.evaluation.max_new_tokens, stop_ids(tokenizer))
     texts = [tokenizer.decode(tokens) for tokens in completions]
     given = Given(store, config.train.row_tokens, prompts, config.evaluation.seed)
     results = {title: _run(context, title, task, model, tokenizer, given) for title, task in tasks.items()}
-    return _Found(held_out, documents.scores(), texts, results)
+    return _Found(held_out, documents.scores(), texts, results, pairs)
 
 
 def _run(
@@ -178,16 +187,26 @@ def _run(
 
 
 def _comparison(context: StepContext, tasks: Mapping[str, Task], before: _Found, after: _Found) -> list[dict[str, Any]]:
-    """Held-out loss, the loss's own figures, and the tasks' metrics, side by side."""
+    """Held-out loss, the loss's own figures, a reward model's calibration, and the tasks' metrics, side by side."""
+    from posttrain_lib.evaluation.calibration import calibration_rows
     from posttrain_lib.evaluation.comparison import compare, figure_rows
 
     seed = context.config.evaluation.seed
     rows = compare("held_out", {"loss": before.documents}, {"loss": after.documents}, seed)
     rows += figure_rows(before.held_out.figures, after.held_out.figures, len(after.documents.values))
+    if before.pairs is not None and after.pairs is not None:
+        rows += calibration_rows(before.pairs, after.pairs, seed)
     for title, task in tasks.items():
         earlier, later = before.results[title], after.results[title]
         rows += compare(title, earlier.scores, {**later.scores, **task.compare(earlier, later)}, seed)
     return rows
+
+
+def _calibration(context: StepContext, before: _Found, after: _Found) -> dict[str, Any]:
+    from posttrain_lib.evaluation.calibration import calibration_of
+
+    seed, found = context.config.evaluation.seed, {"before": before.pairs, "after": after.pairs}
+    return {model: calibration_of(pairs, seed) for model, pairs in found.items() if pairs is not None}
 
 
 def _write_scores(path: Path, results: Mapping[str, Mapping[str, TaskResult]]) -> None:

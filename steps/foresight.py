@@ -108,9 +108,11 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def _figures(config: RunConfig) -> tuple[str, ...]:
+    from posttrain_lib.evaluation.calibration import METRICS
     from posttrain_lib.losses import build_loss
 
-    return build_loss(config.train.loss, config.train.loss_options).figures
+    figures = build_loss(config.train.loss, config.train.loss_options).figures
+    return figures if config.reward is None else (*figures, *METRICS)
 
 
 def local_folder(path: str, field: str) -> Path | None:

@@ -144,6 +144,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "lengths": receipt["length_histogram"],
         "samples": json.loads(_file(manifests, "prepare_data", "samples"))[:4],
         "comparison": [*evaluation.get("comparison", []), *_on_the_export(manifests)],
+        "calibration": evaluation.get("calibration", {}),
         "generations": evaluation["generations"],
         "environment": manifests["train"].environment | manifests["train"].code,
     }

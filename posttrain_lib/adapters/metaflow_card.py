@@ -11,6 +11,7 @@ from typing import Any
 
 from metaflow.cards import Markdown, ProgressBar, Table, VegaChart
 
+from posttrain_lib.adapters.metaflow_calibration import reliability_chart
 from posttrain_lib.adapters.metaflow_comparison import comparison_parts
 from posttrain_lib.adapters.metaflow_parts import FAILED, PASSED, SCHEMA, block, escaped, text
 from posttrain_lib.schema.manifests import Check, StepManifest
@@ -242,6 +243,8 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
         card.append(text(report["data_end"]))
     for part in comparison_parts(report["comparison"]):
         card.append(part)
+    if report["calibration"]:
+        card.append(VegaChart(reliability_chart(report["calibration"])))
     card.append(Markdown("## Curves"))
     for spec in curves(reports).values():
         card.append(VegaChart(spec))

@@ -9,7 +9,8 @@ from metaflow.cards import Markdown, Table, VegaChart
 
 from posttrain_lib.adapters.metaflow_parts import FAILED, PASSED, SCHEMA, block, text
 
-_BEFORE, _AFTER = "#9e9e9e", "#1565c0"
+#: colours of the two models
+BEFORE, AFTER = "#9e9e9e", "#1565c0"
 _COLOURS = {"better": PASSED, "worse": FAILED}
 _HEADERS = ["task", "metric", "of", "examples", "before", "after", "difference", "verdict", "baseline"]
 _NOTE = (
@@ -79,7 +80,7 @@ def _chart(title: str, points: list[dict[str, Any]], domain: list[float] | None)
             "field": "model",
             "type": "nominal",
             "title": None,
-            "scale": {"domain": ["before", "after"], "range": [_BEFORE, _AFTER]},
+            "scale": {"domain": ["before", "after"], "range": [BEFORE, AFTER]},
         },
     }
     value = {"field": "mean", "type": "quantitative", "title": None, "scale": scale}

@@ -47,25 +47,29 @@ def compare(task: str, before: Mapping[str, Scores], after: Mapping[str, Scores]
 def figure_rows(before: Mapping[str, float], after: Mapping[str, float], examples: int) -> list[dict[str, Any]]:
     """Rows as :func:`compare`'s of a loss's own figures. They are sums over batches, so they have no interval, and
     whether more is better is the loss's matter."""
+    return [point_row(name, before.get(name), after.get(name), examples) for name in {**before, **after}]
+
+
+def point_row(
+    metric: str, before: float | None, after: float | None, examples: int, better: str | None = None
+) -> dict[str, Any]:
+    """A row as :func:`compare`'s of the task "held_out", of values without intervals, and so without a verdict."""
 
     def point(value: float | None) -> dict[str, Any] | None:
         return None if value is None else _plain(Estimate(value, None, None, examples))
 
-    return [
-        {
-            "task": "held_out",
-            "metric": name,
-            "group": ALL,
-            "better": None,
-            "unit": "",
-            "before": point(before.get(name)),
-            "after": point(after.get(name)),
-            "difference": point(after[name] - before[name]) if name in before and name in after else None,
-            "verdict": "",
-            "baseline": None,
-        }
-        for name in {**before, **after}
-    ]
+    return {
+        "task": "held_out",
+        "metric": metric,
+        "group": ALL,
+        "better": better,
+        "unit": "",
+        "before": point(before),
+        "after": point(after),
+        "difference": None if before is None or after is None else point(after - before),
+        "verdict": "",
+        "baseline": None,
+    }
 
 
 def _verdict(change: Estimate | None, better: str) -> str:

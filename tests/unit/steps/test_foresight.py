@@ -53,7 +53,7 @@ def config_of(**sections: Any) -> RunConfig:
         "train": {"steps": 10, "row_tokens": 64},
     }
     for name, section in sections.items():
-        raw[name] = {**raw.get(name, {}), **section}
+        raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
     return build_run_config(raw)
 
 

@@ -68,6 +68,13 @@ def test_a_gate_on_a_metric_that_the_task_does_not_have(questions: Path) -> None
     assert "did you mean 'sums.accuracy'?" in str(caught.value)
 
 
+def test_gates_on_a_reward_models_calibration() -> None:
+    gates = {"metrics": {"held_out.pair_accuracy": {"min": 0.6}, "held_out.calibration_error": {"max": 0.1}}}
+    foresight.check_evaluation(config_of(recipe="reward", reward={}, evaluation={"gates": gates}))
+    with pytest.raises(ConfigError, match="does not have"):
+        foresight.check_evaluation(with_tasks(gates=gates))
+
+
 @pytest.mark.skipif(lm_eval_process.is_available(), reason="lm_eval is installed")
 def test_a_missing_lm_eval_is_said_at_the_start() -> None:
     config = config_of(evaluation={"lm_eval": {"tasks": ["arc_easy"], "limit": 10}})
