@@ -22,7 +22,7 @@ from posttrain_lib.models.scratch import write_scratch_model
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
 from steps import check_serving, inputs
 from steps.base import content_key, run_step
-from steps.pipeline import SFT
+from steps.pipeline import STEPS
 
 needs_vllm = [
     pytest.mark.slow,
@@ -80,7 +80,7 @@ def run(config: RunConfig, store: Path) -> tuple[StepManifest, list[str]]:
 
 
 def test_the_flow_checks_before_it_touches_the_model() -> None:
-    names = [step.name for step in SFT]
+    names = [step.name for step in STEPS]
     assert names.index("prepare_data") < names.index("check_serving") < names.index("convert_model")
 
 
