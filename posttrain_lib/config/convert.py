@@ -83,6 +83,11 @@ class ConvertConfig(Section):
         """For the steps that are shared."""
         return NoData()
 
+    @property
+    def companion(self) -> None:
+        """For the steps that are shared: nothing is compared with."""
+        return None
+
 
 def parse_convert_config(text: str, *, where: str = "config", overrides: Sequence[str] = ()) -> ConvertConfig:
     """From YAML text: expand ``${VARIABLE}``, apply ``section.key=value`` overrides, validate.
