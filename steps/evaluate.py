@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: every example's scores, one line for each task, model and example
 SCORES = "task_scores.jsonl"
+#: of the evaluation section: demands, another step's, and by which name a folder was found
+_NO_MATTER: Any = {"gates": True, "lm_eval": True, "tasks": {"__all__": {"reward_model": {"origin"}}}}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """The evaluation section without its gates and what is asked of the exported folder, the loss, which checkpoint is
     looked at, and how it is padded."""
     return {
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"gates", "lm_eval"}),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude=_NO_MATTER),
         "loss": [config.train.loss, config.train.loss_options],
         "row_tokens": config.train.row_tokens,
         "checkpoint": config.export.checkpoint,
@@ -79,6 +81,9 @@ def _task_files(config: RunConfig) -> dict[str, ArtifactRef]:
         for number, path in enumerate(task.files()):
             digest = digest_rows(pinned(path), known_digests())
             found[f"task:{title}:{number}"] = ArtifactRef(uri=path, kind="rows", digest=digest)
+        for number, folder in enumerate(task.models()):
+            digest = known_digests().path(Path(folder))
+            found[f"judge:{title}:{number}"] = ArtifactRef(uri=folder, kind="model", digest=digest)
     return found
 
 
@@ -96,6 +101,19 @@ def tasks_of(config: RunConfig) -> dict[str, Task]:
     return {one.title: build_task(one.task, one.arguments(), f"evaluation.tasks: {one.title}") for one in wanted}
 
 
+def check_judges(tasks: Mapping[str, Task], tokenizer_folder: str | Path) -> None:
+    """Refuse tasks' models that mean by an id something else than the evaluated one.
+
+    Raises:
+        DataError: naming the task and the token.
+    """
+    from posttrain_lib.data.shared_ids import check_shared_ids
+
+    for title, task in tasks.items():
+        for folder in task.models():
+            check_shared_ids(tokenizer_folder, folder, where=f"evaluation.tasks: {title}")
+
+
 def body(context: StepContext) -> StepResult:
     """Evaluate the starting model, then the trained weights in the same module."""
     from posttrain_lib.checkpoint.adapters import trained_weights
@@ -103,6 +121,7 @@ def body(context: StepContext) -> StepResult:
 
     tokenizer = load_tokenizer(context.config, context.inputs)
     prompts, tasks = read_prompts(Path(context.inputs["prompts"].uri)), tasks_of(context.config)
+    check_judges(tasks, context.inputs["tokenizer"].uri)
     model = load_base(context)
     context.say("evaluate: the model before training")
     before = _evaluate(context, model, tokenizer, prompts, tasks)

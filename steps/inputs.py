@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.data import GeneratedConversations
+from posttrain_lib.config.evaluation import WinRateTask
 from posttrain_lib.config.origin import ModelOrigin
 from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.lineage.digests import digest_value
@@ -70,6 +71,8 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
         _check_unchanged(config.model.origin, found["model"])
     if config.companion is not None and config.companion.origin is not None:
         _check_unchanged(config.companion.origin, found["companion"])
+    if _trains(config):
+        _check_judges(config, folders)
     with disk_errors("remembering file digests", default_root()):
         digests.save()
     return found
@@ -188,6 +191,21 @@ def _texts(paths: Iterable[Path]) -> Iterator[str]:
                 row = json.loads(line)
                 messages = row.get("messages") or [*row["prompt"], *row["chosen"], *row["rejected"]]
                 yield from (message["content"] for message in messages)
+
+
+def _check_judges(config: RunConfig, folders: Mapping[str, Path]) -> None:
+    """Models that evaluation tasks name: as they were published, and of the trained model's tokenizer where that is
+    there already."""
+    from steps.evaluate import check_judges, tasks_of
+
+    for task in config.evaluation.tasks:
+        judge = task.reward_model if isinstance(task, WinRateTask) else None
+        if judge is not None and judge.origin is not None:
+            digest = known_digests().path(Path(judge.path))
+            _check_unchanged(judge.origin, ArtifactRef(uri=judge.path, kind="model", digest=digest))
+    own = folders.get("tokenizer", folders.get("model"))
+    if own is not None:
+        check_judges(tasks_of(config), own)
 
 
 def _check_unchanged(origin: ModelOrigin, found: ArtifactRef) -> None:

@@ -38,7 +38,7 @@ FLOWS = ("SFTFlow", "DPOFlow", "RewardFlow", "DistillFlow")
 _FLOW = re.compile(r"(?P<flow>\w+)/(?P<run>tag:.+|[^/]+)")
 _PROMOTED = re.compile(r"models/(?P<name>[\w.-]+)(@(?P<version>\d+))?")
 #: what a step may need a model for; a reward model's head is not one over the vocabulary
-Kind = Literal["causal", "any"]
+Kind = Literal["causal", "reward", "any"]
 Config = TypeVar("Config", bound=Section)
 
 
@@ -115,12 +115,20 @@ def resolve_model(reference: str, *, where: str = "model.path", needs: Kind = "c
                 expected=f"<flow>/<run id>, <flow>/latest, <flow>/tag:<tag> ({', '.join(FLOWS)}) or models/<name>",
             )
         found = exported_by(run, where=where)
-    if kind_of(found.path, where, reference) == "reward" and needs == "causal":
+    kind = kind_of(found.path, where, reference)
+    if kind == "reward" and needs == "causal":
         raise ModelError(
             "the result is no causal language model, which is needed here",
             where=where,
             got=f"{reference}: a reward model",
             expected="a model with a head over the vocabulary, as SFTFlow, DPOFlow and DistillFlow export",
+        )
+    if kind != needs == "reward":
+        raise ModelError(
+            "the result is no reward model, which is needed here",
+            where=where,
+            got=f"{reference}: a causal language model",
+            expected="a model with a score head, as RewardFlow exports",
         )
     return found
 
@@ -211,8 +219,8 @@ def with_models_found(
         if origin is not None and kept:
             _check_there(origin, where)
         else:
-            needs: Kind = "any" if where == "model.path" and raw.get("recipe") == "reward" else "causal"
-            origin = _origin(section["path"], resolve_model(section["path"], where=where, needs=needs))
+            found = resolve_model(section["path"], where=where, needs=_needs(where, raw.get("recipe")))
+            origin = _origin(section["path"], found)
         section.update(path=origin.path, origin=origin.model_dump(mode="json"))
         say(f"{where}: {told(origin)}{' (as the run found that began this one)' if kept else ''}")
     if run is not None:
@@ -246,6 +254,15 @@ def _sections(raw: dict[str, Any], place: str = "") -> Iterator[tuple[str, dict[
     for name, value in raw.items():
         if isinstance(value, dict) and name != "origin":
             yield from _sections(value, f"{place}{name}.")
+        for number, item in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(item, dict):
+                yield from _sections(item, f"{place}{name}[{number}].")
+
+
+def _needs(where: str, recipe: str | None) -> Kind:
+    if where.endswith("reward_model.path"):
+        return "reward"
+    return "any" if where == "model.path" and recipe == "reward" else "causal"
 
 
 def _note_file(store: Store, run: str) -> Path:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from posttrain_lib.config.base import Disagreement, Problem, Section
+from posttrain_lib.config.origin import ModelOrigin
 
 
 class MetricGate(Section):
@@ -114,13 +115,37 @@ class SampledTask(PromptedTask):
     top_p: float = Field(1.0, gt=0, le=1)
 
 
+class Judge(Section):
+    """A reward model that scores what another model answers."""
+
+    path: str = Field(
+        description="a sequence classification folder of one label and of the trained model's tokenizer, or a name, as "
+        "RewardFlow/latest or models/judge"
+    )
+    origin: ModelOrigin | None = Field(None, description="written by the run: what made the model that path named")
+
+
 class WinRateTask(SampledTask):
-    """``scorer`` judges prompt and completion: module:attribute, called with a list of arrays of token ids (and with
-    ``scorer_options``), gives a score for each."""
+    """What judges prompt and completion is a ``reward_model``, or a ``scorer``: module:attribute, called with a list of
+    arrays of token ids (and with ``scorer_options``), gives a score for each."""
 
     task: Literal["win_rate"]
-    scorer: str
+    reward_model: Judge | None = None
+    scorer: str | None = None
     scorer_options: dict[str, Any] = Field({}, description="further arguments of the scorer")
+
+    def arguments(self) -> dict[str, Any]:
+        """The reward model by its folder."""
+        judge = {} if self.reward_model is None else {"reward_model": self.reward_model.path}
+        return {**super().arguments(), **judge}
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> WinRateTask:
+        if (self.reward_model is None) == (self.scorer is None):
+            raise ValueError("win_rate needs one judge: give reward_model, or scorer")
+        if self.scorer_options and self.scorer is None:
+            raise ValueError("scorer_options are a scorer's: leave them out with reward_model")
+        return self
 
 
 class PassAtKTask(SampledTask):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain_lib.errors import DataError, ModelError
+from posttrain_lib.errors import ConfigError, DataError, ModelError
+from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.training.device import autocast
 
 if TYPE_CHECKING:
@@ -59,6 +61,34 @@ def score_documents(
             row = _score_row(model, [arrays[number] for number in numbers], pad_token_id, device)
         scores[numbers] = row.float().cpu().numpy()
     return scores
+
+
+def check_reward_folder(folder: str | Path, where: str) -> int | None:
+    """The ``pad_token_id`` of a reward model's folder, whose config alone is read.
+
+    Args:
+        where: the field that names it.
+
+    Raises:
+        ConfigError: no such folder. ModelError: it holds no model, or one without a score head.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            "there is no such folder",
+            where=where,
+            got=folder,
+            expected="a reward model's folder, or the name of one, as RewardFlow/latest or models/judge",
+        )
+    spec = spec_from_folder(folder)
+    if not spec.config.score_head:
+        raise ModelError(
+            "a model without a score head cannot judge",
+            where=f"{where}: {folder}",
+            got=spec.hf_config.get("architectures"),
+            expected="a sequence classification model with one label, as RewardFlow exports",
+        )
+    padding = spec.hf_config.get("pad_token_id")
+    return None if padding is None else int(padding)
 
 
 def scored_position(token_ids: np.ndarray, pad_token_id: int | None) -> int:

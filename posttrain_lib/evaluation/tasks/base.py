@@ -64,6 +64,10 @@ class Task(Protocol):
         """Paths of the rows that it reads itself; their content decides its result."""
         return ()
 
+    def models(self) -> tuple[str, ...]:
+        """Model folders that it reads itself, of the evaluated model's tokenizer; their content decides its result."""
+        return ()
+
     def check(self) -> None:
         """Say before training what of its rows and names cannot be.
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain_lib.errors import DataError
+from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.evaluation.bootstrap import Scores
+from posttrain_lib.evaluation.model import load_model
+from posttrain_lib.evaluation.scoring import check_reward_folder, score_documents
 from posttrain_lib.evaluation.tasks.base import Given, Task, TaskResult
 from posttrain_lib.evaluation.tasks.prompts import Prompts, completions_of
 from posttrain_lib.registry import resolve
@@ -40,8 +42,9 @@ class WinRate(Task):
     def __init__(
         self,
         *,
-        scorer: str,
         prompts: int,
+        scorer: str | None = None,
+        reward_model: str | None = None,
         scorer_options: Mapping[str, Any] | None = None,
         file: str | None = None,
         fields: Mapping[str, str] | None = None,
@@ -50,7 +53,9 @@ class WinRate(Task):
         max_new_tokens: int = 48,
     ) -> None:
         self._prompts = Prompts(prompts, file, fields or {})
-        self._scorer_name, self._scorer_options = scorer, dict(scorer_options or {})
+        if (scorer is None) == (reward_model is None):
+            raise ConfigError("win_rate needs one judge", where="evaluation.tasks", expected="reward_model, or scorer")
+        self._scorer_name, self._scorer_options, self._folder = scorer, dict(scorer_options or {}), reward_model
         self._temperature, self._top_p, self._most = temperature, top_p, max_new_tokens
         self.needs = self._prompts.needs
 
@@ -58,10 +63,17 @@ class WinRate(Task):
         """The prompts' file."""
         return self._prompts.files()
 
+    def models(self) -> tuple[str, ...]:
+        """The reward model's folder."""
+        return () if self._folder is None else (self._folder,)
+
     def check(self) -> None:
-        """The file's rows, and that the scorer can be imported."""
+        """The file's rows, and that the scorer can be imported, or the folder is a reward model's."""
         self._prompts.check()
-        self._scorer()
+        if self._folder is None:
+            self._scorer(0)
+        else:
+            check_reward_folder(self._folder, "evaluation.tasks: reward_model")
 
     def run(self, model: Decoder, tokenizer: ChatTokenizer, given: Given) -> TaskResult:
         """The score of each prompt's completion."""
@@ -79,11 +91,11 @@ class WinRate(Task):
             np.array([*prompt["prompt_ids"], *tokens], dtype=np.int64)
             for prompt, (tokens,) in zip(prompts, made, strict=True)
         ]
-        values = np.asarray(self._scorer()(documents), dtype=np.float64)
+        values = np.asarray(self._scorer(given.row_tokens)(documents), dtype=np.float64)
         if values.shape != (len(documents),) or not np.isfinite(values).all():
             raise DataError(
                 "the scorer gave no finite score for each document",
-                where=f"evaluation.tasks: scorer {self._scorer_name}",
+                where=f"evaluation.tasks: {self._scorer_name or self._folder}",
                 got=f"shape {values.shape}, {int((~np.isfinite(values)).sum())} not finite",
                 expected=f"{len(documents)} finite numbers",
             )
@@ -100,6 +112,16 @@ class WinRate(Task):
         wins = (np.sign(later.values - earlier.values) + 1) / 2
         return {"win_rate": Scores(wins, groups=later.groups, unit="share", baseline=("no preference", 0.5))}
 
-    def _scorer(self) -> Scorer:
+    def _scorer(self, row_tokens: int) -> Scorer:
+        if self._scorer_name is None:
+            model, padding = self._judge
+            return partial(score_documents, model, row_tokens=row_tokens, pad_token_id=padding)
         found: Scorer = resolve(self._scorer_name, SCORERS, what="scorer", where="evaluation.tasks: scorer")
         return partial(found, **self._scorer_options) if self._scorer_options else found
+
+    @cached_property
+    def _judge(self) -> tuple[Decoder, int | None]:
+        """The reward model and its padding token, loaded once for the models before and after."""
+        assert self._folder is not None
+        padding = check_reward_folder(self._folder, "evaluation.tasks: reward_model")
+        return load_model(self._folder), padding

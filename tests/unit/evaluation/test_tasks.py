@@ -16,13 +16,13 @@ import torch
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.probes import stop_ids
 from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.errors import ConfigError, DataError
+from posttrain_lib.errors import ConfigError, DataError, ModelError
 from posttrain_lib.evaluation.generation import greedy_generate
 from posttrain_lib.evaluation.tasks import TASKS, Given, Task, TaskResult, build_task
 from posttrain_lib.evaluation.tasks.pass_at_k import pass_at_k
 from posttrain_lib.losses.sft import SFTLoss
 from posttrain_lib.models.decoder import Decoder
-from tests.oracles.tiny_job import SOURCES, write_store
+from tests.oracles.tiny_job import SOURCES, write_model, write_store
 
 QUESTIONS = [
     {"prompt": "Who has the red book?", "choices": ["Tom", "Ann and Lea", "nobody at all"], "answer": 1},
@@ -188,6 +188,45 @@ def test_a_win_is_a_higher_score_and_a_tie_is_half(small: Decoder, tokenizer: Ch
     after = TaskResult({"score": Scores(values, groups=result.scores["score"].groups)})
     assert task.compare(result, after)["win_rate"].values.tolist() == [1.0, 0.5, 0.0, 1.0]
     assert task.compare(after, result)["win_rate"].values.tolist() == [0.0, 0.5, 1.0, 0.0]
+
+
+def test_a_reward_model_judges_by_its_folder(
+    small: Decoder, tokenizer: ChatTokenizer, given: Given, folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    judge = write_model(
+        tmp_path / "judge",
+        3,
+        architectures=["Qwen3ForSequenceClassification"],
+        id2label={"0": "LABEL_0"},
+        tie_word_embeddings=False,
+        vocab_size=320,
+        max_position_embeddings=512,
+        pad_token_id=0,
+    )
+    task = build_task("win_rate", {"reward_model": str(judge), "prompts": 4, "max_new_tokens": 6})
+    task.check()
+    assert task.models() == (str(judge),) and task.files() == ()
+    result = task.run(small, tokenizer, given)
+    made = greedy_generate(small, [p["prompt_ids"] for p in given.prompts], 6, stop_ids(tokenizer))
+    reference = AutoModelForSequenceClassification.from_pretrained(judge, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = [
+            float(reference(input_ids=torch.tensor([[*p["prompt_ids"], *tokens]])).logits[0, 0])
+            for p, tokens in zip(given.prompts, made, strict=True)
+        ]
+    # scores of order 1 after 2 layers in float32, whose products sum in another order in a packed row
+    assert result.scores["score"].values.tolist() == pytest.approx(expected, abs=1e-5)
+    assert np.ptp(expected) > 1e-3
+    assert task.compare(result, task.run(small, tokenizer, given))["win_rate"].values.tolist() == [0.5] * 4
+    with pytest.raises(ModelError, match="without a score head cannot judge"):
+        build_task("win_rate", {"reward_model": str(folder), "prompts": 4}).check()
+    with pytest.raises(ConfigError, match="no such folder"):
+        build_task("win_rate", {"reward_model": str(tmp_path / "none"), "prompts": 4}).check()
+    for options in ({}, {"reward_model": str(judge), "scorer": f"{__name__}:shortest"}):
+        with pytest.raises(ConfigError, match="one judge"):
+            build_task("win_rate", {"prompts": 4, **options})
 
 
 def nothing(documents: list[np.ndarray]) -> list[float]:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from posttrain_lib.adapters import lm_eval_process
+from posttrain_lib.embedded.conversations import generate_rows
+from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.lineage.source_digest import project_sources
 from steps import evaluate, foresight, inputs
@@ -49,6 +51,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     ("task", "said"),
     [
         ({"task": "win_rate", "scorer": "nowhere:scorer"}, "the scorer cannot be imported"),
+        ({"task": "win_rate", "reward_model": {"path": "nowhere/judge"}}, "there is no such folder"),
         ({"task": "pass_at_k", "verifier": "nowhere:verifier"}, "the verifier cannot be imported"),
         ({"task": "exact_match", "extract": "gsm"}, "unknown way to find an answer"),
         ({"task": "nowhere:Task"}, "the evaluation task cannot be imported"),
@@ -57,6 +60,24 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_names_of_code_are_resolved(task: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         foresight.check_evaluation(with_tasks(task))
+
+
+def test_a_judge_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    for name, size in (("own", 320), ("other", 330)):
+        rows = generate_rows(20, 0) if name == "own" else [{"messages": [{"content": "xyzzy " * 50}]}]
+        build_tokenizer((turn["content"] for row in rows for turn in row["messages"]), size, tmp_path / name)
+
+    class Judged:
+        def __init__(self, judge: str) -> None:
+            self._judge = judge
+
+        def models(self) -> tuple[str, ...]:
+            return (self._judge,)
+
+    evaluate.check_judges({"judged": Judged(str(tmp_path / "own"))}, tmp_path / "own")
+    with pytest.raises(DataError, match="different tokenizers") as caught:
+        evaluate.check_judges({"judged": Judged(str(tmp_path / "other"))}, tmp_path / "own")
+    assert "evaluation.tasks: judged" in str(caught.value)
 
 
 def test_a_gate_on_a_metric_that_the_task_does_not_have(questions: Path) -> None:

@@ -16,7 +16,7 @@ from posttrain_lib.config.load import build_run_config
 from posttrain_lib.config.origin import ModelOrigin
 from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.lineage.store import Store
-from steps import convert_pipeline, inputs
+from steps import convert_pipeline, evaluate, inputs
 from steps.base import content_key
 from steps.convert_model import STEP as CONVERT
 from steps.promote import promote
@@ -145,6 +145,26 @@ def test_a_reward_model_is_taken_only_where_one_may_be(isolated_store: Path) -> 
     with pytest.raises(ModelError, match="no causal language model"):
         resolve_model("models/judge")
     assert resolve_model("models/judge", needs="any").path == folder
+
+
+def test_a_judge_is_named_in_a_task(isolated_store: Path) -> None:
+    judge = folder_of(publish_run(architecture="Qwen3ForSequenceClassification"))
+    promote(Store(), "judge", str(judge))
+    promote(Store(), "writer", str(folder_of(publish_run())))
+
+    def judged_by(path: str) -> RunConfig:
+        task = {"task": "win_rate", "reward_model": {"path": path}, "prompts": 2}
+        return build_run_config({**RAW, "evaluation": {"tasks": [{"task": "perplexity"}, task]}})
+
+    config = with_models_found(judged_by("models/judge"), say=lambda _: None)
+    found = config.evaluation.tasks[1]
+    assert found.arguments()["reward_model"] == str(judge)
+    assert found.reward_model.origin.promoted == "judge@1"
+    named_otherwise = with_models_found(judged_by("models/judge@1"), say=lambda _: None)
+    assert evaluate.settings(config) == evaluate.settings(named_otherwise) == evaluate.settings(judged_by(str(judge)))
+    with pytest.raises(ModelError, match="no reward model") as caught:
+        with_models_found(judged_by("models/writer"))
+    assert "evaluation.tasks[1].reward_model.path" in str(caught.value)
 
 
 def test_the_config_gets_the_folder_and_where_it_came_from(promoted: Path) -> None:
