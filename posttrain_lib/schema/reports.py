@@ -12,7 +12,8 @@ class StepReport:
     ``loss`` is the weighted mean over the step's trained tokens; None at step 0, which only evaluates.
     ``fill`` = real tokens / row slots.
     ``data_wait_seconds`` is the part of ``step_seconds`` spent waiting for the loader.
-    ``model_flops`` are those that the useful tokens need, ``hardware_flops`` those with what was computed again.
+    ``model_flops`` are those that the useful tokens need of the trained model, ``hardware_flops`` those with what was
+    computed again and the forward of a frozen model beside it (``training.flops``).
     ``mfu`` and ``hfu`` hold them against the devices' peak by data sheet (a CPU's: as measured), ``mfu_measured`` the
     first against the rate of a large product in the same process; None at step 0. ``trained_tokens`` have a target.
     ``seconds`` is where the time of step ``seconds_of_step`` went, by kind (``training.timing``): data, forward,

@@ -41,7 +41,7 @@ class ProgressLine:
         if report.step > 0:
             parts += [f"{report.tokens_per_second:,.0f} tok/s", f"fill {report.fill:.3f}"]
         if report.mfu is not None:
-            parts.append(f"MFU {report.mfu:.1%}{_recomputed(report)}")
+            parts.append(f"MFU {report.mfu:.1%}{_hardware(report)}")
         if report.held_out is not None:
             parts.append(f"held-out {report.held_out['all']:.4f}")
             first_figures = list(report.held_out_figures.items())[:_FIGURES]
@@ -64,8 +64,8 @@ def is_notable(report: StepReport) -> bool:
     return bool(report.event) or report.held_out is not None or report.step == report.total_steps
 
 
-def _recomputed(report: StepReport) -> str:
-    """HFU, where blocks compute anything again."""
+def _hardware(report: StepReport) -> str:
+    """HFU, where more is computed than the trained model needs."""
     if report.hfu is None or report.hardware_flops <= report.model_flops:
         return ""
     return f" (HFU {report.hfu:.1%})"

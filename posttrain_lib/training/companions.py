@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from torch.distributed.fsdp import FSDPModule
+
 from posttrain_lib.data.signal_table import SignalTable
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.losses.beside import Beside
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from posttrain_lib.data.token_store import TokenStore
     from posttrain_lib.losses.base import Loss
     from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.models.hf_spec import HFSpec
+    from posttrain_lib.models.spec import ModelSpec
     from posttrain_lib.parallel.mesh import RankMesh
     from posttrain_lib.schema.companion import Companion
     from posttrain_lib.training.job import TrainJob
@@ -64,4 +68,22 @@ def load_frozen(job: TrainJob, mesh: RankMesh, folder: str) -> Decoder:
     spec = with_padded_vocabulary(spec_from_folder(folder), job.pad_vocabulary_to)
     alone = dataclasses.replace(job, model_folder=folder, lora=None, backend="native")
     model: Decoder = load_sharded_model(spec, alone, mesh).requires_grad_(False)
+    if isinstance(model, FSDPModule):
+        # The root keeps its weights whole for a backward, and this one has none: embedding and head on every rank.
+        model.set_reshard_after_forward(True, recurse=False)
     return model.eval()
+
+
+def frozen_spec(loss: Loss, job: TrainJob, trained: ModelSpec | HFSpec) -> ModelSpec | HFSpec | None:
+    """What the model is that the loss runs beside the trained one in every step; None where it runs none.
+
+    Args:
+        trained: the trained model's, without adapters.
+    """
+    companion = job.companion
+    if loss.needs is None or companion is None or companion.kept == "stored":
+        return None
+    if companion.kept == "base":
+        return trained
+    assert companion.folder is not None, "a live companion has a folder"
+    return with_padded_vocabulary(spec_from_folder(companion.folder), job.pad_vocabulary_to)

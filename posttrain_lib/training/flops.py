@@ -11,13 +11,15 @@ Where documents share their beginning, its tokens lie in the batch once and coun
 what sharing saves is not in the count. A segment of m tokens after d shared ones has m * d + m^2 / 2 pairs in place of
 m^2 / 2, so a whole tree has those of its documents less those of each beginning computed before.
 
-Recomputation is counted apart: model FLOPs give MFU, with what blocks compute again they give HFU. Kernels that form
-scores again in their own backward (FlashAttention) do so in neither, as is the custom.
+What the same update can be had without is counted apart: model FLOPs give MFU, with these they give HFU. It is what
+blocks compute again, and the forward of a frozen model (a reference, a teacher) that runs beside the trained one.
+Kernels that form scores or logits again in their own backward (FlashAttention, the head where a loss goes on with
+log-probs) do so in neither, as is the custom.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,16 +40,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flops:
-    """``model``: what the useful tokens need, forward and backward. ``recomputed``: what was done again besides."""
+    """``model``: what the useful tokens need of the trained model, forward and backward. ``recomputed``: what it did
+    again besides. ``frozen``: the forward of a model that runs beside it."""
 
     model: float = 0.0
     recomputed: float = 0.0
+    frozen: float = 0.0
+
+    @property
+    def hardware(self) -> float:
+        """All that was done."""
+        return self.model + self.recomputed + self.frozen
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.model + other.model, self.recomputed + other.recomputed)
+        return Flops(self.model + other.model, self.recomputed + other.recomputed, self.frozen + other.frozen)
 
     def __mul__(self, times: float) -> Flops:
-        return Flops(self.model * times, self.recomputed * times)
+        return Flops(self.model * times, self.recomputed * times, self.frozen * times)
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,19 @@ class FlopCount:
             else:
                 pairs[product.window] = pairs.get(product.window, Flops()) + flops
         return cls(token, supervised, pairs, document)
+
+    @classmethod
+    def of_frozen(cls, spec: ModelSpec | HFSpec) -> FlopCount:
+        """Of a model that only says something about the tokens: a forward, and nothing of it is ``model``."""
+        if isinstance(spec, HFSpec):
+            return cls.of(spec).map(lambda flops: Flops(frozen=flops.model / 3))
+        found = cls.of_model(build_model(spec, device="meta").requires_grad_(False))
+        return found.map(lambda flops: Flops(frozen=flops.model))
+
+    def map(self, change: Callable[[Flops], Flops]) -> FlopCount:
+        """The same with every entry changed."""
+        pairs = {window: change(flops) for window, flops in self.pairs.items()}
+        return FlopCount(change(self.token), change(self.supervised), pairs, change(self.document))
 
     def batch(self, batch: PackedBatch) -> Flops:
         """Of one packed batch (numpy), padding left out."""

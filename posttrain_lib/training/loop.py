@@ -42,7 +42,7 @@ from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training import pulse
 from posttrain_lib.training.build import build_loader, live_feed, load_sharded_model, planned_steps, spec_of
 from posttrain_lib.training.checks import check_ids, check_kind, check_margins, check_vocabulary, check_warmup
-from posttrain_lib.training.companions import attach_companion, load_frozen
+from posttrain_lib.training.companions import attach_companion, frozen_spec, load_frozen
 from posttrain_lib.training.device import peak_memory_gib, pick_device, reproducible
 from posttrain_lib.training.flops import relative_pair_cost
 from posttrain_lib.training.incidents import LOG, IncidentPolicy, StepIncident, roll_back
@@ -134,7 +134,8 @@ class Trainer:
             partial(load_frozen, job, self.mesh),
         )
         self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory)
-        self.meter = StepMeter(job, self.spec, model, self.state.optimizer, device)
+        frozen = frozen_spec(self.loss, job, self.spec)
+        self.meter = StepMeter(job, self.spec, model, self.state.optimizer, device, frozen)
         self.settings = StepSettings(
             mesh=self.mesh,
             precision=config.precision,

@@ -28,7 +28,10 @@ _MEMORY = ("weights", "gradients", "optimizer", "activations")
 
 
 class StepMeter:
-    """Measures the steps of one rank of a job. All ranks make one, and call :meth:`figures`, at the same time."""
+    """Measures the steps of one rank of a job. All ranks make one, and call :meth:`figures`, at the same time.
+
+    ``frozen``: the model that runs beside the trained one in every step, if any.
+    """
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class StepMeter:
         model: Decoder,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
+        frozen: ModelSpec | HFSpec | None = None,
     ) -> None:
         config = job.train
         self.device = device
@@ -51,6 +55,7 @@ class StepMeter:
                 config.activation_checkpointing, compiled, device_kind(device), half_precision(config.precision)
             ),
         )
+        self.frozen = None if frozen is None else FlopCount.of_frozen(frozen)
         own = Peaks.of(device, config.precision)
         best, measured = global_sum([own.best, own.measured])
         self.peaks = Peaks(None if own.sheet is None else best, measured, own.source)
@@ -58,9 +63,11 @@ class StepMeter:
         self.profiler = StepProfiler(config.profile, job.work_dir, rank=job.rank, device=device)
 
     def work(self, batches: Sequence[PackedBatch]) -> list[float]:
-        """[model FLOPs, FLOPs computed again, trained tokens] of this rank's micro-batches, to be summed over rows."""
+        """[model FLOPs, hardware FLOPs, trained tokens] of this rank's micro-batches, to be summed over rows."""
         flops = self.count.batches(batches)
-        return [flops.model, flops.recomputed, float(sum(len(batch.supervised_index) for batch in batches))]
+        if self.frozen is not None:
+            flops += self.frozen.batches(batches)
+        return [flops.model, flops.hardware, float(sum(len(batch.supervised_index) for batch in batches))]
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -74,19 +81,19 @@ class StepMeter:
 
     def figures(self, work: Sequence[float], seconds: float) -> dict[str, Any]:
         """Fields of the step's report. ``work``: :meth:`work`'s, summed; ``seconds``: of the step, here."""
-        model, recomputed, trained = work
+        model, hardware, trained = work
         if self.peaks.sheet is None:
             # Nothing computes faster than its peak: where the measured one was taken beside other work, this is nearer.
-            fastest = max(self.peaks.measured, (model + recomputed) / seconds)
+            fastest = max(self.peaks.measured, hardware / seconds)
             self.peaks = dataclasses.replace(self.peaks, measured=fastest)
         sizes = self.memory.by_kind()
         peak, *held = global_max([peak_memory_gib(self.device), *(sizes.get(kind, 0.0) for kind in _MEMORY)])
         return {
             "model_flops": model,
-            "hardware_flops": model + recomputed,
+            "hardware_flops": hardware,
             "mfu": model / (seconds * self.peaks.best),
             "mfu_measured": model / (seconds * self.peaks.measured),
-            "hfu": (model + recomputed) / (seconds * self.peaks.best),
+            "hfu": hardware / (seconds * self.peaks.best),
             "trained_tokens": int(trained),
             "peak_memory_gib": peak,
             "memory_gib": {kind: size for kind, size in zip(_MEMORY, held, strict=True) if kind in sizes},

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.token_store import TokenStore
+from posttrain_lib.evaluation.model import load_model
+from posttrain_lib.evaluation.perplexity import with_signals
 from posttrain_lib.losses import build_loss
+from posttrain_lib.losses.beside import Beside
+from posttrain_lib.losses.contract import pack
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.scratch import init_weights
 from posttrain_lib.schema.batches import PackedBatch
-from posttrain_lib.training.flops import batch_flops, causal_pairs
+from posttrain_lib.training.flops import FlopCount, batch_flops, causal_pairs
 from tests.oracles.prefix_tree import TREE, Segment, row_of, seen
 from tests.oracles.tiny_job import HF_CONFIG, pack_rows, write_model, write_store
+from tests.support.pair_jobs import write_pairs
 
 
 def test_agrees_with_torchs_counter(tmp_path: Path) -> None:
@@ -92,6 +99,34 @@ def _tree_batch(tree: Sequence[Segment], padding: int) -> PackedBatch:
         real_tokens=real,
         parents=parents,
     )
+
+
+def _in_place(total: Any, left: Any, right: Any, **_: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+@pytest.mark.parametrize("name", ["distill", "dpo"])
+def test_a_frozen_model_beside_is_counted_apart_as_torch_counts_it(name: str, tmp_path: Path) -> None:
+    wider = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3}
+    folders = write_model(tmp_path / "model"), write_model(tmp_path / "frozen", **wider)
+    specs, (model, frozen) = [spec_from_folder(folder) for folder in folders], map(load_model, folders)
+    model.requires_grad_(True)
+    loss = build_loss(name)
+    loss.attach(Beside(frozen))
+    store = TokenStore((write_pairs if name == "dpo" else write_store)(tmp_path / "store", 1, seed=1))
+    # exactly as long as its documents: torch counts padding, we do not
+    (batch,) = pack(store, [(0,)], 1, row_tokens=int(store.lengths.sum()))
+    flops = FlopCount.of(specs[0]).batch(batch) + FlopCount.of_frozen(specs[1]).batch(batch)
+    own = {torch.ops.aten.addmm_: _in_place}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss(model, to_torch(with_signals(batch, loss, "train"))).local_sum.backward()
+    # the head of a loss that goes on with log-probs forms logits again for the gradient
+    head = 2 * specs[0].config.vocab_size * specs[0].config.hidden_size * len(batch.supervised_index)
+    width = HF_CONFIG["num_attention_heads"] * HF_CONFIG["head_dim"] * float((store.lengths.astype(float) ** 2).sum())
+    unused = (6 * 2 + 2 * 3) * width  # halves of squares: forward and backward of two layers, forward of three
+    assert counter.get_total_flops() == flops.model + flops.frozen + unused + (head if name == "dpo" else 0)
+    assert flops.hardware == flops.model + flops.frozen and flops.recomputed == 0 < flops.frozen
+    assert flops.model == batch_flops(specs[0], batch)
 
 
 def test_pairs_of_a_window() -> None:
