@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from posttrain_lib.errors import DataError
+from posttrain_lib.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from posttrain_lib.data.token_store import TokenStore
@@ -67,7 +67,19 @@ class SignalTable:
         return found
 
     def of_tokens(self, batch: PackedBatch) -> dict[str, np.ndarray]:
-        """Each column at the batch's supervised tokens (numpy): [N, ...]. A table by token."""
+        """Each column at the batch's supervised tokens (numpy): [N, ...]. A table by token.
+
+        Raises:
+            ConfigError: the batch is a rank's part of documents that lie over several, which does not tell how many
+                trained tokens stand before its own.
+        """
+        if batch.prefixes is not None and batch.prefixes.exchange is not None:
+            raise ConfigError(
+                "stored signals are found by a token's number in its document, and these lie over several ranks",
+                where="compute.mesh.context",
+                expected="1",
+                fix="set compute.mesh.context: 1, or run the teacher during training (distill.teacher.kept: live)",
+            )
         index = np.asarray(batch.supervised_index)
         segments = np.searchsorted(batch.cu_seqlens, index, side="right") - 1
         # A document's trained tokens all lie in its own segment, in order.

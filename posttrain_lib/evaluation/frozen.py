@@ -14,6 +14,7 @@ from torch import Tensor
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.loader import held_out_batches
 from posttrain_lib.data.signal_table import SignalWriter
+from posttrain_lib.errors import ModelError
 from posttrain_lib.losses.segments import segment_sums
 from posttrain_lib.ops.head_topk import top_logprobs
 from posttrain_lib.ops.linear_cross_entropy import token_logprobs
@@ -38,7 +39,11 @@ def store_document_logprobs(
     row_tokens: int,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Write ``logprob``, float32 by example: the log-probability of its trained tokens, summed."""
+    """Write ``logprob``, float32 by example: the log-probability of its trained tokens, summed.
+
+    Raises:
+        ModelError: one is not finite; training would stop at its pair, maybe days later.
+    """
     writer = SignalWriter(folder, store, "example", {"logprob": (np.float32, ())}, made_of)
     done = 0
     for arrays, batch in _batches(model, store, row_tokens):
@@ -50,6 +55,14 @@ def store_document_logprobs(
         sums = _run(model, batch, output).cpu().numpy()
         for segment, example in enumerate(arrays.document_ids.tolist()):
             if example >= 0:
+                if not np.isfinite(sums[segment]):
+                    raise ModelError(
+                        "the frozen model gives an answer no log-probability",
+                        where=f"{store.source(example)}: {store.row_id(example)}",
+                        got=float(sums[segment]),
+                        expected="a finite number",
+                        fix="look at that row, and whether the model's own weights are finite",
+                    )
                 writer.put(example, {"logprob": sums[segment]})
                 done += 1
         progress(done, len(store))

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.config.model import Lora
+from posttrain_lib.data.signal_table import SignalWriter
 from posttrain_lib.data.token_store import TokenStore
+from posttrain_lib.errors import ModelError
+from posttrain_lib.evaluation.frozen import store_document_logprobs
 from posttrain_lib.evaluation.model import load_model
 from posttrain_lib.evaluation.perplexity import Means, held_out_loss
 from posttrain_lib.losses import build_loss
@@ -21,6 +26,7 @@ from posttrain_lib.losses.beside import Beside
 from posttrain_lib.losses.dpo import DPOLoss
 from posttrain_lib.schema.companion import Companion
 from posttrain_lib.schema.reports import StepReport
+from posttrain_lib.training.incidents import read_log
 from posttrain_lib.training.job import TrainJob
 from tests.support.pair_jobs import PADDING, ROW_TOKENS, live, pair_config, pair_job, stored_logprobs
 from tests.unit.training.test_loop_lora import run
@@ -30,6 +36,8 @@ LORA = Lora(rank=4, alpha=8.0, targets=("attention", "mlp"), seed=3)
 STORED: dict[str, float] = {"rel": 1e-5, "abs": 1e-5}
 #: float32 sums in another order, 6e-8 each
 NEAR: dict[str, float] = {"rel": 1e-5, "abs": 1e-6}
+#: the same of differences between log-probabilities of tens
+FIGURES: dict[str, float] = {"rel": 1e-4, "abs": 1e-5}
 
 
 def assert_alike(one: list[StepReport], other: list[StepReport], near: dict[str, float]) -> None:
@@ -129,3 +137,79 @@ def test_how_long_rows_are_changes_no_held_out_figure(name: str, tmp_path: Path)
         # float64 sums in another order; parts of a head's work stay in float32
         assert means.losses == pytest.approx(found[0].losses, rel=1e-6)
         assert means.figures == pytest.approx(found[0].figures, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_how_a_step_is_cut_into_micro_batches_changes_no_figure(name: str, tmp_path: Path) -> None:
+    padding = PADDING if name == "reward" else None
+    runs = []
+    for rows in (4, 1):
+        job = pair_job(tmp_path, pair_config(name, steps=3, micro_batch_rows=rows), f"of-{rows}", score_padding=padding)
+        runs.append(run(dataclasses.replace(job, companion=live(tmp_path))))
+    # the first step's pairs are ties: see above
+    assert_alike(runs[1][2:], runs[0][2:], FIGURES)
+    assert [report.hardware_flops for report in runs[1]] == pytest.approx([report.hardware_flops for report in runs[0]])
+    assert {"rewards/accuracy", "rewards/margin"} <= set(runs[0][1].figures)
+    assert runs[1][1].loss == pytest.approx(runs[0][1].loss, **NEAR)
+
+
+#: loss to expect beside that of float32: bfloat16 rounds each product by 2^-9, a score of tens by some hundredths, beta
+#: is 0.1; a compiled block sums in another order
+HOW = [
+    ({"activation_checkpointing": "full"}, 0.0),
+    ({"precision": "bf16"}, 2e-3),
+    ({"precision": "bf16", "activation_checkpointing": "full"}, 2e-3),
+    pytest.param({"compile": "blocks"}, 1e-5, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("changes", "noise"), HOW, ids=str)
+def test_how_blocks_run_changes_no_loss_beside_a_live_reference(
+    changes: dict[str, Any], noise: float, tmp_path: Path
+) -> None:
+    if "compile" in changes and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    plain, other = (
+        run(dataclasses.replace(pair_job(tmp_path, pair_config(steps=3, **how), work), companion=live(tmp_path)))
+        for work, how in (("plain", {}), ("other", changes))
+    )
+    for found, expected in zip(other, plain, strict=True):
+        assert found.loss == (None if expected.loss is None else pytest.approx(expected.loss, rel=0, abs=noise))
+        assert found.held_out == (expected.held_out and pytest.approx(expected.held_out, rel=0, abs=noise))
+    # policy and reference run the same way: no rounding stands between them
+    assert other[0].held_out == plain[0].held_out
+    frozen = [report.hardware_flops - report.model_flops for report in plain[1:]]
+    assert min(frozen) > 0
+    if changes.get("activation_checkpointing") == "full":  # the reference has no backward to run again for
+        again = [report.hardware_flops - report.model_flops for report in other[1:]]
+        forward_of_blocks = [more - once for more, once in zip(again, frozen, strict=True)]
+        assert all(0 < more < once for more, once in zip(forward_of_blocks, frozen, strict=True))
+
+
+def test_a_pair_whose_loss_is_not_finite_is_named(tmp_path: Path) -> None:
+    """Its reference says that the rejected answer cannot be: the table is of another hand than ours, which refuses."""
+    bad, job = 2 * 17 + 1, pair_job(tmp_path, pair_config(steps=30, incidents={"non_finite": "skip"}))
+    tables = {}
+    for split in ("train", "held_out"):
+        store, tables[split] = TokenStore(tmp_path / split), str(tmp_path / f"said-{split}")
+        writer = SignalWriter(tables[split], store, "example", {"logprob": (np.float32, ())}, {})
+        for example in range(len(store)):
+            writer.put(example, {"logprob": np.float32("-inf" if (split, example) == ("train", bad) else -20.0)})
+        writer.close()
+    reports = run(dataclasses.replace(job, companion=Companion("stored", tables=tables)))
+    entries = read_log(tmp_path / "work/incidents.jsonl")  # once a pass over the data
+    assert entries and reports[-1].incidents == len(entries) < 5
+    for entry in entries:
+        assert entry["suspects"] == ["tools: row:17"] and "tools: row:17" in entry["rows"]
+    assert sum("skipped" in report.event for report in reports) == len(entries)
+
+
+def test_a_reference_that_gives_no_probability_is_refused(tmp_path: Path) -> None:
+    pair_job(tmp_path, pair_config())
+    model = load_model(tmp_path / "model")
+    with torch.no_grad():
+        model.norm.weight.fill_(math.nan)
+    store = TokenStore(tmp_path / "train")
+    with pytest.raises(ModelError, match="no log-probability") as refused:
+        store_document_logprobs(model, store, tmp_path / "said", {}, row_tokens=ROW_TOKENS)
+    assert "row:" in str(refused.value.where) and not (tmp_path / "said/signals.json").exists()
