@@ -139,8 +139,11 @@ class RunConfig(Section):
             raise ValueError("recipe reward needs a definition of ours: set model.backend: native")
         if self.recipe == "reward" and self.evaluation.exact_match_prompts:
             raise ValueError("a reward model writes nothing: leave evaluation.exact_match_prompts out")
-        if self.recipe != "sft" and self.compute.mesh.context > 1:
-            raise ValueError(f"recipe {self.recipe} sums over whole documents: set compute.mesh.context: 1")
+        if self.compute.mesh.context > 1 and not (self.recipe == "sft" or (self.distill and kept == "live")):
+            raise ValueError(
+                f"recipe {self.recipe} needs whole documents: set compute.mesh.context: 1"
+                + (", or distill.teacher.kept: live" if self.distill else "")
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from posttrain_lib.data.loader import held_out_batches
 from posttrain_lib.data.signal_table import SignalWriter
 from posttrain_lib.errors import ModelError
 from posttrain_lib.losses.segments import segment_sums
+from posttrain_lib.models.spec import can_share_prefixes
 from posttrain_lib.ops.head_topk import top_logprobs
 from posttrain_lib.ops.linear_cross_entropy import token_logprobs
 
@@ -125,7 +126,7 @@ def _log_of_rest(logprobs_NK: np.ndarray) -> np.ndarray:
 def _batches(model: Decoder, store: TokenStore, row_tokens: int) -> Iterator[tuple[PackedBatch, PackedBatch]]:
     """The store's examples packed, as arrays and as tensors where the model is."""
     device = next(model.parameters()).device
-    shared = not (model.config.is_recurrent or model.config.changes_rope(1, store.longest))
+    shared = can_share_prefixes(model.config, store.longest)
     for arrays in held_out_batches(store, row_tokens=row_tokens, share_prefixes=shared):
         yield arrays, to_torch(arrays, device)
 

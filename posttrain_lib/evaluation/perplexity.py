@@ -12,6 +12,7 @@ from torch import Tensor
 
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.loader import held_out_batches
+from posttrain_lib.models.spec import can_share_prefixes
 from posttrain_lib.parallel.context import own_part
 from posttrain_lib.parallel.mesh import RankMesh
 from posttrain_lib.schema.mesh import SINGLE
@@ -81,7 +82,9 @@ def held_out_loss(
     device, rank, world = mesh.device, mesh.data_rank, mesh.spec.data_degree
     rows = len(store.sources) + len(loss.figures)
     sums = torch.zeros(rows, 2, dtype=torch.float64, device=device)
-    shared = not (model.config.is_recurrent or model.config.changes_rope(1, store.longest))
+    frozen = None if loss.beside is None else loss.beside.model
+    models = [model] if frozen is None else [model, frozen]
+    shared = all(can_share_prefixes(each.config, store.longest) for each in models)
     for arrays in held_out_batches(
         store, row_tokens=row_tokens, rank=rank, world=world, batch_rows=batch_rows, share_prefixes=shared
     ):

@@ -66,15 +66,18 @@ class Loss(ABC):
         needs: the frozen model that it compares with, if any; see :meth:`attach`.
         wants_margins: whether it reads ``batch.margins``; data of which no pair has one is then refused.
         figures: names of what it reports besides its value, as ``rewards/margin``.
+        beside: what :meth:`attach` was given.
     """
 
     kind: ClassVar[Literal["document", "pair", "prompt"]] = "document"
     needs: Literal["reference", "teacher"] | None = None
     wants_margins: bool = False
     figures: tuple[str, ...] = ()
+    beside: Beside | None = None
 
     def attach(self, beside: Beside) -> None:
-        """Take what stands beside the trained model; called once before the first step of a loss with ``needs``."""
+        """Take what stands beside the trained model, and keep it as ``beside``; called once before the first step of a
+        loss with ``needs``."""
         raise NotImplementedError(f"{type(self).__name__} says that it needs a {self.needs}, and takes none")
 
     def signals(self, batch: PackedBatch, split: str) -> dict[str, Any]:

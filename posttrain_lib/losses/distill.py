@@ -45,7 +45,6 @@ class DistillLoss(Loss):
         self.divergence, self.mix = divergence, mix
         self.temperature, self.hard_weight = temperature, hard_weight
         self.figures = ("distill/divergence", *(["distill/cross_entropy"] if hard_weight else []))
-        self._teacher: Beside | None = None
 
     def attach(self, beside: Beside) -> None:
         """Take the teacher.
@@ -63,13 +62,13 @@ class DistillLoss(Loss):
                     expected=f"temperature {self.temperature}, divergence {self.divergence}",
                     fix="store them again (step score_data), or set distill.teacher.kept: live",
                 )
-        self._teacher = beside
+        self.beside = beside
 
     @property
     def _attached(self) -> Beside:
-        if self._teacher is None:
+        if self.beside is None:
             raise ConfigError("the loss compares with a teacher and has none", fix="call attach() before a step")
-        return self._teacher
+        return self.beside
 
     def signals(self, batch: PackedBatch, split: str) -> dict[str, Any]:
         """The stored teacher's: ``ids`` int64 and ``logprobs`` float32, [N, K]."""

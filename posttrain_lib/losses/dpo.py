@@ -31,7 +31,6 @@ class ReferenceLoss(PreferenceLoss):
 
     needs = "reference"
     figures = (*FIGURES, "kl")
-    beside: Beside | None = None
 
     def attach(self, beside: Beside) -> None:
         """Take the reference, as a model or as tables."""

@@ -256,6 +256,11 @@ def check_prefixes(config: DecoderConfig, share_prefixes: bool, longest: int) ->
         )
 
 
+def can_share_prefixes(config: DecoderConfig | Any, longest: int) -> bool:
+    """Whether documents of up to ``longest`` tokens may share their beginnings; see :func:`check_prefixes`."""
+    return not (config.is_recurrent or config.changes_rope(1, longest))
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A decoder of a family, and how it meets Hugging Face files.

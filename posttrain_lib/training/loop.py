@@ -53,6 +53,7 @@ from posttrain_lib.training.train_step import StepOutcome, StepSettings, train_s
 
 if TYPE_CHECKING:
     from posttrain_lib.data.planner import Feed
+    from posttrain_lib.models.spec import ModelSpec
     from posttrain_lib.training.job import TrainJob
 
 Events = Generator[StepReport, None, TrainResult]
@@ -92,14 +93,13 @@ class Trainer:
         self.spec = spec_of(job)
         self.store = TokenStore(Path(job.train_store))
         self.held_out = TokenStore(Path(job.held_out_store))
-        check_vocabulary(self.spec, self.store, self.held_out)
-        longest = self.store.longest if job.live is None else job.live.config.max_example_tokens
-        if not isinstance(self.spec, HFSpec):
-            check_prefixes(self.spec.config, config.share_prefixes, longest)
-            check_context(self.spec.config, job.mesh.context, row_tokens=config.row_tokens, longest=longest)
         self.loss = build_loss(config.loss, config.loss_options)
         check_kind(self.store, self.loss)
         check_margins(self.store, self.loss)
+        frozen = frozen_spec(self.loss, job, self.spec)
+        for spec in (self.spec, frozen):  # both run on the same batches
+            if spec is not None:
+                self._check_batches(spec)
         self.feed: Feed
         if job.live is None:
             self.feed = stored = feed_for(self.store, config)
@@ -134,7 +134,6 @@ class Trainer:
             partial(load_frozen, job, self.mesh),
         )
         self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory)
-        frozen = frozen_spec(self.loss, job, self.spec)
         self.meter = StepMeter(job, self.spec, model, self.state.optimizer, device, frozen)
         self.settings = StepSettings(
             mesh=self.mesh,
@@ -155,6 +154,15 @@ class Trainer:
             layout=dataclasses.asdict(job.mesh),
         )
         self.incidents = IncidentPolicy(config.incidents, Path(job.work_dir) / LOG, writes=job.rank == 0)
+
+    def _check_batches(self, spec: ModelSpec | HFSpec) -> None:
+        """That a model can run on the job's batches."""
+        job, config = self.job, self.config
+        check_vocabulary(spec, self.store, self.held_out)
+        longest = self.store.longest if job.live is None else job.live.config.max_example_tokens
+        if not isinstance(spec, HFSpec):
+            check_prefixes(spec.config, config.share_prefixes, longest)
+            check_context(spec.config, job.mesh.context, row_tokens=config.row_tokens, longest=longest)
 
     def data_end(self) -> str:
         """That the data ends before the steps asked for, and what there is of it; empty where it does not, or where

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from posttrain_lib.config.model import Lora
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.evaluation.frozen import store_top_logprobs
 from posttrain_lib.evaluation.model import load_model
@@ -33,6 +34,8 @@ from tests.support.pair_jobs import PADDING, live, pair_config, pair_job
 from tests.support.rank_pool import RankPool
 
 TEACHER = {**HEADS, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "tie_word_embeddings": False}
+#: of the meshes, the one that cuts documents is for live teachers alone
+CONTEXT = MeshSpec(context=2)
 MESHES = [MeshSpec(shard=2), MeshSpec(tensor=2), MeshSpec(replicate=2)]
 
 
@@ -76,6 +79,10 @@ def test_distillation_is_that_of_one_process(kept: str, mesh: MeshSpec, rank_poo
     assert (reports[-1].hardware_flops > reports[-1].model_flops) == (kept == "live")
 
 
+def test_a_live_teacher_of_documents_that_lie_over_two_ranks(rank_pool: RankPool, tmp_path: Path) -> None:
+    assert_like_one_process(distill_job(tmp_path), rank_pool, CONTEXT)
+
+
 def test_blocks_that_run_again_inside_of_a_teachers_forward(rank_pool: RankPool, tmp_path: Path) -> None:
     job = distill_job(tmp_path, activation_checkpointing="full", clip_norm=0.1)
     assert_like_one_process(job, rank_pool, MeshSpec(shard=2))
@@ -95,6 +102,17 @@ def test_a_live_reference_is_that_of_one_process(mesh: MeshSpec, rank_pool: Rank
 @pytest.mark.parametrize("mesh", MESHES, ids=label)
 def test_a_reward_model_is_that_of_one_process(mesh: MeshSpec, rank_pool: RankPool, tmp_path: Path) -> None:
     job = pair_job(tmp_path, pair_config("reward", steps=3), "alone", architecture=HEADS, score_padding=PADDING)
+    assert_like_one_process(job, rank_pool, mesh)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "reward"])
+@pytest.mark.parametrize("mesh", MESHES[:2], ids=label)
+def test_adapters_with_the_base_underneath_or_a_score_on_top(
+    loss: str, mesh: MeshSpec, rank_pool: RankPool, tmp_path: Path
+) -> None:
+    lora = Lora(rank=4, alpha=8.0, targets=("attention", "mlp"), seed=3)
+    extra = {"companion": Companion("base")} if loss == "dpo" else {"score_padding": PADDING}
+    job = pair_job(tmp_path, pair_config(loss, steps=3), "alone", architecture=HEADS, lora=lora, **extra)
     assert_like_one_process(job, rank_pool, mesh)
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.data.collate import to_torch
+from posttrain_lib.data.signal_table import SignalTable
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.evaluation.frozen import store_top_logprobs
@@ -18,6 +20,7 @@ from posttrain_lib.evaluation.model import load_model
 from posttrain_lib.losses.beside import Beside
 from posttrain_lib.losses.distill import DistillLoss
 from posttrain_lib.models.decoder import Decoder
+from posttrain_lib.parallel.context import cut_batch
 from posttrain_lib.schema.companion import Companion
 from posttrain_lib.training.loop import train
 from tests.oracles.tiny_job import VOCABULARY, make_job, pack_rows, tiny_config, write_model, write_store
@@ -162,3 +165,38 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
     warm = tiny_config(steps=2, loss="distill", loss_options={"temperature": 2.0})
     with pytest.raises(ConfigError, match="stored log-probs do not fit"):
         run(dataclasses.replace(job, train=warm, companion=companion))
+
+
+@pytest.mark.parametrize("kept", ["live", "stored"])
+def test_a_run_goes_on_bit_for_bit(folder: Path, kept: str) -> None:
+    write_model(folder / "model")
+    write_store(folder / "held_out", 30, seed=2)
+    companion = Companion("live", folder=str(folder / "teacher"))
+    if kept == "stored":
+        tables = {split: folder / f"signals-{split}" for split in ("train", "held_out")}
+        for split, table in tables.items():
+            store_top_logprobs(
+                load_model(folder / "teacher"), TokenStore(folder / split), table, {}, row_tokens=64, top_k=5
+            )
+        companion = Companion("stored", tables={split: str(table) for split, table in tables.items()})
+    config = tiny_config(steps=4, loss="distill", loss_options={"hard_weight": 0.25})
+    whole = run(make_job(folder, config, "whole", companion=companion))
+    steps = train(make_job(folder, config, "cut", companion=companion))
+    while next(steps).step < 2:
+        pass
+    steps.close()
+    resumed = run(make_job(folder, config, "cut", companion=companion))
+    assert resumed[0].event.startswith("resumed") and resumed[0].step == 2
+    told = [[(r.loss, r.grad_norm, r.figures, r.held_out) for r in reports] for reports in (resumed[1:], whole[3:])]
+    assert told[0] == told[1]
+    one, other = (load_model_state(folder / f"{work}/checkpoints/step-00000004") for work in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_stored_tokens_of_documents_over_several_ranks_are_refused(folder: Path) -> None:
+    store = TokenStore(folder / "train")
+    store_top_logprobs(load_model(folder / "teacher"), store, folder / "said", {}, row_tokens=64, top_k=5)
+    loss = DistillLoss()
+    loss.attach(Beside(tables={"train": SignalTable(folder / "said", store)}))
+    with pytest.raises(ConfigError, match="lie over several ranks"):
+        loss.signals(cut_batch(pack_rows(store, [[3, 1]], 64), 2, 0), "train")

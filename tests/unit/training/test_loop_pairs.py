@@ -16,7 +16,7 @@ from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.config.model import Lora
 from posttrain_lib.data.signal_table import SignalWriter
 from posttrain_lib.data.token_store import TokenStore
-from posttrain_lib.errors import ModelError
+from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.evaluation.frozen import store_document_logprobs
 from posttrain_lib.evaluation.model import load_model
 from posttrain_lib.evaluation.perplexity import Means, held_out_loss
@@ -29,6 +29,7 @@ from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.training.incidents import read_log
 from posttrain_lib.training.job import TrainJob
 from tests.support.pair_jobs import PADDING, ROW_TOKENS, live, pair_config, pair_job, stored_logprobs
+from tests.support.tiny_models import write_tiny_model
 from tests.unit.training.test_loop_lora import run
 
 LORA = Lora(rank=4, alpha=8.0, targets=("attention", "mlp"), seed=3)
@@ -213,3 +214,13 @@ def test_a_reference_that_gives_no_probability_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="no log-probability") as refused:
         store_document_logprobs(model, store, tmp_path / "said", {}, row_tokens=ROW_TOKENS)
     assert "row:" in str(refused.value.where) and not (tmp_path / "said/signals.json").exists()
+
+
+def test_a_reference_that_cannot_share_beginnings_decides_for_both(tmp_path: Path) -> None:
+    """Linear attention has one past for each token. The held-out pairs are laid out for both models."""
+    write_tiny_model("qwen3_next", tmp_path / "reference")
+    job = pair_job(tmp_path, pair_config(steps=2, share_prefixes=True), companion=live(tmp_path, "reference"))
+    with pytest.raises(ConfigError, match="linear attention"):
+        run(job)
+    reports = run(dataclasses.replace(job, train=pair_config(steps=2, share_prefixes=False)))
+    assert reports[-1].held_out is not None and math.isfinite(reports[-1].held_out["all"])
