@@ -36,7 +36,7 @@ from tests.support.rank_pool import RankPool
 TEACHER = {**HEADS, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "tie_word_embeddings": False}
 #: of the meshes, the one that cuts documents is for live teachers alone
 CONTEXT = MeshSpec(context=2)
-MESHES = [MeshSpec(shard=2), MeshSpec(tensor=2), MeshSpec(replicate=2)]
+MESHES = [MeshSpec(shard=2), MeshSpec(tensor=2), pytest.param(MeshSpec(replicate=2), marks=pytest.mark.slow)]
 
 
 def assert_like_one_process(alone: TrainJob, pool: RankPool, mesh: MeshSpec, **changes: Any) -> list[StepReport]:

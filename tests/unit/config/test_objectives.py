@@ -11,6 +11,9 @@ from posttrain_lib.config.run import RunConfig
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.losses import build_loss
 
+#: documents lie over two devices
+TWO_PARTS = {"devices_per_node": 2, "mesh": {"context": 2}}
+
 
 def config_of(recipe: str, **sections: Any) -> RunConfig:
     source = {"name": "a", "path": "rows.jsonl", "format": "messages" if recipe == "distill" else "preference"}
@@ -62,7 +65,12 @@ def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
         ("dpo", {"dpo": {"reference": {"kept": "base"}}}, "needs model.lora"),
         ("dpo", {"dpo": {"reference": {"kept": "base", "path": "x"}}}, "leave path out"),
         ("dpo", {"train": {"loss": "dpo", "loss_options": {"beta": 9.0}}}, "contradict section dpo"),
-        ("dpo", {"compute": {"devices_per_node": 2, "mesh": {"context": 2}}}, "context: 1"),
+        ("dpo", {"compute": TWO_PARTS}, "context: 1"),
+        (
+            "distill",
+            {"distill": {"teacher": {"path": "t", "kept": "stored"}}, "compute": TWO_PARTS},
+            "context: 1, or distill.teacher.kept: live",
+        ),
         ("reward", {"model": {"backend": "hf"}}, "backend: native"),
         ("reward", {"evaluation": {"exact_match_prompts": 10}}, "writes nothing"),
         ("distill", {"distill": {"teacher": {"path": "t", "kept": "stored"}, "divergence": "reverse"}}, "kept: live"),
@@ -71,3 +79,8 @@ def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
 def test_what_does_not_go_together_is_refused(recipe: str, sections: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         config_of(recipe, **sections)
+
+
+def test_a_live_teachers_documents_may_lie_over_devices() -> None:
+    config = config_of("distill", distill={"teacher": {"path": "t"}}, compute=TWO_PARTS)
+    assert config.compute.mesh.context == 2
