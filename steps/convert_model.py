@@ -96,6 +96,7 @@ def _verify(folder: str, model: ModelConfig) -> tuple[VerificationReport, tuple[
     """The report, and what of the gate the model's backend has no place for."""
     from posttrain_lib.checkpoint.hf_backend import NOT_APPLICABLE, verify_hf_model
     from posttrain_lib.checkpoint.verify import verify_model
+    from posttrain_lib.checkpoint.verify_score import verify_score_model
     from posttrain_lib.checkpoint.verify_sharded import check_sharded
     from posttrain_lib.models.families import spec_from_folder
 
@@ -103,9 +104,11 @@ def _verify(folder: str, model: ModelConfig) -> tuple[VerificationReport, tuple[
     limit = None if wanted.memory_limit_gib is None else int(wanted.memory_limit_gib * 2**30)
     if model.backend == "hf":
         return verify_hf_model(folder, memory_limit_bytes=limit, seed=0), NOT_APPLICABLE
-    report = verify_model(folder, tier=wanted.tier, memory_limit_bytes=limit, seed=0)
+    spec = spec_from_folder(folder)
+    verify = verify_score_model if spec.config.score_head else verify_model
+    report = verify(folder, tier=wanted.tier, memory_limit_bytes=limit, seed=0)
     if wanted.sharded:
-        report = dataclasses.replace(report, checks=(*report.checks, *check_sharded(spec_from_folder(folder))))
+        report = dataclasses.replace(report, checks=(*report.checks, *check_sharded(spec)))
     return report, ()
 
 
