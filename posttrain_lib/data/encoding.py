@@ -173,16 +173,24 @@ class RowEncoder:
             asked = {"prompt_ids": ids, "messages": [_plain(message) for message in parsed.messages]}
             more = {"tools": list(parsed.tools), "extra": parsed.extra}
             return {"source": parsed.source, "row_id": parsed.row_id, **asked, "answer": parsed.answer, **more}
-        last = made.documents[-1]
-        # A document that was cut may have lost its last answer, or what was asked.
-        if not held_out or not isinstance(parsed, Conversation) or last.truncated or last.last_turn is None:
+        before: tuple[Message, ...]
+        if isinstance(parsed, PreferencePair):  # answered as the chosen one begins
+            last, number = made.documents[0], 0
+            before = parsed.prompt
+        elif isinstance(parsed, Conversation) and made.documents[-1].last_turn is not None:
+            last, number = made.documents[-1], -1
+            before = parsed.messages[: last.last_turn]
+        else:
             return None
-        first, end = last.tokens.answers[-1]
+        # A document that was cut may have lost its last answer, or what was before.
+        if not held_out or last.truncated:
+            return None
+        first, end = last.tokens.answers[number]
         return {
             "source": parsed.source,
             "row_id": parsed.row_id,
             "prompt_ids": last.tokens.ids[:first].tolist(),
-            "messages": [{"role": said.role, "content": said.content} for said in parsed.messages[: last.last_turn]],
+            "messages": [{"role": said.role, "content": said.content} for said in before],
             # As a generation would be read: what the model writes, markers left out.
             "answer": self.tokenizer.decode(last.tokens.ids[first:end].tolist()).strip(),
         }

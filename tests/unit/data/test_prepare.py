@@ -278,6 +278,15 @@ def test_preference_pairs_stay_pairs_and_are_compared(preparation: Preparation) 
     written = json.loads((preparation.out / "receipt.json").read_text())
     assert written["kinds"] == {"pair": 120} and receipt.refused == {"answers_equal": 1}
     assert written["pairs"]["findings"]["contradicting"]["rows"] == 2
+    # asked for evaluation: the prompt, and as the answer wanted the chosen one
+    held_out, prompts = stores[1], preparation.lines("prompts.jsonl")
+    asked = {prompt["row_id"]: (prompt["prompt_ids"], prompt["answer"]) for prompt in prompts}
+    assert asked
+    for example in range(0, len(held_out), 2):
+        tokens, weights = held_out.get(example)
+        if (found := asked.get(held_out.row_id(example).removesuffix("#chosen"))) is not None:
+            assert found[0] == tokens[: int(np.flatnonzero(weights)[0])].tolist()
+            assert found[1] in ("Fine.", "Good.", "Bad.")
 
 
 def test_prompts_are_kept_with_their_answers(preparation: Preparation) -> None:
