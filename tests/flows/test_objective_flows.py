@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain_lib.adapters import vllm_process
 from tests.flows.test_sft_flow import ROOT, TINY, environment
 
 pytestmark = pytest.mark.slow
@@ -106,10 +105,3 @@ def test_distillation(home: Path, tiny: dict[str, Any], sft: dict[str, Any], kep
     reports = figures(manifests)
     assert reports[-1]["held_out"]["all"] < reports[0]["held_out"]["all"]
     assert reports[-1]["figures"].keys() == {"distill/divergence"}
-
-
-@pytest.mark.skipif(not vllm_process.is_available(), reason="vLLM is not installed")
-def test_the_exported_policy_serves(home: Path, tiny: dict[str, Any], sft: dict[str, Any]) -> None:
-    config = pairs(tiny, "dpo", export={"verify_vllm": True}, dpo={"variant": "simpo"})
-    _, manifests = run(home, "dpo", config)
-    assert any("vLLM" in check["name"] and check["passed"] for check in manifests["export"]["checks"])
