@@ -29,12 +29,13 @@ def is_needed(config: RunConfig) -> bool:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What is stored, and how rows are packed for it, which decides the rounding."""
+    """What is stored, and what decides its rounding."""
     if not is_needed(config):
         return {"stored": None}
     distill = config.distill
     stored = {} if distill is None else {"top_k": distill.teacher.top_k, "temperature": distill.temperature}
-    return {"stored": config.recipe, "row_tokens": config.train.row_tokens, **stored}
+    how = {"row_tokens": config.train.row_tokens, "precision": config.train.precision, "device": config.compute.device}
+    return {"stored": config.recipe, **how, **stored}
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
@@ -66,8 +67,10 @@ def body(context: StepContext) -> StepResult:
         return StepResult({}, summary="nothing to store")
     from posttrain_lib.data.token_store import TokenStore
     from posttrain_lib.evaluation.model import load_model
+    from posttrain_lib.training.device import pick_device
 
-    model = load_model(context.inputs["companion"].uri)
+    device = pick_device(context.config.compute.device, 0)
+    model = load_model(context.inputs["companion"].uri).to(device)
     made_of = {"model": context.inputs["companion"].digest}
     outputs: dict[str, tuple[str, str] | ArtifactRef] = {}
     size, tokens = 0, 0
@@ -92,17 +95,18 @@ def _store(
     from posttrain_lib.evaluation.frozen import store_document_logprobs, store_top_logprobs
     from posttrain_lib.models.families import spec_from_folder
 
-    config = context.config
-    progress = _progress(context, split)
+    config, progress = context.config, _progress(context, split)
+    rows, precision = config.train.row_tokens, config.train.precision
     if config.distill is None:
-        store_document_logprobs(model, store, folder, made_of, row_tokens=config.train.row_tokens, progress=progress)
+        store_document_logprobs(model, store, folder, made_of, row_tokens=rows, precision=precision, progress=progress)
         return
     store_top_logprobs(
         model,
         store,
         folder,
         made_of,
-        row_tokens=config.train.row_tokens,
+        row_tokens=rows,
+        precision=precision,
         top_k=config.distill.teacher.top_k,
         temperature=config.distill.temperature,
         vocab_size=spec_from_folder(context.inputs["model"].uri).config.vocab_size,

@@ -15,10 +15,10 @@ from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.loader import held_out_batches
 from posttrain_lib.data.signal_table import SignalWriter
 from posttrain_lib.errors import ModelError
-from posttrain_lib.losses.segments import segment_sums
+from posttrain_lib.losses.preference import document_logprobs
 from posttrain_lib.models.spec import can_share_prefixes
 from posttrain_lib.ops.head_topk import top_logprobs
-from posttrain_lib.ops.linear_cross_entropy import token_logprobs
+from posttrain_lib.training.device import autocast
 
 if TYPE_CHECKING:
     from posttrain_lib.data.token_store import TokenStore
@@ -38,22 +38,19 @@ def store_document_logprobs(
     made_of: Mapping[str, str],
     *,
     row_tokens: int,
+    precision: str = "fp32",
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Write ``logprob``, float32 by example: the log-probability of its trained tokens, summed.
+    """Write ``logprob``, float64 by example: the log-probability of its trained tokens, summed. ``precision``: of the
+    products, as ``train.precision``; a policy that computes in another differs from it before it has learned anything.
 
     Raises:
         ModelError: one is not finite; training would stop at its pair, maybe days later.
     """
-    writer = SignalWriter(folder, store, "example", {"logprob": (np.float32, ())}, made_of)
+    writer = SignalWriter(folder, store, "example", {"logprob": (np.float64, ())}, made_of)
     done = 0
     for arrays, batch in _batches(model, store, row_tokens):
-
-        def output(hidden_TD: Tensor, head: OutputHead, batch: PackedBatch = batch) -> Tensor:
-            logprobs_N, _ = token_logprobs(hidden_TD, head, batch.target_ids, batch.supervised_index)
-            return segment_sums(logprobs_N, batch)
-
-        sums = _run(model, batch, output).cpu().numpy()
+        sums = _run(model, batch, document_logprobs(batch), precision).cpu().numpy()
         for segment, example in enumerate(arrays.document_ids.tolist()):
             if example >= 0:
                 if not np.isfinite(sums[segment]):
@@ -81,6 +78,7 @@ def store_top_logprobs(
     top_k: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    precision: str = "fp32",
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Write ``ids`` (uint16 where the vocabulary allows it, else int32) and ``logprobs`` (float16) by trained token,
@@ -105,7 +103,7 @@ def store_top_logprobs(
             own = dataclasses.replace(head, vocab_size=entries)
             return top_logprobs(hidden_TD, own, batch.supervised_index, min(top_k, entries), temperature=temperature)
 
-        logprobs, ids = (tensor.cpu().numpy() for tensor in _run(model, batch, output))
+        logprobs, ids = (tensor.cpu().numpy() for tensor in _run(model, batch, output, precision))
         rest = _log_of_rest(logprobs)
         starts = np.searchsorted(arrays.supervised_index, arrays.cu_seqlens)
         for segment, example in enumerate(arrays.document_ids.tolist()):
@@ -131,5 +129,8 @@ def _batches(model: Decoder, store: TokenStore, row_tokens: int) -> Iterator[tup
         yield arrays, to_torch(arrays, device)
 
 
-def _run(model: Decoder, batch: PackedBatch, output: Callable[[Tensor, OutputHead], Any]) -> Any:
-    return model(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, output, prefixes=batch.prefixes)
+def _run(model: Decoder, batch: PackedBatch, output: Callable[[Tensor, OutputHead], Any], precision: str) -> Any:
+    with autocast(batch.token_ids.device, precision):
+        return model(
+            batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, output, prefixes=batch.prefixes
+        )
