@@ -68,6 +68,8 @@ class DPO(Section):
             raise ValueError(f"target_margin is for variant simpo, not {self.variant}")
         if self.sft_weight and self.variant in ("orpo", "kto"):
             raise ValueError(f"sft_weight is not for variant {self.variant}")
+        if self.length_normalise is not None and self.variant in ("simpo", "orpo", "kto"):
+            raise ValueError(f"length_normalise is not for variant {self.variant}, which has its own rule")
         if self.label_smoothing and self.variant not in ("sigmoid", "robust"):
             raise ValueError(f"label_smoothing is for the variants sigmoid and robust, not {self.variant}")
         if self.variant == "robust" and not self.label_smoothing:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.losses.base import Loss, LossOutput
+from posttrain_lib.losses.base import Loss, LossOutput, weighted_figure
 from posttrain_lib.ops.head_divergence import Divergence, linear_divergence, linear_top_divergence
 from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -128,17 +128,13 @@ class DistillLoss(Loss):
         return found
 
     def _output(self, batch: PackedBatch, total: Tensor, divergence_N: Tensor, nll_N: Tensor | None) -> LossOutput:
-        weights = batch.loss_weights[batch.supervised_index].double()
+        weights = batch.loss_weights[batch.supervised_index]
         values = divergence_N * ((1.0 - self.hard_weight) * self.temperature**2)
-        figures = {"distill/divergence": _weighted(divergence_N, weights)}
+        figures = {"distill/divergence": weighted_figure(divergence_N, weights)}
         if nll_N is not None:
             values = values + self.hard_weight * nll_N
-            figures["distill/cross_entropy"] = _weighted(nll_N, weights)
+            figures["distill/cross_entropy"] = weighted_figure(nll_N, weights)
         return LossOutput.of_tokens(total, values, batch, figures)
-
-
-def _weighted(values_N: Tensor, weights_N: Tensor) -> Tensor:
-    return torch.stack([(values_N.double() * weights_N).sum(), weights_N.sum()])
 
 
 def _one_vocabulary(student: OutputHead, teacher: OutputHead) -> tuple[OutputHead, OutputHead]:

@@ -62,6 +62,7 @@ def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
         ("dpo", {"dpo": {"variant": "robust"}}, "robust needs label_smoothing"),
         ("dpo", {"dpo": {"target_margin": 1.0}}, "target_margin is for variant simpo"),
         ("dpo", {"dpo": {"variant": "kto", "sft_weight": 1.0}}, "sft_weight is not for variant kto"),
+        ("dpo", {"dpo": {"variant": "orpo", "length_normalise": False}}, "length_normalise is not for"),
         ("dpo", {"dpo": {"reference": {"kept": "base"}}}, "needs model.lora"),
         ("dpo", {"dpo": {"reference": {"kept": "base", "path": "x"}}}, "leave path out"),
         ("dpo", {"train": {"loss": "dpo", "loss_options": {"beta": 9.0}}}, "contradict section dpo"),
