@@ -8,7 +8,8 @@
 4. Distillation of that SFT model into a smaller one, beside the same student trained on the tokens alone, for equal
    tokens and several seeds: perplexity of the held-out answers.
 
-About an hour on two cores; results of equal work are taken from the store. ``--only`` does a part again.
+About an hour and a half on two cores; results of equal work are taken from the store, so that an interrupted run goes
+on, and ``--only`` does a part again. After the first, parts run with one thread each: two may run side by side.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tests.benchmarks.recording import Recording, argument_parser
 
 CONFIGS = PROJECT_ROOT / "configs"
 PARTS = ("reward", "dpo", "distill")
+ONE_THREAD = "compute.threads_per_worker=1"
 
 
 def run(config: str, *overrides: str, until: str = "evaluate") -> dict[str, StepManifest]:
@@ -53,11 +55,17 @@ def on_pairs(manifests: dict[str, StepManifest]) -> dict[str, Any]:
         for name, row in rows.items()
         if row["before"] is not None
     }
+    by_source = {
+        row["group"]: {"before": row["before"]["mean"], "after": row["after"]["mean"]}
+        for row in manifests["evaluate"].metrics["comparison"]
+        if row["metric"] == "rewards/accuracy" and row["group"] != "all" and row["before"] is not None
+    }
     pairs = held_out_pairs(manifests)
     low, high = interval(figures["rewards/accuracy"]["after"], pairs)
     return {
         "held_out_pairs": pairs,
         "figures": figures,
+        "accuracy_by_source": by_source,
         "accuracy_after_95": [low, high],
         "above_chance_by": low - 0.5,
         "steps": manifests["train"].metrics["step"],
@@ -76,7 +84,7 @@ def distillation(teacher: str, seeds: int) -> list[dict[str, Any]]:
     """The student with and without the teacher: equal tokens, order and beginnings."""
     found = []
     for seed in range(seeds):
-        same = (f"train.seed={seed}", f"model.from_scratch.seed={seed}")
+        same = (f"train.seed={seed}", f"model.from_scratch.seed={seed}", ONE_THREAD)
         taught = run("distill/chat.yaml", f"distill.teacher.path={teacher}", *same)
         alone = run("distill/chat.yaml", "recipe=sft", "distill=null", *same)
         tokens = [manifests["train"].metrics["tokens_seen"] for manifests in (taught, alone)]
@@ -99,7 +107,7 @@ def main() -> None:
     found: dict[str, Any] = {"sft": {"perplexity": perplexity(base), "tokens": base["train"].metrics["tokens_seen"]}}
     for part in ("reward", "dpo"):
         if part in parts:
-            found[part] = on_pairs(run(f"{part}/preference.yaml", f"model.path={folder}"))
+            found[part] = on_pairs(run(f"{part}/preference.yaml", f"model.path={folder}", ONE_THREAD))
     if "distill" in parts:
         found["distill"] = distillation(folder, options.seeds)
     print(json.dumps(found, indent=1))
