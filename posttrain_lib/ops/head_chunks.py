@@ -304,7 +304,7 @@ class HeadGradients:
         """Add a chunk's part. grad_CV: [C, rows of the weight] in the products' dtype, 0 at the padding."""
         chunked, rows = self.chunked, self.chunked.rows_ND[chunk]
         factors = self.factors_N1[chunk] if isinstance(self.factors_N1, Tensor) else self.factors_N1
-        scaled = torch.mul(rows, factors, out=torch.empty_like(rows))
+        scaled = scaled_rows(rows, factors, torch.empty_like(rows))
         if self.rows_ND is not None:
             part = self.rows_ND[chunk]
             for here, weight in chunked.weight_tiles():
@@ -369,5 +369,24 @@ def spread_rows(
     ``factors``: [N, 1], or one number, in the dtype of ``grad_ND``.
     """
     shape, dtype = like
-    rows = torch.mul(grad_ND, factors, out=torch.empty_like(grad_ND, dtype=dtype))
-    return torch.zeros(shape, dtype=dtype, device=grad_ND.device).index_copy_(0, index_N, rows)
+    spread = torch.zeros(shape, dtype=dtype, device=grad_ND.device)
+    if isinstance(factors, Tensor) and _has_row_kernel(grad_ND, dtype):
+        return scaled_rows(grad_ND, factors, spread, index_N)
+    return spread.index_copy_(0, index_N, scaled_rows(grad_ND, factors, torch.empty_like(grad_ND, dtype=dtype)))
+
+
+def scaled_rows(rows_ND: Tensor, factors: Tensor | float, out: Tensor, index_N: Tensor | None = None) -> Tensor:
+    """``factors * rows`` in ``out``, rounded once; ``factors``: [N, 1], or one number.
+
+    The kernel is there because torch mixes dtypes in passes several times as long; it alone takes ``index_N``, the rows'
+    places in ``out``.
+    """
+    if isinstance(factors, Tensor) and _has_row_kernel(rows_ND, out.dtype):
+        from posttrain_lib.ops.head_triton import put_scaled_rows
+
+        return put_scaled_rows(rows_ND, factors.reshape(-1), out, index_N)
+    return torch.mul(rows_ND, factors, out=out)
+
+
+def _has_row_kernel(rows_ND: Tensor, dtype: torch.dtype) -> bool:
+    return has_kernels(rows_ND.device.type) and torch.float64 not in (rows_ND.dtype, dtype) and rows_ND.is_contiguous()

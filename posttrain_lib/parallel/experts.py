@@ -29,7 +29,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from posttrain_lib.errors import ConfigError
@@ -38,6 +37,8 @@ from posttrain_lib.models.spec import ExpertsConfig
 from posttrain_lib.ops.experts import ExpertGroups
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+
     from posttrain_lib.models.decoder import Decoder
     from posttrain_lib.models.spec import DecoderConfig
     from posttrain_lib.parallel.mesh import RankMesh
@@ -98,12 +99,18 @@ def expert_sharding(mesh: RankMesh) -> Callable[[nn.Parameter], ShardPlacementRe
     group of their own in it. Cut are whole experts if these can be shared out evenly, else every expert's features: in
     a large mesh a rank owns few experts, which many ranks share. The function raises as :func:`even_dimension`.
     """
+    # torch's own type for this, which has no public name yet and is younger than 2.11: who deals no experts out does
+    # without it
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
+
     ranks = mesh.expert_fsdp
     info = FSDPMeshInfo(ranks, 0) if ranks.ndim == 1 else HSDPMeshInfo(ranks, 1, 0)
     return partial(_sharding, mesh.expert, info)
 
 
 def _sharding(dealt: DeviceMesh, info: FSDPMeshInfo, parameter: nn.Parameter) -> ShardPlacementResult | None:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+
     if not isinstance(parameter, DTensor) or parameter.device_mesh != dealt:
         return None
     return ShardPlacementResult(Shard(even_dimension(parameter.to_local().shape, info.shard_mesh_size)), info)

@@ -67,9 +67,10 @@ def slope(curve: tuple[float | None, float]) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("curve", CURVES)
-@pytest.mark.parametrize("block", [8, 64])
-def test_statistics_of_rows(dtype: torch.dtype, curve, block: int, monkeypatch) -> None:
-    monkeypatch.setattr(head_triton, "BLOCK", block)
+@pytest.mark.parametrize(("lanes", "deep"), [(8, 1), (2, 4), (64, 4)])
+def test_statistics_of_rows(dtype: torch.dtype, curve, lanes: int, deep: int, monkeypatch) -> None:
+    monkeypatch.setattr(head_triton, "LANES", lanes)
+    monkeypatch.setattr(head_triton, "DEEP", deep)
     products, targets = rows_of_logits(dtype)
     before = products.clone()
     found = head_triton.row_statistics(products, targets, ENTRIES, curve, with_entropy=True)
@@ -144,6 +145,22 @@ def test_scaling(source: torch.dtype, factor: float) -> None:
     # the interpreter cuts off to bfloat16 where a GPU rounds: a unit, where it would be none
     torch.testing.assert_close(found, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     assert (found is tensor) == (source == torch.bfloat16)
+
+
+@pytest.mark.parametrize("width", [1, 48, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_scaled_and_put_at_their_places(width: int, dtype: torch.dtype) -> None:
+    rows, factors = torch.randn(3, width, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, -2.0, 0.0])
+    expected = (rows * factors[:, None]).to(dtype)
+    # as above, of the interpreter's rounding
+    close = {"rtol": torch.finfo(dtype).eps, "atol": 0}
+    found = head_triton.put_scaled_rows(rows, factors, torch.empty(3, width, dtype=dtype))
+    torch.testing.assert_close(found, expected, **close)
+    spread = torch.full((5, width), 7.0, dtype=dtype)
+    head_triton.put_scaled_rows(rows, factors, spread, torch.tensor([4, 0, 2]))
+    torch.testing.assert_close(spread[[4, 0, 2]], expected, **close)
+    assert (spread[[1, 3]] == 7).all()
+    assert head_triton.put_scaled_rows(rows[:0], factors[:0], spread) is spread
 
 
 @pytest.fixture

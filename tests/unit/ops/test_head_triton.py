@@ -45,6 +45,7 @@ def text_of(name, dtype, constants, sizes):
     kernel, pointers = KERNELS[name]
     types = {"products": f"*{dtype}", **ROW, **{pointer: "*fp32" for pointer in pointers}}
     names = kernel.arg_names
+    constants = {key: value for key, value in constants.items() if key in names}
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
@@ -56,7 +57,8 @@ def text_of(name, dtype, constants, sizes):
     return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
-flags = {"CAPPED": True, "ENTROPY": True, "BLOCK": head_triton.BLOCK}
+tile = {"DEEP": head_triton.DEEP, "LANES": head_triton.LANES}
+flags = {"CAPPED": True, "ENTROPY": True, "BLOCK": head_triton.BLOCK, **tile}
 wide = ["products", "stride", "targets", "columns"]
 print(json.dumps({
     "statistics": text_of("statistics", "bf16", {**flags, "GRADIENT": True}, wide),
