@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,12 @@ import torch
 
 from posttrain_lib.checkpoint.state_files import PAGE_BYTES, CheckpointFolder
 from posttrain_lib.checkpoint.state_layout import ALIGNMENT, Part, as_bytes, chunks_of
+from posttrain_lib.errors import CheckpointError
 
 #: threads that copy from the host's own memory: one does not use its whole bandwidth
 _COPIERS = 2
+#: values of a device's largest part that are compared after they were copied
+_COMPARED = 1024
 
 
 def image_file(rank: int) -> str:
@@ -35,11 +39,15 @@ def index_file(rank: int) -> str:
 
 
 class HostBuffer:
-    """Bytes of the host in page-aligned memory that is used again; pinned where the shards are a CUDA device's."""
+    """Bytes of the host in page-aligned memory that is used again; pinned where the shards are a CUDA device's.
+
+    The pin goes before the memory does, also where the buffer is only dropped: the driver knows pages by their address
+    and would put the copies of whoever gets that address next where this memory was.
+    """
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._pinned = False
+        self._unpin: weakref.finalize[[int], HostBuffer] | None = None
 
     def reserve(self, size: int, *, pinned: bool) -> torch.Tensor:
         """At least ``size`` bytes, and as many whole pages; what was in it is no longer needed."""
@@ -50,16 +58,23 @@ class HostBuffer:
             if hasattr(mmap, "MADV_HUGEPAGE"):  # 512 times fewer page faults
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        if pinned and not self._pinned:
+        if pinned and self._unpin is None:
             # Not torch's pinned memory, which comes in powers of two. Where the system locks no more pages, copies
             # go through the driver's own buffer: slower, and the same bytes.
-            self._pinned = int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), len(self._bytes), 1)) == 0
+            address = self._bytes.data_ptr()
+            if int(torch.cuda.cudart().cudaHostRegister(address, len(self._bytes), 1)) == 0:
+                self._unpin = weakref.finalize(self, _unpin, address)
+                self._unpin.atexit = False  # the driver may be gone by then, and so is what could be misled
         return self._bytes[:rounded]
 
     def _release(self) -> None:
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
-        self._bytes, self._pinned = torch.empty(0, dtype=torch.uint8), False
+        if self._unpin is not None:
+            self._unpin()
+        self._bytes, self._unpin = torch.empty(0, dtype=torch.uint8), None
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class RankImage:
@@ -88,7 +103,31 @@ class RankImage:
         with torch.cuda.stream(stream):
             for part, begin in zip(self.parts, self._begins, strict=True):
                 self._copy(part, begin)
-        stream.synchronize()
+            stream.synchronize()
+            self._check_arrival()
+
+    def _check_arrival(self) -> None:
+        """Compare a part's end with what a plain copy brings: bytes that a copy put elsewhere would be hashed as they
+        are, and the file would look whole.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        if not self.parts:
+            return
+        part, begin = max(zip(self.parts, self._begins, strict=True), key=lambda pair: pair[0].nbytes)
+        row = part.values.reshape(1) if part.values.ndim == 0 else part.values
+        while row.ndim > 1:
+            row = row[-1]
+        expected = row[-_COMPARED:].cpu().view(torch.uint8)
+        end = begin + part.nbytes
+        if not torch.equal(self._bytes[end - len(expected) : end], expected):
+            raise CheckpointError(
+                "a copy from the device did not arrive in the host's memory",
+                where=f"host buffer of {self.size} bytes, {part.name}",
+                got="other bytes than the device has",
+                fix="start the run again: it goes on from its last checkpoint; if it comes again, look at the machine",
+            )
 
     def _copy(self, part: Part, begin: int) -> None:
         place = self._bytes[begin : begin + part.nbytes].view(part.values.dtype)

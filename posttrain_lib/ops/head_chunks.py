@@ -378,8 +378,8 @@ def spread_rows(
 def scaled_rows(rows_ND: Tensor, factors: Tensor | float, out: Tensor, index_N: Tensor | None = None) -> Tensor:
     """``factors * rows`` in ``out``, rounded once; ``factors``: [N, 1], or one number.
 
-    The kernel is there because torch mixes dtypes in passes several times as long; it alone takes ``index_N``, the rows'
-    places in ``out``.
+    There is a kernel because torch mixes dtypes in passes several times as long; it alone takes ``index_N``, the
+    places of the rows in ``out``.
     """
     if isinstance(factors, Tensor) and _has_row_kernel(rows_ND, out.dtype):
         from posttrain_lib.ops.head_triton import put_scaled_rows
