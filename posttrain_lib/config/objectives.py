@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,21 @@ from posttrain_lib.config.origin import ModelOrigin
 
 #: variants that compare with no reference
 REFERENCE_FREE = ("simpo", "orpo")
+
+
+class Objective(Section):
+    """A recipe's section: the options of its loss, and ``beside`` them what is there for any loss."""
+
+    beside: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def loss(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the loss."""
+
+    def changed_loss_fields(self) -> list[str]:
+        """Options of the loss that are not at their defaults."""
+        fields = type(self).model_fields
+        return [name for name in fields if name not in self.beside and getattr(self, name) != fields[name].default]
 
 
 class Reference(Section):
@@ -34,8 +50,11 @@ class Reference(Section):
         return self
 
 
-class DPO(Section):
+class DPO(Objective):
     """Learning from pairs of a better and a worse answer."""
+
+    # A loss of one's own takes from the variant whether there is a reference.
+    beside: ClassVar[frozenset[str]] = frozenset({"variant", "reference"})
 
     variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "kto"] = "sigmoid"
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
@@ -77,8 +96,10 @@ class DPO(Section):
         return self
 
 
-class Reward(Section):
+class Reward(Objective):
     """A scalar score from pairs of a better and a worse answer (Bradley-Terry)."""
+
+    beside: ClassVar[frozenset[str]] = frozenset({"pad_token"})
 
     centre: float = Field(0.0, ge=0, description="weight of (chosen + rejected)^2, which keeps scores around 0")
     margin_weight: float = Field(
@@ -108,8 +129,10 @@ class Teacher(Section):
     top_k: int = Field(64, ge=1, description="stored: log-probs kept of each trained token's distribution")
 
 
-class Distill(Section):
+class Distill(Objective):
     """Learning a teacher's distributions over the next token."""
+
+    beside: ClassVar[frozenset[str]] = frozenset({"teacher"})
 
     teacher: Teacher
     divergence: Literal["forward", "reverse", "symmetric", "jensen_shannon"] = Field(

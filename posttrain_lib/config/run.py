@@ -116,6 +116,11 @@ class RunConfig(Section):
             object.__setattr__(self, "train", trained)
         elif self.train.loss == name and self.train.loss_options != options:
             raise ValueError(f"train.loss_options {given[1]} contradict section {self.recipe}: say it there alone")
+        elif self.train.loss != name and (unread := section.changed_loss_fields()):
+            raise ValueError(
+                f"{self.recipe}.{unread[0]} is an option of the loss {name!r}, and train.loss names "
+                f"{self.train.loss!r}: give its options in train.loss_options, and leave {self.recipe}.{unread[0]} out"
+            )
         return self
 
     @property

@@ -49,6 +49,9 @@ def test_the_section_is_the_loss_and_stays_so_when_the_config_is_read_again() ->
 def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
     own = config_of("dpo", train={"loss": "my.losses:Mine", "loss_options": {"a": 1}})
     assert (own.train.loss, own.train.loss_options) == ("my.losses:Mine", {"a": 1})
+    assert RunConfig.model_validate(own.model_dump(mode="json")) == own
+    beside = config_of("dpo", train={"loss": "my.losses:Mine"}, dpo={"variant": "simpo", "reference": {"kept": "live"}})
+    assert beside.companion is None
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,8 @@ def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
         ("dpo", {"dpo": {"reference": {"kept": "base"}}}, "needs model.lora"),
         ("dpo", {"dpo": {"reference": {"kept": "base", "path": "x"}}}, "leave path out"),
         ("dpo", {"train": {"loss": "dpo", "loss_options": {"beta": 9.0}}}, "contradict section dpo"),
+        ("dpo", {"dpo": {"beta": 0.3}, "train": {"loss": "my.losses:Mine"}}, "leave dpo.beta out"),
+        ("reward", {"reward": {"centre": 0.1}, "train": {"loss": "my.losses:Mine"}}, "leave reward.centre out"),
         ("dpo", {"compute": TWO_PARTS}, "context: 1"),
         (
             "distill",
