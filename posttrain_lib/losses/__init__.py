@@ -18,6 +18,7 @@ LOSSES: dict[str, str] = {
     "orpo": "posttrain_lib.losses.reference_free:ORPOLoss",
     "kto": "posttrain_lib.losses.kto:KTOLoss",
     "reward": "posttrain_lib.losses.reward:RewardLoss",
+    "policy": "posttrain_lib.losses.policy:PolicyLoss",
 }
 
 

@@ -24,6 +24,17 @@ def segment_sums(values_N: Tensor, batch: PackedBatch) -> Tensor:
     return sums.index_add(0, segments_of_tokens(batch), values_N)
 
 
+def check_whole_documents(batch: PackedBatch) -> None:
+    """Raises ConfigError where the batch is a rank's part of documents that lie over several."""
+    if batch.prefixes is not None and batch.prefixes.exchange is not None:
+        raise ConfigError(
+            "the loss looks at whole documents, and these lie over several ranks",
+            where="compute.mesh.context",
+            expected="1",
+            fix="set compute.mesh.context: 1; use shard and recomputation for long rows",
+        )
+
+
 def pair_signals(batch: PackedBatch) -> dict[str, Any]:
     """``{"chosen": int64 [P], "rejected": int64 [P]}``: the segments of the pairs of a batch (numpy). The two
     documents of a pair follow one another, the chosen first (see ``data.token_store``).
@@ -32,13 +43,7 @@ def pair_signals(batch: PackedBatch) -> dict[str, Any]:
         DataError: the batch holds half of a pair, or documents that are no pairs.
         ConfigError: the batch is a rank's part of documents that lie over several.
     """
-    if batch.prefixes is not None and batch.prefixes.exchange is not None:
-        raise ConfigError(
-            "losses on pairs look at whole documents, and these lie over several ranks",
-            where="compute.mesh.context",
-            expected="1",
-            fix="set compute.mesh.context: 1; use shard and recomputation for long rows",
-        )
+    check_whole_documents(batch)
     real = np.flatnonzero(batch.document_ids >= 0)
     chosen, rejected = real[0::2], real[1::2]
     if len(chosen) != len(rejected) or (batch.document_ids[chosen] + 1 != batch.document_ids[rejected]).any():

@@ -1,0 +1,1 @@
+"""Reinforcement learning: what samples are worth. No rollout engine, no Ray, no host."""
