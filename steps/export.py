@@ -75,6 +75,7 @@ def body(context: StepContext) -> StepResult:
     checks += [_same_tokenizer(context, folder, names), *compare_with_reference(model, folder, _prompts(context, 1024))]
     if context.config.reward is not None:
         checks += _same_scores(context, model, folder)
+        _say_how_to_score(context, folder)
     elif context.config.export.verify_vllm:
         checks += _same_in_vllm(context, model, folder)
     for check in checks:
@@ -218,6 +219,16 @@ def _same_scores(context: StepContext, model: Decoder, folder: Path) -> list[Che
     prompts = _prompts(context, 1024)
     lengths = tuple(len(prompt) for prompt in prompts)
     return compare_scores(model, folder, Documents(torch.tensor([t for prompt in prompts for t in prompt]), lengths))
+
+
+def _say_how_to_score(context: StepContext, folder: Path) -> None:
+    from posttrain_lib.checkpoint.score_folder import write_score_readme
+    from posttrain_lib.schema.examples import Message
+
+    tokenizer = load_tokenizer(context.config, context.inputs)
+    rendered = tokenizer.render([Message("user", "A question"), Message("assistant", "An answer")])
+    if (remark := write_score_readme(folder, rendered[len(rendered.rstrip()) :])) is not None:
+        context.say(f"export: {remark}")
 
 
 def _same_in_vllm(context: StepContext, model: Decoder, folder: Path) -> list[Check]:

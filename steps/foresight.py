@@ -61,8 +61,7 @@ def check_start(config: RunConfig) -> None:
                 where=f"data.sources: {source.name}: format",
                 got=f"{source.format} (rows become {kind}s)",
                 expected=f"one of {fitting}",
-                fix=f"no recipe trains on {kind}s yet: take the source out, or name a loss of your own in train.loss "
-                f"that says kind = {kind!r}",
+                fix=_recipes_for(kind),
             )
     scratch = config.model.from_scratch
     if scratch is not None and scratch.tokenizer is None and not any(s.generate for s in config.data.sources):
@@ -71,6 +70,12 @@ def check_start(config: RunConfig) -> None:
             where="model.from_scratch.tokenizer",
             fix="name a tokenizer folder, or add a source with 'generate'",
         )
+
+
+def _recipes_for(kind: str) -> str:
+    fitting = {"document": "recipes sft and distill train", "pair": "recipes dpo and reward train"}
+    does = fitting.get(kind, "no recipe trains yet")
+    return f"{does} on {kind}s: take the source out, change the recipe, or name a loss of your own in train.loss"
 
 
 def check_evaluation(config: RunConfig) -> None:

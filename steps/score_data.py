@@ -33,7 +33,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     if not is_needed(config):
         return {"stored": None}
     distill = config.distill
-    stored = {} if distill is None else {"top_k": distill.teacher.top_k, "temperature": distill.temperature}
+    stored = {} if distill is None else {"top_k": distill.teacher.stored_entries, "temperature": distill.temperature}
     how = {"row_tokens": config.train.row_tokens, "precision": config.train.precision, "device": config.compute.device}
     return {"stored": config.recipe, **how, **stored}
 
@@ -107,7 +107,7 @@ def _store(
         made_of,
         row_tokens=rows,
         precision=precision,
-        top_k=config.distill.teacher.top_k,
+        top_k=config.distill.teacher.stored_entries,
         temperature=config.distill.temperature,
         vocab_size=spec_from_folder(context.inputs["model"].uri).config.vocab_size,
         progress=progress,

@@ -56,25 +56,39 @@ class DPO(Objective):
     # A loss of one's own takes from the variant whether there is a reference.
     beside: ClassVar[frozenset[str]] = frozenset({"variant", "reference"})
 
-    variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "kto"] = "sigmoid"
-    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
+    variant: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo", "kto"] = "sigmoid"
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="how strongly the policy is held to the reference; simpo: the factor on the margin; orpo: the "
+        "weight of the odds ratio. Default: 0.1; simpo: 2.0",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of the pairs taken to be the wrong way round")
     sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-likelihood a token")
     length_normalise: bool | None = Field(
         None, description="compare log-probs a token in place of an answer's sums; default: as the variant has it"
     )
-    target_margin: float | None = Field(None, ge=0, description="simpo: the margin wanted, in units of reward")
+    target_margin: float | None = Field(
+        None, ge=0, description="simpo: the margin wanted, in units of reward; default: 1.0"
+    )
+    desirable_weight: float | None = Field(None, gt=0, description="kto: of chosen answers; default: 1")
+    undesirable_weight: float | None = Field(None, gt=0, description="kto: of rejected answers; default: 1")
     reference: Reference = Reference()
 
     def loss(self) -> tuple[str, dict[str, Any]]:
         """Name and options of the loss."""
         if self.variant == "simpo":
-            margin = self.target_margin or 0.0
-            return "simpo", {"beta": self.beta, "target_margin": margin, "sft_weight": self.sft_weight}
-        if self.variant in ("orpo", "kto"):
-            return self.variant, {"beta": self.beta}
-        names = ("variant", "beta", "label_smoothing", "sft_weight", "length_normalise")
-        return "dpo", {name: getattr(self, name) for name in names}
+            margin = 1.0 if self.target_margin is None else self.target_margin
+            beta = 2.0 if self.beta is None else self.beta
+            return "simpo", {"beta": beta, "target_margin": margin, "sft_weight": self.sft_weight}
+        beta = 0.1 if self.beta is None else self.beta
+        if self.variant == "orpo":
+            return "orpo", {"beta": beta}
+        if self.variant == "kto":
+            weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
+            return "kto", {"beta": beta, **{name: 1.0 if value is None else value for name, value in weights.items()}}
+        names = ("variant", "label_smoothing", "sft_weight", "length_normalise")
+        return "dpo", {"beta": beta, **{name: getattr(self, name) for name in names}}
 
     @property
     def needs_reference(self) -> bool:
@@ -83,6 +97,10 @@ class DPO(Objective):
 
     @model_validator(mode="after")
     def _options_of_the_variant(self) -> DPO:
+        if self.reference != Reference() and not self.needs_reference:
+            raise ValueError(f"reference is not for variant {self.variant}, which compares with none: leave it out")
+        if self.variant != "kto" and (self.desirable_weight, self.undesirable_weight) != (None, None):
+            raise ValueError(f"desirable_weight and undesirable_weight are for variant kto, not {self.variant}")
         if self.target_margin is not None and self.variant != "simpo":
             raise ValueError(f"target_margin is for variant simpo, not {self.variant}")
         if self.sft_weight and self.variant in ("orpo", "kto"):
@@ -126,7 +144,20 @@ class Teacher(Section):
     kept: Literal["live", "stored"] = Field(
         "live", description="live: it runs beside the student; stored: its top log-probs are stored once"
     )
-    top_k: int = Field(64, ge=1, description="stored: log-probs kept of each trained token's distribution")
+    top_k: int | None = Field(
+        None, ge=1, description="stored: log-probs kept of each trained token's distribution; default: 64"
+    )
+
+    @property
+    def stored_entries(self) -> int:
+        """Log-probs kept of each token."""
+        return 64 if self.top_k is None else self.top_k
+
+    @model_validator(mode="after")
+    def _entries_are_stored(self) -> Teacher:
+        if self.top_k is not None and self.kept != "stored":
+            raise ValueError("top_k is of kept: stored: leave it out, or set kept: stored")
+        return self
 
 
 class Distill(Objective):
@@ -149,6 +180,8 @@ class Distill(Objective):
 
     @model_validator(mode="after")
     def _stored_is_forward(self) -> Distill:
+        if self.mix != type(self).model_fields["mix"].default and self.divergence != "jensen_shannon":
+            raise ValueError(f"mix is for divergence jensen_shannon, not {self.divergence}")
         if self.teacher.kept == "stored" and self.divergence != "forward":
             raise ValueError(
                 f"divergence {self.divergence} needs the teacher's whole distribution: set teacher.kept: live, or "

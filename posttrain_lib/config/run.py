@@ -110,12 +110,20 @@ class RunConfig(Section):
             raise ValueError(f"recipe {self.recipe} needs a section {self.recipe}")
         name, options = section.loss()
         given = (self.train.loss, self.train.loss_options)
+        if self.train.loss == "sft" and self.train.loss_options:
+            raise ValueError(
+                f"train.loss_options {given[1]} are of train.loss, and recipe {self.recipe} says its loss in section "
+                f"{self.recipe}: give them there"
+            )
         if given == ("sft", {}):
             # The resolved config says what is trained, whoever reads it.
             trained = self.train.model_copy(update={"loss": name, "loss_options": options})
             object.__setattr__(self, "train", trained)
         elif self.train.loss == name and self.train.loss_options != options:
-            raise ValueError(f"train.loss_options {given[1]} contradict section {self.recipe}: say it there alone")
+            raise ValueError(
+                f"train.loss {name!r} with options {given[1]} contradicts section {self.recipe}, which says {options}: "
+                f"leave train.loss and train.loss_options out, and say it in {self.recipe} alone"
+            )
         elif self.train.loss != name and (unread := section.changed_loss_fields()):
             raise ValueError(
                 f"{self.recipe}.{unread[0]} is an option of the loss {name!r}, and train.loss names "
@@ -142,14 +150,23 @@ class RunConfig(Section):
             raise ValueError("what is stored of every example needs prepared data: set data.on_the_fly: false, or live")
         if self.recipe == "reward" and self.model.backend == "hf":
             raise ValueError("recipe reward needs a definition of ours: set model.backend: native")
-        if self.recipe == "reward" and self.evaluation.exact_match_prompts:
-            raise ValueError("a reward model writes nothing: leave evaluation.exact_match_prompts out")
+        if self.recipe == "reward":
+            self._reward_model_writes_nothing()
         if self.compute.mesh.context > 1 and not (self.recipe == "sft" or (self.distill and kept == "live")):
             raise ValueError(
                 f"recipe {self.recipe} needs whole documents: set compute.mesh.context: 1"
                 + (", or distill.teacher.kept: live" if self.distill else "")
             )
         return self
+
+    def _reward_model_writes_nothing(self) -> None:
+        if self.evaluation.exact_match_prompts:
+            raise ValueError("a reward model writes nothing: leave evaluation.exact_match_prompts out")
+        if built_in := [task.task for task in self.evaluation.tasks if ":" not in task.task]:
+            raise ValueError(
+                f"a reward model has no next token: leave the task {built_in[0]} out of evaluation.tasks; its accuracy "
+                "and calibration on held-out pairs are always measured"
+            )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

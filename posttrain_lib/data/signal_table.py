@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from posttrain_lib.schema.batches import PackedBatch
 
 INDEX_FILE = "signals.json"
-FORMAT, VERSION = "posttrain-signals", 1
+#: 2: with a checksum of each column
+FORMAT, VERSION = "posttrain-signals", 2
+_CHECKED_BYTES = 64 << 20
 By = Literal["example", "token"]
 
 
@@ -95,6 +98,15 @@ class SignalTable:
             raise DataError("a column cannot be read", where=path, got=error, fix="make the signals again") from error
         if len(column) != rows:
             raise DataError("a column has not the store's length", where=path, got=len(column), expected=rows)
+        expected = self.index["columns"][name][2]
+        if (found := _crc32(path)) != expected:
+            raise DataError(
+                "a column is not what was written",
+                where=path,
+                got=f"crc32 {found:08x}",
+                expected=f"{expected:08x}",
+                fix="make the signals again: run the step that made them, without its stored result",
+            )
         return column
 
 
@@ -155,7 +167,10 @@ class SignalWriter:
             "version": VERSION,
             "by": self.by,
             "made_of": self.made_of,
-            "columns": {name: [str(column.dtype), list(column.shape)] for name, column in self.columns.items()},
+            "columns": {
+                name: [str(column.dtype), list(column.shape), _crc32(self.folder / f"{name}.npy")]
+                for name, column in self.columns.items()
+            },
         }
         unfinished = self.folder / (INDEX_FILE + ".tmp")
         with open(unfinished, "w", encoding="utf-8") as handle:
@@ -163,6 +178,15 @@ class SignalWriter:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(unfinished, self.folder / INDEX_FILE)
+
+
+def _crc32(path: Path) -> int:
+    """Of a whole file: what a copy or a disk may do to it, not what somebody means to."""
+    found = 0
+    with open(path, "rb") as handle:
+        while block := handle.read(_CHECKED_BYTES):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

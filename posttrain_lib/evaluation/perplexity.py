@@ -12,6 +12,7 @@ from torch import Tensor
 
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.loader import held_out_batches
+from posttrain_lib.losses.base import run_loss
 from posttrain_lib.models.spec import can_share_prefixes
 from posttrain_lib.parallel.context import own_part
 from posttrain_lib.parallel.mesh import RankMesh
@@ -90,7 +91,7 @@ def held_out_loss(
     ):
         batch = to_torch(with_signals(own_part(arrays, mesh), loss, "held_out"), device)
         with autocast(device, precision):
-            output = loss(model, batch)
+            output = run_loss(loss, model, batch)
         if observe is not None:
             observe(batch, output)
         sums += output_sums(loss, batch, output, len(store.sources))

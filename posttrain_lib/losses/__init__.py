@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_lib.errors import ConfigError
+from posttrain_lib.errors import ConfigError, PosttrainError
 from posttrain_lib.losses.base import Loss
 from posttrain_lib.registry import resolve
 
@@ -29,10 +31,41 @@ def build_loss(name: str, options: Mapping[str, Any] | None = None) -> Loss:
         ConfigError: no such loss, or options that it does not take.
     """
     factory = resolve(name, LOSSES, what="loss", where="train.loss")
+    _check_names(name, factory, options or {})
     try:
-        loss: Loss = factory(**(options or {}))
-    except TypeError as error:
+        loss: object = factory(**(options or {}))
+    except PosttrainError:
+        raise
+    except Exception as error:
         raise ConfigError(
-            "the loss does not take these options", where="train.loss_options", got=dict(options or {}), fix=str(error)
+            f"the loss {name} cannot be made with these options",
+            where="train.loss_options",
+            got=dict(options or {}),
+            fix=f"it raised {type(error).__name__}: {error}",
         ) from error
+    if not isinstance(loss, Loss):
+        raise ConfigError(
+            f"{name} is no loss",
+            where="train.loss",
+            got=type(loss).__name__,
+            expected="a class derived from posttrain_lib.losses.base.Loss, or a function that makes one",
+        )
     return loss
+
+
+def _check_names(name: str, factory: Any, options: Mapping[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return  # not told, as of what is written in C: the call itself will say
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    if unknown := sorted(set(options) - set(parameters)):
+        near = difflib.get_close_matches(unknown[0], parameters, n=1)
+        raise ConfigError(
+            f"the loss {name} has no option {unknown[0]!r}",
+            where=f"train.loss_options.{unknown[0]}",
+            got=dict(options),
+            expected=", ".join(parameters) or "no options",
+            fix=f"did you mean {near[0]!r}?" if near else None,
+        )

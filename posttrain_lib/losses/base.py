@@ -94,6 +94,39 @@ class Loss(ABC):
         """Run the model on the batch (torch tensors) and return the local sum."""
 
 
+def run_loss(loss: Loss, model: Decoder, batch: PackedBatch) -> LossOutput:
+    """The loss of a batch (torch tensors), held against what the loss says of itself.
+
+    Raises:
+        ConfigError: it returned something else, other figures than it names, or a sum that no gradient comes from.
+    """
+    output: object = loss(model, batch)
+    name = f"{type(loss).__module__}:{type(loss).__qualname__}"
+    if not isinstance(output, LossOutput):
+        raise ConfigError(
+            f"the loss {name} did not return a LossOutput",
+            where="train.loss",
+            got=type(output).__name__,
+            expected="posttrain_lib.losses.base.LossOutput",
+            fix="return LossOutput(local_sum, values, weights, segments), or LossOutput.of_tokens(...)",
+        )
+    if set(output.figures) != set(loss.figures):
+        raise ConfigError(
+            f"the loss {name} did not return the figures that it names",
+            where="train.loss",
+            got=sorted(output.figures),
+            expected=sorted(loss.figures),
+        )
+    if torch.is_grad_enabled() and not output.local_sum.requires_grad:
+        raise ConfigError(
+            f"no gradient comes from what the loss {name} returned",
+            where="train.loss",
+            got="a detached local_sum",
+            expected="a sum that belongs to the graph, also where nothing is trained: (hidden * 0).sum()",
+        )
+    return output
+
+
 def check_option(name: str, value: object, holds: bool, expected: str) -> None:
     """Raises ConfigError where an option of a loss does not hold."""
     if not holds:

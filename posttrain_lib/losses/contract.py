@@ -28,6 +28,7 @@ from posttrain_lib.data.collate import to_torch
 from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.data.units import LEAST_SHARED, units_of
+from posttrain_lib.losses.base import Loss, LossOutput
 from posttrain_lib.losses.beside import Beside
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_config
@@ -35,7 +36,6 @@ from posttrain_lib.models.scratch import init_weights
 from posttrain_lib.schema.examples import TokenizedExample
 
 if TYPE_CHECKING:
-    from posttrain_lib.losses.base import Loss, LossOutput
     from posttrain_lib.schema.batches import PackedBatch
 
 VOCABULARY = 48
@@ -64,6 +64,7 @@ def check_loss(loss: Loss, model: Decoder | None = None, *, seed: int = 0) -> No
         AssertionError: a law is broken.
     """
     model = tiny_decoder(seed) if model is None else model
+    assert isinstance(loss, Loss), f"a loss is derived from losses.base.Loss, and this is a {type(loss).__name__}"
     assert loss.kind in ("document", "pair"), f"no examples can be made of the kind {loss.kind!r}"
     if loss.needs is not None:
         loss.attach(Beside(other_than(model)))
@@ -116,6 +117,7 @@ def outcome_of(loss: Loss, model: Decoder, batches: Sequence[PackedBatch]) -> Ou
 
 
 def _check_output(loss: Loss, batch: PackedBatch, output: LossOutput) -> None:
+    assert isinstance(output, LossOutput), f"a loss returns a LossOutput, and this one a {type(output).__name__}"
     assert output.local_sum.shape == () and output.local_sum.requires_grad, "local_sum is a scalar of the graph"
     assert not output.values.requires_grad, "values are detached"
     shapes = {tuple(tensor.shape) for tensor in (output.values, output.weights, output.segments)}
@@ -129,7 +131,9 @@ def _check_output(loss: Loss, batch: PackedBatch, output: LossOutput) -> None:
 
 
 def _check_layouts(loss: Loss, model: Decoder, store: TokenStore) -> None:
-    expected = outcome_of(loss, model, pack(store, [(unit,) for unit in range(_UNITS)], 1))
+    alone = pack(store, [(unit,) for unit in range(_UNITS)], 1)
+    assert sum(loss.divisor(batch) for batch in alone) > 0, "the divisor of a batch with trained tokens is above 0"
+    expected = outcome_of(loss, model, alone)
     assert expected.items, "no item came out of a batch with trained tokens"
     assert any(bool(gradient.any()) for gradient in expected.gradients.values()), "all gradients are zero"
     for name, batches in layouts(store):

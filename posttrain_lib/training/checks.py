@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from posttrain_lib.losses.base import Loss
     from posttrain_lib.models.hf_spec import HFSpec
     from posttrain_lib.models.spec import ModelSpec
+    from posttrain_lib.schema.batches import PackedBatch
 
 
 def check_vocabulary(spec: ModelSpec | HFSpec, *stores: TokenStore) -> None:
@@ -82,6 +84,24 @@ def check_margins(store: TokenStore, loss: Loss) -> None:
             got=f"{len(store) // 2} pairs without a margin",
             expected="a number 'margin' in the rows, at least in some",
             fix="name the rows' field in data.sources.fields (margin: <field>), or leave reward.margin_weight out",
+        )
+
+
+def check_divisor(loss: Loss, divisor: float, micro_batches: Sequence[PackedBatch]) -> None:
+    """Refuse a loss that counts nothing in a step that has tokens to learn from: its gradients would be thrown away.
+
+    Raises:
+        ConfigError: naming the loss.
+    """
+    trained = sum(len(batch.supervised_index) for batch in micro_batches)
+    if trained and not divisor > 0:
+        raise ConfigError(
+            f"the loss {type(loss).__module__}:{type(loss).__qualname__} has a divisor of {divisor} for a step with "
+            "trained tokens",
+            where="train.loss",
+            got=f"{trained} trained tokens on this rank",
+            expected="a number above 0, as batch.weight",
+            fix="posttrain_lib.losses.contract.check_loss() finds such faults before a run",
         )
 
 

@@ -41,7 +41,14 @@ from posttrain_lib.parallel.process_group import global_max, process_group
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training import pulse
 from posttrain_lib.training.build import build_loader, live_feed, load_sharded_model, planned_steps, spec_of
-from posttrain_lib.training.checks import check_ids, check_kind, check_margins, check_vocabulary, check_warmup
+from posttrain_lib.training.checks import (
+    check_divisor,
+    check_ids,
+    check_kind,
+    check_margins,
+    check_vocabulary,
+    check_warmup,
+)
 from posttrain_lib.training.companions import attach_companion, frozen_spec, load_frozen
 from posttrain_lib.training.device import peak_memory_gib, pick_device, reproducible
 from posttrain_lib.training.flops import relative_pair_cost
@@ -250,6 +257,7 @@ class Trainer:
         set_lr(state.optimizer, lr)
         divisors = (self.loss.divisor(batch) for batch in loaded.micro_batches)
         divisor, *work = self.mesh.sum_over_rows([sum(divisors), *self.meter.work(loaded.micro_batches)])
+        check_divisor(self.loss, divisor, loaded.micro_batches)
         with self.meter.step(progress.step + 1):
             outcome = self._guarded(loaded, divisor)
         if isinstance(outcome, StepReport):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.evaluation.perplexity import output_sums, with_signals
+from posttrain_lib.losses.base import run_loss
 from posttrain_lib.optim.clipping import clip_gradients, gradient_norm
 from posttrain_lib.parallel.apply import gradient_scale, settle_gradients, synchronise_gradients
 from posttrain_lib.parallel.context import own_part
@@ -166,7 +167,7 @@ def _accumulate(
         batch = to_torch(with_signals(arrays, loss, "train"), device)
         synchronise_gradients(model, number == len(micro_batches) - 1)
         with settings.clock.part("forward"), autocast(device, settings.precision):
-            output = loss(model, batch)
+            output = run_loss(loss, model, batch)
         with settings.clock.part("backward"):
             (output.local_sum * scale).backward()
         items.append((output.values, output.segments))

@@ -29,12 +29,21 @@ def config_of(recipe: str, **sections: Any) -> RunConfig:
     return build_run_config(raw)
 
 
-@pytest.mark.parametrize("variant", ["sigmoid", "ipo", "hinge", "simpo", "orpo", "kto"])
+@pytest.mark.parametrize("variant", ["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "kto"])
 def test_every_variant_is_a_loss_that_takes_its_options(variant: str) -> None:
     train = config_of("dpo", dpo={"variant": variant, "beta": 0.3}).train
     loss = build_loss(train.loss, train.loss_options)
     assert (loss.kind, loss.beta) == ("pair", 0.3)
     assert loss.needs == (None if variant in ("simpo", "orpo") else "reference")
+
+
+def test_simpo_begins_where_its_paper_does() -> None:
+    assert config_of("dpo", dpo={"variant": "simpo"}).train.loss_options == {
+        "beta": 2.0,
+        "target_margin": 1.0,
+        "sft_weight": 0.0,
+    }
+    assert config_of("dpo", dpo={"variant": "simpo", "target_margin": 0}).train.loss_options["target_margin"] == 0
 
 
 def test_the_section_is_the_loss_and_stays_so_when_the_config_is_read_again() -> None:
@@ -50,7 +59,7 @@ def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
     own = config_of("dpo", train={"loss": "my.losses:Mine", "loss_options": {"a": 1}})
     assert (own.train.loss, own.train.loss_options) == ("my.losses:Mine", {"a": 1})
     assert RunConfig.model_validate(own.model_dump(mode="json")) == own
-    beside = config_of("dpo", train={"loss": "my.losses:Mine"}, dpo={"variant": "simpo", "reference": {"kept": "live"}})
+    beside = config_of("dpo", train={"loss": "my.losses:Mine"}, dpo={"variant": "simpo"})
     assert beside.companion is None
 
 
@@ -64,11 +73,18 @@ def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
         ("dpo", {"dpo": {"variant": "ipo", "label_smoothing": 0.1}}, "label_smoothing is for"),
         ("dpo", {"dpo": {"variant": "robust"}}, "robust needs label_smoothing"),
         ("dpo", {"dpo": {"target_margin": 1.0}}, "target_margin is for variant simpo"),
+        ("dpo", {"dpo": {"desirable_weight": 2.0}}, "are for variant kto, not sigmoid"),
+        ("dpo", {"dpo": {"variant": "simpo", "reference": {"kept": "live"}}}, "reference is not for variant simpo"),
+        ("dpo", {"dpo": {"variant": "orpo", "reference": {"path": "x"}}}, "reference is not for variant orpo"),
+        ("dpo", {"train": {"loss_options": {"beta": 0.3}}}, "give them there"),
+        ("distill", {"distill": {"teacher": {"path": "t"}, "mix": 0.3}}, "mix is for divergence jensen_shannon"),
+        ("distill", {"distill": {"teacher": {"path": "t", "top_k": 8}}}, "top_k is of kept: stored"),
+        ("reward", {"evaluation": {"tasks": [{"task": "perplexity"}]}}, "leave the task perplexity out"),
         ("dpo", {"dpo": {"variant": "kto", "sft_weight": 1.0}}, "sft_weight is not for variant kto"),
         ("dpo", {"dpo": {"variant": "orpo", "length_normalise": False}}, "length_normalise is not for"),
         ("dpo", {"dpo": {"reference": {"kept": "base"}}}, "needs model.lora"),
         ("dpo", {"dpo": {"reference": {"kept": "base", "path": "x"}}}, "leave path out"),
-        ("dpo", {"train": {"loss": "dpo", "loss_options": {"beta": 9.0}}}, "contradict section dpo"),
+        ("dpo", {"train": {"loss": "dpo", "loss_options": {"beta": 9.0}}}, "contradicts section dpo"),
         ("dpo", {"dpo": {"beta": 0.3}, "train": {"loss": "my.losses:Mine"}}, "leave dpo.beta out"),
         ("reward", {"reward": {"centre": 0.1}, "train": {"loss": "my.losses:Mine"}}, "leave reward.centre out"),
         ("dpo", {"compute": TWO_PARTS}, "context: 1"),

@@ -86,6 +86,11 @@ def test_a_column_that_lost_its_end_is_refused(tmp_path: Path, store: TokenStore
     (folder / "a.npy").write_bytes(whole[:-4])
     with pytest.raises(DataError, match="cannot be read"):
         SignalTable(folder, store)
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    (folder / "a.npy").write_bytes(bytes(flipped))
+    with pytest.raises(DataError, match="not what was written"):
+        SignalTable(folder, store)
     np.save(folder / "a.npy", np.zeros(3, np.int32))
     with pytest.raises(DataError, match="not the store's length"):
         SignalTable(folder, store)
