@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -84,17 +84,9 @@ class PassAtK(Task):
             samples=self._samples,
             seed=given.seed,
         )
-        right = []
-        for prompt, several in zip(prompts, made, strict=True):
-            verdicts = [float(self._verify(tokenizer.decode(tokens), prompt)) for tokens in several]
-            if not all(verdict in (0.0, 1.0) for verdict in verdicts):
-                raise DataError(
-                    "a verifier of pass@k must say right or wrong",
-                    where=f"evaluation.tasks: verifier, row {prompt['row_id']}",
-                    got=verdicts,
-                    expected="True or False",
-                )
-            right.append(int(sum(verdicts)))
+        texts = [[tokenizer.decode(tokens) for tokens in several] for several in made]
+        verdicts = [self._judge(prompt, several) for prompt, several in zip(prompts, texts, strict=True)]
+        right = [sum(each) for each in verdicts]
         groups = tuple(prompt["source"] for prompt in prompts)
         scores = {
             f"pass@{k}": Scores(
@@ -103,10 +95,27 @@ class PassAtK(Task):
             for k in self._k
         }
         examples = [
-            {"row_id": prompt["row_id"], "right": count, "samples": self._samples}
-            for prompt, count in zip(prompts, right, strict=True)
+            {
+                "row_id": prompt["row_id"],
+                "right": count,
+                "samples": self._samples,
+                "completions": several,
+                "verdicts": judged,
+            }
+            for prompt, count, several, judged in zip(prompts, right, texts, verdicts, strict=True)
         ]
         return TaskResult(scores, examples)
+
+    def _judge(self, prompt: Mapping[str, Any], completions: Sequence[str]) -> list[bool]:
+        verdicts = [self._verify(completion, prompt) for completion in completions]
+        if bad := [verdict for verdict in verdicts if verdict not in (0, 1)]:
+            raise DataError(
+                "a verifier of pass@k must say right or wrong",
+                where=f"evaluation.tasks: verifier, row {prompt['row_id']}",
+                got=repr(bad[0]),
+                expected="True or False",
+            )
+        return [bool(verdict) for verdict in verdicts]
 
 
 def _verifier(name: str, extract: str) -> Verifier:

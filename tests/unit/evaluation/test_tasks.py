@@ -246,6 +246,17 @@ def starts_low(completion: str, row: Mapping[str, Any]) -> bool:
     return completion[:1] < "a" and row["answer"].isdigit()
 
 
+def says_maybe(completion: str, row: Any) -> str:
+    """A verifier that does not say."""
+    return "maybe"
+
+
+def test_a_verifier_that_does_not_say_is_named(small: Decoder, tokenizer: ChatTokenizer, given: Given) -> None:
+    options = {"prompts": 2, "samples": 2, "max_new_tokens": 2, "verifier": f"{__name__}:says_maybe"}
+    with pytest.raises(DataError, match="'maybe'"):
+        build_task("pass_at_k", options).run(small, tokenizer, given)
+
+
 def test_pass_at_k_counts_what_the_verifier_says(small: Decoder, tokenizer: ChatTokenizer, given: Given) -> None:
     options = {"prompts": 4, "k": [1, 3], "samples": 6, "max_new_tokens": 3, "verifier": f"{__name__}:starts_low"}
     task = build_task("pass_at_k", options)
