@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -93,13 +94,19 @@ def test_reward(home: Path, tiny: dict[str, Any], sft: dict[str, Any]) -> None:
     folder = manifests["export"]["outputs"]["hf"]["uri"]
     model, loading = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert model.score.weight.shape[0] == 1
+    readme = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(float(score))"], cwd=folder, capture_output=True, text=True
+    )
+    assert math.isfinite(float(done.stdout)), done.stderr
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
 
 
 @pytest.mark.parametrize("kept", ["live", "stored"])
 def test_distillation(home: Path, tiny: dict[str, Any], sft: dict[str, Any], kept: str) -> None:
-    teacher = {"path": "SFTFlow/latest", "kept": kept, "top_k": 8}
+    teacher = {"path": "SFTFlow/latest", "kept": kept, **({"top_k": 8} if kept == "stored" else {})}
     _, manifests = run(home, "distill", {**tiny, "recipe": "distill", "distill": {"teacher": teacher}})
     assert ("train" in manifests["score_data"]["outputs"]) == (kept == "stored")
     reports = figures(manifests)
