@@ -55,17 +55,11 @@ def on_pairs(manifests: dict[str, StepManifest]) -> dict[str, Any]:
         for name, row in rows.items()
         if row["before"] is not None
     }
-    by_source = {
-        row["group"]: {"before": row["before"]["mean"], "after": row["after"]["mean"]}
-        for row in manifests["evaluate"].metrics["comparison"]
-        if row["metric"] == "rewards/accuracy" and row["group"] != "all" and row["before"] is not None
-    }
     pairs = held_out_pairs(manifests)
     low, high = interval(figures["rewards/accuracy"]["after"], pairs)
     return {
         "held_out_pairs": pairs,
         "figures": figures,
-        "accuracy_by_source": by_source,
         "accuracy_after_95": [low, high],
         "above_chance_by": low - 0.5,
         "steps": manifests["train"].metrics["step"],
