@@ -223,10 +223,15 @@ def _same_scores(context: StepContext, model: Decoder, folder: Path) -> list[Che
 
 def _say_how_to_score(context: StepContext, folder: Path) -> None:
     from posttrain_lib.checkpoint.score_folder import write_score_readme
+    from posttrain_lib.data.refusal import RefusedRow
     from posttrain_lib.schema.examples import Message
 
     tokenizer = load_tokenizer(context.config, context.inputs)
-    rendered = tokenizer.render([Message("user", "A question"), Message("assistant", "An answer")])
+    try:
+        rendered = tokenizer.render([Message("user", "A question"), Message("assistant", "An answer")])
+    except RefusedRow as refusal:
+        context.say(f"export: no README.md says how to score: a plain question and answer are refused ({refusal})")
+        return
     if (remark := write_score_readme(folder, rendered[len(rendered.rstrip()) :])) is not None:
         context.say(f"export: {remark}")
 
