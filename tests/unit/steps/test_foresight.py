@@ -76,7 +76,7 @@ def test_a_loss_says_what_it_learns_from(tmp_path: Path) -> None:
     scratch = {"from_scratch": {"architecture": {}, "tokenizer": "anywhere"}}
     with pytest.raises(ConfigError, match="learns from documents") as caught:
         foresight.check_start(config_of(data=pairs, model=scratch))
-    assert "no recipe trains on pairs yet" in str(caught.value.fix)
+    assert "recipes dpo and reward train on pairs" in str(caught.value.fix)
     own = {"loss": f"{__name__}:PairLoss"}
     foresight.check_start(config_of(data=pairs, model=scratch, train=own))
     with pytest.raises(ConfigError, match="learns from pairs"):
