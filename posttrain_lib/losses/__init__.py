@@ -36,7 +36,7 @@ def build_loss(name: str, options: Mapping[str, Any] | None = None) -> Loss:
         loss: object = factory(**(options or {}))
     except PosttrainError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a user's own constructor raises: the field is named, the cause is kept
         raise ConfigError(
             f"the loss {name} cannot be made with these options",
             where="train.loss_options",

@@ -193,9 +193,10 @@ class PolicyLoss(Loss):
         }
         if self.correction is not None:
             rollout = signals[ROLLOUT]
-            values = values * self.correction(old_N - rollout, self.correction_most)
+            mismatch = token_log_ratio(old_N, rollout)
+            values = values * self.correction(mismatch, self.correction_most)
             figures["mismatch/kl"] = kl_k3(rollout, old_N)
-            figures["mismatch/ratio"] = token_log_ratio(old_N, rollout).exp()
+            figures["mismatch/ratio"] = mismatch.exp()
         if self.kl_weight:
             distance = self.kl(logprobs_N, signals[REFERENCE])
             values = values + self.kl_weight * distance

@@ -98,12 +98,12 @@ KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "
 
 def truncated(log_ratio_N: Tensor, most: float) -> Tensor:
     """``min(r, most)`` of trainer over sampler: truncated importance sampling (Ionides 2008)."""
-    return log_ratio_N.clamp(-_MOST, _MOST).exp().clamp(max=most)
+    return log_ratio_N.exp().clamp(max=most)
 
 
 def masked(log_ratio_N: Tensor, most: float) -> Tensor:
-    """1 where trainer and sampler agree within a factor of ``most``, else 0 (IcePop, Ling 2025), times the ratio."""
-    ratio = log_ratio_N.clamp(-_MOST, _MOST).exp()
+    """``r`` where trainer and sampler agree within a factor of ``most``, else 0 (IcePop, Ling 2025)."""
+    ratio = log_ratio_N.exp()
     return ratio * ((ratio <= most) & (ratio >= 1 / most))
 
 

@@ -371,20 +371,21 @@ def spread_rows(
     shape, dtype = like
     spread = torch.zeros(shape, dtype=dtype, device=grad_ND.device)
     if isinstance(factors, Tensor) and _has_row_kernel(grad_ND, dtype):
-        return scaled_rows(grad_ND, factors, spread, index_N)
+        from posttrain_lib.ops.head_triton import put_scaled_rows
+
+        return put_scaled_rows(grad_ND, factors.reshape(-1), spread, index_N)
     return spread.index_copy_(0, index_N, scaled_rows(grad_ND, factors, torch.empty_like(grad_ND, dtype=dtype)))
 
 
-def scaled_rows(rows_ND: Tensor, factors: Tensor | float, out: Tensor, index_N: Tensor | None = None) -> Tensor:
+def scaled_rows(rows_ND: Tensor, factors: Tensor | float, out: Tensor) -> Tensor:
     """``factors * rows`` in ``out``, rounded once; ``factors``: [N, 1], or one number.
 
-    There is a kernel because torch mixes dtypes in passes several times as long; it alone takes ``index_N``, the
-    places of the rows in ``out``.
+    There is a kernel because torch takes several times as long where it mixes dtypes.
     """
     if isinstance(factors, Tensor) and _has_row_kernel(rows_ND, out.dtype):
         from posttrain_lib.ops.head_triton import put_scaled_rows
 
-        return put_scaled_rows(rows_ND, factors.reshape(-1), out, index_N)
+        return put_scaled_rows(rows_ND, factors.reshape(-1), out)
     return torch.mul(rows_ND, factors, out=out)
 
 
