@@ -74,6 +74,10 @@ class PreemptedError(PosttrainError):
     """Training that was asked to stop and did, behind a checkpoint: the same command again goes on from there."""
 
 
+class RolloutError(PosttrainError):
+    """A rollout engine that cannot do what it was asked, or whose weights are not the policy's."""
+
+
 class StoreError(PosttrainError):
     """The artifact store cannot be written or holds something unexpected."""
 
