@@ -73,9 +73,8 @@ def check_start(config: RunConfig) -> None:
 
 
 def _recipes_for(kind: str) -> str:
-    fitting = {"document": "recipes sft and distill train", "pair": "recipes dpo and reward train"}
-    does = fitting.get(kind, "no recipe trains yet")
-    return f"{does} on {kind}s: take the source out, change the recipe, or name a loss of your own in train.loss"
+    fitting = {"document": "recipes sft and distill train", "pair": "recipes dpo and reward train", "prompt": "recipe grpo trains"}
+    return f"{fitting[kind]} on {kind}s: take the source out, change the recipe, or name a loss of your own in train.loss"
 
 
 def check_evaluation(config: RunConfig) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
-from posttrain_lib.config.data import GeneratedConversations
+from posttrain_lib.config.data import Source
 from posttrain_lib.config.evaluation import WinRateTask
 from posttrain_lib.config.origin import ModelOrigin
 from posttrain_lib.errors import ConfigError, ModelError
@@ -26,13 +26,17 @@ from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 from steps.foresight import HUB_ID, check_evaluation, check_model, check_start, local_folder
 
 #: recipe -> where its run file names a frozen model of its own
-_COMPANION_FIELDS = {"dpo": "dpo.reference.path", "distill": "distill.teacher.path"}
+_COMPANION_FIELDS = {
+    "dpo": "dpo.reference.path",
+    "distill": "distill.teacher.path",
+    "grpo": "grpo.reference.path",
+}
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """What is generated, and the names of what is found (their content enters the key by digest)."""
     return {
-        "sources": [{"name": s.name, "generate": _plain(s.generate), "path": s.path} for s in config.data.sources],
+        "sources": [{"name": s.name, "generate": _generated(s), "path": s.path} for s in config.data.sources],
         "model": {
             "path": config.model.path,
             "origin": _plain(config.model.origin),
@@ -43,6 +47,12 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "tokenizer": config.data.tokenizer,
         "chat_template": config.data.chat_template,
     }
+
+
+def _generated(source: Source) -> Any:
+    """What decides a source's generated rows; of events the format says no more than ``pairs``."""
+    plain = _plain(source.generate)
+    return plain if plain is None or plain["of"] == "events" else {**plain, "format": source.format}
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
@@ -88,7 +98,7 @@ def body(context: StepContext) -> StepResult:
             outputs[f"source:{source.name}"] = context.inputs[f"source:{source.name}"]
             continue
         path = out / "rows" / f"{source.name}.jsonl"
-        _write_rows(path, source.generate)
+        _write_rows(path, source)
         generated.append(path)
         outputs[f"source:{source.name}"] = (path.relative_to(out).as_posix(), "rows")
     outputs["model"] = _model(context, generated)
@@ -173,11 +183,20 @@ def _write_scratch(context: StepContext, generated: list[Path], out: Path) -> No
     write_scratch_model(scratch.family, scratch.architecture, tokenizer, scratch.seed, out)
 
 
-def _write_rows(path: Path, generate: GeneratedConversations) -> None:
+def _write_rows(path: Path, source: Source) -> None:
     from posttrain_lib.embedded.conversations import generate_rows
+    from posttrain_lib.embedded.lookups import generate_demonstrations, generate_questions
     from posttrain_lib.embedded.pairs import generate_pairs
 
-    make = generate_pairs if generate.pairs else generate_rows
+    generate = source.generate
+    assert generate is not None
+    makers = {
+        ("events", "messages"): generate_rows,
+        ("events", "preference"): generate_pairs,
+        ("lookups", "messages"): generate_demonstrations,
+        ("lookups", "prompts"): generate_questions,
+    }
+    make = makers[generate.of, source.format]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as handle:
         for row in make(generate.rows, generate.seed):
@@ -189,6 +208,9 @@ def _texts(paths: Iterable[Path]) -> Iterator[str]:
         with open(path, encoding="utf-8") as handle:
             for line in handle:
                 row = json.loads(line)
+                if isinstance(row.get("prompt"), str):
+                    yield from (row["prompt"], row["answer"])
+                    continue
                 messages = row.get("messages") or [*row["prompt"], *row["chosen"], *row["rejected"]]
                 yield from (message["content"] for message in messages)
 

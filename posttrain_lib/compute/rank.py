@@ -32,6 +32,10 @@ def run_rank(job: TrainJob, stop_signals: Sequence[str]) -> Events:
         memory_errors(job),
     ):
         pulse.beat("imports")
+        if job.rollouts is not None:
+            from posttrain_lib.rl.run import train_on_rollouts
+
+            return (yield from train_on_rollouts(job, job.rollouts))
         from posttrain_lib.training.loop import train
 
         return (yield from train(job))

@@ -15,6 +15,11 @@ class GeneratedConversations(Section):
 
     rows: int = Field(6000, ge=10, description="conversations to generate")
     seed: int = 0
+    of: Literal["events", "lookups"] = Field(
+        "events",
+        description="events: conversations, every answer right; lookups: questions with one checkable answer (format "
+        "prompts), or demonstrations of which two in five are right (format messages)",
+    )
     pairs: bool = Field(False, description="as pairs of a right and a wrong last answer, for format preference")
 
 
@@ -41,6 +46,10 @@ class Source(Section):
         pairs = self.generate is not None and self.generate.pairs
         if self.generate is not None and pairs != (self.format == "preference"):
             raise ValueError("generate.pairs: true goes with format: preference, and the one needs the other")
+        if self.generate is not None:
+            made = {"events": ("messages", "preference"), "lookups": ("messages", "prompts")}[self.generate.of]
+            if self.format not in made:
+                raise ValueError(f"generate.of: {self.generate.of} makes rows of format {' or '.join(made)}")
         return self
 
 

@@ -11,6 +11,7 @@ from posttrain_lib.config.compute import ComputeConfig
 from posttrain_lib.config.data import DataConfig
 from posttrain_lib.config.evaluation import EvaluationConfig
 from posttrain_lib.config.export import ExportConfig
+from posttrain_lib.config.grpo import GRPO, FrozenPolicy
 from posttrain_lib.config.model import ModelConfig
 from posttrain_lib.config.objectives import DPO, Distill, Reference, Reward, Teacher
 from posttrain_lib.config.tracking import Tracker
@@ -73,7 +74,7 @@ def _check_batch(train: TrainConfig, compute: ComputeConfig) -> list[Problem]:
 class RunConfig(Section):
     """Everything a run depends on. The resolved form is stored with every run."""
 
-    recipe: Literal["sft", "dpo", "reward", "distill"] = "sft"
+    recipe: Literal["sft", "dpo", "reward", "distill", "grpo"] = "sft"
     name: str = Field(
         min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="short name of the run, for tags and reports"
     )
@@ -83,6 +84,7 @@ class RunConfig(Section):
     dpo: DPO | None = Field(None, description="of recipe dpo")
     reward: Reward | None = Field(None, description="of recipe reward")
     distill: Distill | None = Field(None, description="of recipe distill")
+    grpo: GRPO | None = Field(None, description="of recipe grpo")
     compute: ComputeConfig = ComputeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
@@ -100,7 +102,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _loss_of_the_recipe(self) -> RunConfig:
         """The recipe's section says which loss it is; ``train.loss`` may name a loss of one's own in its place."""
-        sections = {"dpo": self.dpo, "reward": self.reward, "distill": self.distill}
+        sections = {"dpo": self.dpo, "reward": self.reward, "distill": self.distill, "grpo": self.grpo}
         if foreign := [name for name, found in sections.items() if found is not None and name != self.recipe]:
             raise ValueError(f"section {foreign[0]} is for recipe {foreign[0]}, and this one is {self.recipe}")
         if self.recipe == "sft":
@@ -132,10 +134,12 @@ class RunConfig(Section):
         return self
 
     @property
-    def companion(self) -> Reference | Teacher | None:
+    def companion(self) -> Reference | Teacher | FrozenPolicy | None:
         """The frozen model that the recipe compares with; None where there is none."""
         if self.dpo is not None and self.dpo.needs_reference:
             return self.dpo.reference
+        if self.grpo is not None and self.grpo.needs_reference:
+            return self.grpo.reference
         return None if self.distill is None else self.distill.teacher
 
     @model_validator(mode="after")
@@ -157,6 +161,33 @@ class RunConfig(Section):
                 f"recipe {self.recipe} needs whole documents: set compute.mesh.context: 1"
                 + (", or distill.teacher.kept: live" if self.distill else "")
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_can(self) -> RunConfig:
+        if self.grpo is None:
+            return self
+        train, data, rollout = self.train, self.data, self.grpo.rollout
+        if train.steps is None:
+            raise ValueError("recipe grpo needs train.steps, which counts updates: its data has no end")
+        fields = type(train).model_fields
+        for name in ("rows_per_step", "packing_buffer", "shuffle_window", "mixture", "early_stopping"):
+            if getattr(train, name) != fields[name].default:
+                raise ValueError(f"train.{name} is not for recipe grpo, whose rows are made of what was sampled")
+        if other := [source.name for source in data.sources if source.format != "prompts"]:
+            raise ValueError(f"recipe grpo asks prompts: give data.sources {other[0]!r} format: prompts")
+        if data.on_the_fly:
+            raise ValueError("recipe grpo reads prepared prompts: set data.on_the_fly: false")
+        if data.max_example_tokens + rollout.max_new_tokens > train.row_tokens:
+            raise ValueError(
+                f"a prompt of data.max_example_tokens ({data.max_example_tokens}) and an answer of "
+                f"grpo.rollout.max_new_tokens ({rollout.max_new_tokens}) do not fit into train.row_tokens "
+                f"({train.row_tokens}): raise the last, or lower one of the others"
+            )
+        if self.compute.workers > 1 or self.compute.address is not None:
+            raise ValueError("recipe grpo runs in one process: leave compute.devices_per_node, nodes and address out")
+        if self.model.backend == "hf":
+            raise ValueError("recipe grpo needs a definition of ours: set model.backend: native")
         return self
 
     def _reward_model_writes_nothing(self) -> None:

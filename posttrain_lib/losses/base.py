@@ -28,7 +28,8 @@ class LossOutput:
     The held-out loss, the losses per source and the rows that an incident names come from M *items*, supervised tokens
     or pairs: ``values`` float [M], detached, the loss of each, unweighted; ``weights`` float [M]; ``segments`` int64
     [M], the segment of the batch that each belongs to. ``figures`` has for each name in ``Loss.figures`` a float64 [2],
-    detached: (sum, weight) of what is reported as sum / weight over all micro-batches and ranks.
+    detached: (sum, weight) of what is reported as sum / weight over all micro-batches and ranks; ``extremes`` has for
+    each name in ``Loss.extremes`` a float64 scalar of which the largest is reported.
     """
 
     local_sum: Tensor
@@ -36,6 +37,7 @@ class LossOutput:
     weights: Tensor
     segments: Tensor
     figures: Mapping[str, Tensor] = field(default_factory=dict)
+    extremes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_tokens(
@@ -65,7 +67,8 @@ class Loss(ABC):
         kind: the examples that it learns from, one of ``data.token_store.KINDS``.
         needs: the frozen model that it compares with, if any; see :meth:`attach`.
         wants_margins: whether it reads ``batch.margins``; data of which no pair has one is then refused.
-        figures: names of what it reports besides its value, as ``rewards/margin``.
+        figures: names of what it reports besides its value, as ``rewards/margin``; ``extremes``: of which it reports
+            the largest value, not the mean.
         beside: what :meth:`attach` was given.
     """
 
@@ -73,6 +76,7 @@ class Loss(ABC):
     needs: Literal["reference", "teacher"] | None = None
     wants_margins: bool = False
     figures: tuple[str, ...] = ()
+    extremes: tuple[str, ...] = ()
     beside: Beside | None = None
 
     def attach(self, beside: Beside) -> None:
@@ -110,13 +114,17 @@ def run_loss(loss: Loss, model: Decoder, batch: PackedBatch) -> LossOutput:
             expected="posttrain_lib.losses.base.LossOutput",
             fix="return LossOutput(local_sum, values, weights, segments), or LossOutput.of_tokens(...)",
         )
-    if set(output.figures) != set(loss.figures):
-        raise ConfigError(
-            f"the loss {name} did not return the figures that it names",
-            where="train.loss",
-            got=sorted(output.figures),
-            expected=sorted(loss.figures),
-        )
+    for kind, found, said in (
+        ("figures", output.figures, loss.figures),
+        ("extremes", output.extremes, loss.extremes),
+    ):
+        if set(found) != set(said):
+            raise ConfigError(
+                f"the loss {name} did not return the {kind} that it names",
+                where="train.loss",
+                got=sorted(found),
+                expected=sorted(said),
+            )
     if torch.is_grad_enabled() and not output.local_sum.requires_grad:
         raise ConfigError(
             f"no gradient comes from what the loss {name} returned",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 #: what a batch's ``signals`` may hold, float [N] each: one number a trained token
 ADVANTAGES, OLD, REFERENCE, ROLLOUT = "advantages", "old_logprobs", "reference_logprobs", "rollout_logprobs"
+#: what the trainer says of a token against what the sampler said: means, and the largest size of a log ratio
+MISMATCH, MISMATCH_MAX = ("mismatch/kl", "mismatch/ratio", "mismatch/ratio_squared"), "mismatch/log_ratio_max"
 
 
 class PolicyLoss(Loss):
@@ -39,8 +42,9 @@ class PolicyLoss(Loss):
     ``rollout_logprobs``, what the sampler said of them, with ``correction``.
 
     Figures, means over trained tokens: ``policy/clip_share``, ``policy/ratio``, ``policy/kl`` (of the policy now from
-    the one that sampled, k3), and as far as asked for ``policy/reference_kl``, ``policy/entropy``, ``mismatch/kl`` (k3)
-    and ``mismatch/ratio`` of the trainer to the sampler.
+    the one that sampled, k3), and as far as asked for ``policy/reference_kl`` and ``policy/entropy``. Where the batch
+    says ``rollout_logprobs``, of the trainer (before its first update on them) to the sampler: ``mismatch/kl`` (k3),
+    ``mismatch/ratio``, ``mismatch/ratio_squared``, and the extreme ``mismatch/log_ratio_max``.
 
     Where nothing needs the log-probabilities before the gradient is formed (a first update, without KL, entropy and
     correction), the head does with three products in place of four; the value is then that of "reinforce", whose
@@ -54,11 +58,14 @@ class PolicyLoss(Loss):
             (Dr. GRPO).
         kl, kl_weight: a key of ``policy_objectives.KL``, and what is added to the loss of it. entropy_bonus: what is
             taken off of the entropy.
+        temperature: that the samples were drawn at; log-probabilities are of the logits divided by it.
         correction, correction_most: a key of ``policy_objectives.CORRECTIONS`` and its bound.
 
     Raises:
         ConfigError: an option outside its range.
     """
+
+    kind = "prompt"
 
     def __init__(
         self,
@@ -72,6 +79,7 @@ class PolicyLoss(Loss):
         kl: str = "k3",
         kl_weight: float = 0.0,
         entropy_bonus: float = 0.0,
+        temperature: float = 1.0,
         correction: str | None = None,
         correction_most: float = 2.0,
     ) -> None:
@@ -88,12 +96,13 @@ class PolicyLoss(Loss):
         check_option("kl", kl, kl in KL, f"one of {', '.join(KL)}")
         check_option("kl_weight", kl_weight, kl_weight >= 0, "0 or more")
         check_option("entropy_bonus", entropy_bonus, entropy_bonus >= 0, "0 or more")
+        check_option("temperature", temperature, temperature > 0, "above 0")
         known = correction is None or correction in CORRECTIONS
         check_option("correction", correction, known, f"one of {', '.join(CORRECTIONS)}")
         check_option("correction_most", correction_most, correction_most >= 1, "1 or more")
         self.objective, self.ratio, self.clip = OBJECTIVES[objective], ratio, Clip(clip_low, clip_high, dual_clip)
         self.aggregate, self.horizon, self.kl, self.kl_weight = aggregate, horizon, KL[kl], kl_weight
-        self.entropy_bonus, self.correction_most = entropy_bonus, correction_most
+        self.entropy_bonus, self.correction_most, self.temperature = entropy_bonus, correction_most, temperature
         self.correction = None if correction is None else CORRECTIONS[correction]
         self.figures = (
             "policy/clip_share",
@@ -101,8 +110,9 @@ class PolicyLoss(Loss):
             "policy/kl",
             *(("policy/reference_kl",) if kl_weight else ()),
             *(("policy/entropy",) if entropy_bonus else ()),
-            *(("mismatch/kl", "mismatch/ratio") if self.correction else ()),
+            *MISMATCH,
         )
+        self.extremes = (MISMATCH_MAX,)
 
     def signals(self, batch: PackedBatch, split: str) -> dict[str, Any]:
         """What came with the batch.
@@ -135,20 +145,31 @@ class PolicyLoss(Loss):
 
     def __call__(self, model: Decoder, batch: PackedBatch) -> LossOutput:
         """One forward."""
-        weights_N, terms = self._weights(batch), self._without_logprobs if self._is_first(batch) else self._terms
+        weights_N = self._weights(batch)
 
         def output(hidden_TD: Tensor, head: OutputHead) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            terms = self._without_logprobs if self._is_first(batch, head) else self._terms
             return terms(hidden_TD, head, batch, weights_N)
 
         local_sum, values_N, parts = model(
             batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, output, prefixes=batch.prefixes
         )
         tokens_N = batch.loss_weights[batch.supervised_index]
+        largest = parts.pop(MISMATCH_MAX, None)
+        if largest is None or not len(largest):
+            largest = tokens_N.new_zeros(1)
         figures = {name: weighted_figure(part, tokens_N) for name, part in parts.items()}
-        return LossOutput.of_tokens(local_sum, values_N, batch, figures)
+        unsaid = torch.zeros(2, dtype=torch.float64, device=tokens_N.device)  # a mean of no weight is not reported
+        figures = {name: figures.get(name, unsaid) for name in self.figures}
+        return dataclasses.replace(
+            LossOutput.of_tokens(local_sum, values_N, batch, figures), extremes={MISMATCH_MAX: largest.max().double()}
+        )
 
-    def _is_first(self, batch: PackedBatch) -> bool:
-        return OLD not in batch.signals and not (self.kl_weight or self.entropy_bonus or self.correction)
+    def _is_first(self, batch: PackedBatch, head: OutputHead) -> bool:
+        """Whether nothing needs a log-probability before the gradient is formed. A soft cap lies between the products
+        and the temperature."""
+        plain = not (self.kl_weight or self.entropy_bonus or self.correction)
+        return plain and OLD not in batch.signals and (self.temperature == 1.0 or head.softcap is None)
 
     def _weights(self, batch: PackedBatch) -> Tensor:
         weights_N = batch.loss_weights[batch.supervised_index]
@@ -161,16 +182,24 @@ class PolicyLoss(Loss):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         advantages = batch.signals[ADVANTAGES].to(weights_N)
         weights_T = torch.zeros_like(batch.loss_weights).index_copy(0, batch.supervised_index, weights_N * advantages)
+        head = dataclasses.replace(head, scale=head.scale / self.temperature)
         local_sum, nll_N = linear_cross_entropy(hidden_TD, head, batch.target_ids, weights_T, batch.supervised_index)
         ones = torch.ones_like(nll_N)
-        unmoved = {"policy/clip_share": 0 * ones, "policy/ratio": ones, "policy/kl": 0 * ones}
-        return local_sum, advantages * nll_N, unmoved
+        figures = {"policy/clip_share": 0 * ones, "policy/ratio": ones, "policy/kl": 0 * ones}
+        if ROLLOUT in batch.signals:
+            figures |= mismatch_figures(-nll_N, batch.signals[ROLLOUT].to(nll_N))
+        return local_sum, advantages * nll_N, figures
 
     def _terms(
         self, hidden_TD: Tensor, head: OutputHead, batch: PackedBatch, weights_N: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         logprobs, entropy = token_logprobs(
-            hidden_TD, head, batch.target_ids, batch.supervised_index, with_entropy=self.entropy_bonus > 0
+            hidden_TD,
+            head,
+            batch.target_ids,
+            batch.supervised_index,
+            temperature=self.temperature,
+            with_entropy=self.entropy_bonus > 0,
         )
         signals = {name: values.to(logprobs) for name, values in batch.signals.items()}
         old = signals.get(OLD, logprobs.detach())
@@ -192,13 +221,21 @@ class PolicyLoss(Loss):
             "policy/kl": kl_k3(old_N, logprobs_N),
         }
         if self.correction is not None:
-            rollout = signals[ROLLOUT]
-            mismatch = token_log_ratio(old_N, rollout)
-            values = values * self.correction(mismatch, self.correction_most)
-            figures["mismatch/kl"] = kl_k3(rollout, old_N)
-            figures["mismatch/ratio"] = mismatch.exp()
+            values = values * self.correction(token_log_ratio(old_N, signals[ROLLOUT]), self.correction_most)
+        if ROLLOUT in signals:
+            figures |= mismatch_figures(old_N, signals[ROLLOUT])
         if self.kl_weight:
             distance = self.kl(logprobs_N, signals[REFERENCE])
             values = values + self.kl_weight * distance
             figures["policy/reference_kl"] = distance
         return values, figures
+
+
+def mismatch_figures(trainer_N: Tensor, rollout_N: Tensor) -> dict[str, Tensor]:
+    """What each token says about how far the trainer's log-probabilities are from the sampler's, which should be equal:
+    ``MISMATCH`` and ``MISMATCH_MAX``, [N] each. ``kl`` is k3 of the sampler from the trainer, of the sampler's samples;
+    the effective sample size is the squared mean of the ratio over the mean of its square (Kong 1992)."""
+    log_ratio = token_log_ratio(trainer_N.detach(), rollout_N)
+    ratio = log_ratio.exp()
+    found = (kl_k3(rollout_N, trainer_N.detach()), ratio, ratio.square())
+    return {**dict(zip(MISMATCH, found, strict=True)), MISMATCH_MAX: log_ratio.abs()}

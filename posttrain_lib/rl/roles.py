@@ -58,7 +58,7 @@ class RolloutRole(Protocol):
         """
 
     def logprobs(self, sequences: Sequence[Sequence[int]], begins: Sequence[int]) -> list[np.ndarray]:
-        """Float32 log-probabilities, at temperature 1, of the tokens of each sequence from ``begins`` (1 or more) on."""
+        """Float32 log-probabilities, at temperature 1, of each sequence's tokens from ``begins`` (1 or more) on."""
 
     def sleep(self) -> None:
         """Give device memory away until :meth:`wake`, where the engine can; nothing may be unfinished."""
@@ -75,8 +75,9 @@ class PolicyRole(Protocol):
 
     version: int
 
-    def resume(self) -> dict[str, Any] | None:
-        """Go to the newest good checkpoint; the controller's state that was saved with it, None where there is none."""
+    def resume(self) -> tuple[dict[str, Any], StepReport] | None:
+        """Go to the newest good checkpoint: (the controller's state, the report) that were saved with it; None where
+        there is none."""
 
     def update(self, samples: Sequence[TrainSample]) -> StepReport:
         """One optimiser step on these samples; ``version`` is then one more."""
@@ -87,8 +88,10 @@ class PolicyRole(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """What :meth:`RolloutRole.push` takes. The tensors may be views: read each before the next."""
 
-    def save(self, controller: dict[str, Any], report: StepReport) -> None:
-        """A checkpoint of the policy together with the controller's state, one as old as the other."""
+    def save(self, controller: dict[str, Any], report: StepReport, *, wait: bool = False) -> None:
+        """A checkpoint of the policy together with the controller's state, one as old as the other. The report's
+        held-out value, where it has one, decides which checkpoint is the best: the lowest. ``wait``: until it is
+        there; otherwise it may be written while the next rollouts are made."""
 
     def close(self) -> None:
         """Wait for what is being written, and give everything up."""

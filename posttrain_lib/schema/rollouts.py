@@ -70,8 +70,9 @@ class Completion:
 class Answer:
     """A completion as graders see it.
 
-    ``prompt`` are the messages that were answered, ``text`` the completion's own text without stop markers, ``expected``
-    the row's answer, ``extra`` its other fields; ``tokens`` sampled tokens, ``finished`` whether it came to its end.
+    ``prompt`` are the messages that were answered, ``text`` the completion's own text without stop markers,
+    ``expected`` the row's answer, ``extra`` its other fields; ``tokens`` sampled tokens, ``finished`` whether it came
+    to its end.
     """
 
     prompt: tuple[Mapping[str, Any], ...]
@@ -105,8 +106,8 @@ class TrainSample:
         trained    bool [S]   tokens that the policy sampled; not those of the prompt or an environment
         signals    name -> float32 [N], one number for each trained token in order (see ``losses.policy``)
 
-    The samples of a ``group`` have their first ``prompt_tokens`` tokens in common, none of them trained. ``index`` names
-    the sample in messages.
+    The samples of a ``group`` have their first ``prompt_tokens`` tokens in common, none of them trained. ``index``
+    names the sample in messages.
     """
 
     token_ids: np.ndarray

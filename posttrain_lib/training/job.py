@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from posttrain_lib.config.model import Lora
     from posttrain_lib.config.train import TrainConfig
     from posttrain_lib.data.live_feed import LiveSpec
+    from posttrain_lib.rl.job import RolloutJob
     from posttrain_lib.schema.companion import Companion
 
 
@@ -30,7 +31,8 @@ class TrainJob:
     must be what it was. ``lora``: adapters to train on the frozen model (a config section, or anything with its
     attributes); None: all weights are trained. ``companion``: the frozen model that the loss compares with.
     ``score_padding``: a reward model is trained, and this is the padding token of its config.json; None: no such model.
-    ``backend`` "hf": the model runs as transformers' own class.
+    ``backend`` "hf": the model runs as transformers' own class. ``rollouts``: what is learned is sampled by the model
+    itself and graded (``rl.run``); the stores are then not looked at.
     """
 
     model_folder: str
@@ -51,6 +53,7 @@ class TrainJob:
     companion: Companion | None = None
     score_padding: int | None = None
     rendezvous: str | None = None
+    rollouts: RolloutJob | None = None
 
     @property
     def world(self) -> int:

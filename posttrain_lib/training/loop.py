@@ -83,7 +83,7 @@ def train(job: TrainJob) -> Events:
         try:
             result = yield from trainer.run()
         finally:
-            trainer.state.loader.close()
+            trainer.loader.close()
             trainer.checkpoints.close()
         return result
 
@@ -114,7 +114,7 @@ class Trainer:
         else:
             # It starts its processes: they load the tokenizer while this one loads the model.
             self.feed, self.total_steps = live_feed(job.live, job), int(config.steps or 0)
-        loader = build_loader(  # before the model: both load side by side
+        self.loader = build_loader(  # before the model: both load side by side
             self.feed,
             config,
             rank=self.mesh.data_rank,
@@ -127,7 +127,7 @@ class Trainer:
             pulse.beat("model")
             model = load_sharded_model(self.spec, job, self.mesh)
         except BaseException:
-            loader.close()
+            self.loader.close()
             raise
         trajectory = trajectory_of(config)
         if isinstance(model, LoraDecoder):
@@ -140,7 +140,7 @@ class Trainer:
             {"train": self.store, "held_out": self.held_out},
             partial(load_frozen, job, self.mesh),
         )
-        self.state = TrainState(model, build_optimizer(model, config.optimizer), loader, trajectory)
+        self.state = TrainState(model, build_optimizer(model, config.optimizer), self.loader, trajectory)
         self.meter = StepMeter(job, self.spec, model, self.state.optimizer, device, frozen)
         self.settings = StepSettings(
             mesh=self.mesh,
@@ -194,7 +194,7 @@ class Trainer:
             pulse.beat("waiting for data", self.state.progress.step + 1)
             self.meter.clock.begin(self.state.progress.step + 1)
             with self.meter.clock.part("data"):
-                loaded = self.state.loader.next_step()
+                loaded = self.loader.next_step()
             if loaded is None:
                 raise TrainingError(
                     "the training data ended early",
@@ -205,7 +205,7 @@ class Trainer:
             if self.stopping and not self._is_over():
                 raise preempted(self.state.progress.step)
         if isinstance(self.feed, LiveFeed):
-            self.feed.consumed(self.state.loader.state())
+            self.feed.consumed(self.loader.state())
         return self._result()
 
     def _resume(self) -> StepReport | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,17 @@ from posttrain_lib.models.lora import LoraDecoder
 from posttrain_lib.schema.trajectory import TRAJECTORY
 
 if TYPE_CHECKING:
-    from posttrain_lib.data.loader import PackedLoader
     from posttrain_lib.models.decoder import Decoder
+
+
+class Position(Protocol):
+    """Where a run's data stands: of a loader, or of a controller."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to a position given by :meth:`state`."""
 
 
 @dataclass
@@ -51,7 +60,7 @@ class TrainState:
 
     model: Decoder
     optimizer: torch.optim.Optimizer
-    loader: PackedLoader
+    loader: Position
     trajectory: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
     report: dict[str, Any] | None = None

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from posttrain_lib.data.collate import to_torch
+from posttrain_lib.errors import PosttrainError
 from posttrain_lib.evaluation.perplexity import output_sums, with_signals
 from posttrain_lib.losses.base import run_loss
 from posttrain_lib.optim.clipping import clip_gradients, gradient_norm
 from posttrain_lib.parallel.apply import gradient_scale, settle_gradients, synchronise_gradients
 from posttrain_lib.parallel.context import own_part
-from posttrain_lib.parallel.process_group import gather_objects
+from posttrain_lib.parallel.process_group import gather_objects, global_max
 from posttrain_lib.training.device import autocast
-from posttrain_lib.training.incidents import StepIncident, incident
+from posttrain_lib.training.incidents import incident
 from posttrain_lib.training.timing import NO_CLOCK, StepClock
 
 if TYPE_CHECKING:
@@ -49,12 +50,25 @@ class StepSettings:
 @dataclass(frozen=True)
 class StepOutcome:
     """``loss`` and ``grad_norm`` of the step (before clipping); ``sums`` float64 [sources + figures, 2], see
-    ``evaluation.perplexity``; all global. A step that was not taken has no loss, and says why in ``skipped``."""
+    ``evaluation.perplexity``; ``extremes`` of the loss by name; all global. A step that was not taken has no loss, and
+    says why in ``skipped``."""
 
     loss: float | None
     grad_norm: float
     sums: Tensor
     skipped: str = ""
+    extremes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Accumulated:
+    """What the micro-batches of a step come to. ``mean`` loss, ``sums`` and ``extremes`` as of :class:`StepOutcome`;
+    ``items`` of each micro-batch."""
+
+    mean: float
+    sums: Tensor
+    items: list[Items]
+    extremes: dict[str, float]
 
 
 def train_step(
@@ -67,6 +81,7 @@ def train_step(
     global_divisor: float,
     step: int,
     spike: Callable[[float, float], tuple[str, float, str] | None] = lambda loss, norm: None,
+    judge: Callable[[StepOutcome], None] = lambda outcome: None,
     before_update: Callable[[], None] = lambda: None,
 ) -> StepOutcome:
     """One optimiser step over this rank's micro-batches (numpy).
@@ -75,6 +90,7 @@ def train_step(
         global_divisor: sum of ``loss.divisor`` over every micro-batch of every rank.
         step: its number, for messages.
         spike: called with loss and gradient norm; (quantity, value, bound) where the step must not be taken.
+        judge: called with the outcome before anything changes; what it raises ends the step.
         before_update: called right before weights and optimiser change; what still reads them is waited for there.
 
     Raises:
@@ -83,10 +99,11 @@ def train_step(
     """
     micro_batches = [own_part(batch, settings.mesh) for batch in micro_batches]
     try:
-        mean, grad_norm, norm, sums = _gradients(
+        outcome, norm = _gradients(
             model, loss, micro_batches, settings, global_divisor=global_divisor, step=step, spike=spike
         )
-    except StepIncident:
+        judge(outcome)
+    except PosttrainError:
         optimizer.zero_grad(set_to_none=True)
         raise
     with settings.clock.part("optimizer"):
@@ -97,7 +114,7 @@ def train_step(
     with settings.clock.part("optimizer"):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(mean, grad_norm, sums)
+    return outcome
 
 
 def _gradients(
@@ -109,16 +126,17 @@ def _gradients(
     global_divisor: float,
     step: int,
     spike: Callable[[float, float], tuple[str, float, str] | None],
-) -> tuple[float, float, Tensor, Tensor]:
-    """(loss, gradient norm, the same as a tensor, per-source sums) of a step that may be taken."""
-    mean, sums, items = _accumulate(model, loss, micro_batches, settings, global_divisor=global_divisor, step=step)
+) -> tuple[StepOutcome, Tensor]:
+    """(outcome, the gradient norm as a tensor) of a step that may be taken."""
+    found_here = _accumulate(model, loss, micro_batches, settings, global_divisor=global_divisor, step=step)
+    mean, items = found_here.mean, found_here.items
     with settings.clock.part("optimizer"):
         norm = gradient_norm(model.parameters())
         grad_norm = float(norm)
     finite = math.isfinite(grad_norm)
     found = spike(mean, grad_norm) if finite and global_divisor else None
     if finite and found is None:
-        return mean, grad_norm, norm, sums
+        return StepOutcome(mean, grad_norm, found_here.sums, extremes=found_here.extremes), norm
     rows = _everywhere(_names(_all_examples(micro_batches), settings))
     if found is None:
         raise incident("non_finite", "gradient norm", grad_norm, step, rows)
@@ -144,8 +162,8 @@ def accumulate_gradients(
         StepIncident: the global loss is not finite; on every rank, naming the examples.
     """
     parts = [own_part(batch, settings.mesh) for batch in micro_batches]
-    mean, sums, _ = _accumulate(model, loss, parts, settings, global_divisor=global_divisor, step=step)
-    return mean, sums
+    found = _accumulate(model, loss, parts, settings, global_divisor=global_divisor, step=step)
+    return found.mean, found.sums
 
 
 def _accumulate(
@@ -156,12 +174,13 @@ def _accumulate(
     *,
     global_divisor: float,
     step: int,
-) -> tuple[float, Tensor, list[Items]]:
+) -> Accumulated:
     """As :func:`accumulate_gradients`, and the losses of each micro-batch's items with their segments."""
     scale = gradient_scale(global_divisor)
     device, sources = settings.mesh.device, settings.sources
     count = sources + len(loss.figures)
     totals = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
+    extremes = torch.full((len(loss.extremes),), -math.inf, dtype=torch.float64, device=device)
     items: list[Items] = []
     for number, arrays in enumerate(micro_batches):
         batch = to_torch(with_signals(arrays, loss, "train"), device)
@@ -173,6 +192,8 @@ def _accumulate(
         items.append((output.values, output.segments))
         totals[0] += output.local_sum.detach()
         totals[1:] += output_sums(loss, batch, output, sources).flatten()
+        for place, name in enumerate(loss.extremes):
+            extremes[place] = torch.maximum(extremes[place], output.extremes[name])
     with settings.clock.part("backward"):
         settle_gradients(model)
     total, *sums = settings.mesh.sum_over_tokens(
@@ -183,7 +204,8 @@ def _accumulate(
         rows = _everywhere(_names(_all_examples(micro_batches), settings))
         raise incident("non_finite", "loss", total, step, rows, _everywhere(_names(suspects, settings)))
     mean = total / global_divisor if global_divisor else 0.0
-    return mean, torch.tensor(sums, dtype=torch.float64).view(count, 2), items
+    largest = dict(zip(loss.extremes, global_max(extremes.tolist()), strict=True)) if loss.extremes else {}
+    return Accumulated(mean, torch.tensor(sums, dtype=torch.float64).view(count, 2), items, largest)
 
 
 def _non_finite(batch: PackedBatch, items: Items) -> list[int]:

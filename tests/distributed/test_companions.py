@@ -156,7 +156,7 @@ def whole_weights(rank: int, job: TrainJob, rendezvous: str) -> dict[str, list[s
             name: [key for key, weight in model.named_parameters() if not isinstance(weight, DTensor)]
             for name, model in models.items()
         }
-        trainer.state.loader.close()
+        trainer.loader.close()
         trainer.checkpoints.close()
         return found
 

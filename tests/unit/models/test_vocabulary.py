@@ -141,7 +141,7 @@ def test_training_leaves_padding_zero_and_learns_the_same(tied: bool, tmp_path: 
         try:
             reports[multiple] = list(trainer.run())
         finally:
-            trainer.state.loader.close()
+            trainer.loader.close()
     model, optimizer = trainer.state.model, trainer.state.optimizer
     padding = [p for name, p in model.named_parameters() if name in VOCABULARY_WEIGHTS]
     assert len(padding) == (1 if tied else 2)

@@ -1,0 +1,168 @@
+"""The ``grpo`` section: reinforcement learning by groups of answers, and the warm start before it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain_lib.config.base import Section
+from posttrain_lib.config.data import DataConfig
+from posttrain_lib.config.objectives import Objective
+from posttrain_lib.config.origin import ModelOrigin
+from posttrain_lib.config.train import TrainConfig
+
+
+class RewardTerm(Section):
+    """One grader. The reward of an answer is the sum of its graders' values times their weights."""
+
+    name: str = Field(description="a name in posttrain_lib.rl.rewards, or module:attribute of a function or class")
+    title: str | None = Field(None, min_length=1, description="name of its part of the reward; default: its name")
+    weight: float = Field(1.0, description="0: graded and shown, and no part of the reward")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the grader")
+    deadline_seconds: float = Field(10.0, gt=0, description="a grading that takes longer is ended and costs its answer")
+
+    @property
+    def shown_as(self) -> str:
+        """Its title."""
+        return self.title or self.name.rpartition(":")[2]
+
+
+class Rollout(Section):
+    """The engine that answers prompts, and how."""
+
+    engine: str = Field("embedded", description="a name in posttrain_lib.rl.run.ENGINES, or module:attribute")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the engine")
+    max_new_tokens: int = Field(256, ge=1, description="of one answer")
+    temperature: float = Field(1.0, gt=0, description="of training's answers")
+    stop_strings: tuple[str, ...] = Field((), description="an answer ends behind any of them, besides at its turn's end")
+    max_mismatch: float | None = Field(
+        0.1, gt=0, description="KL a token between engine and trainer above which the run stops; null: never"
+    )
+    max_canary_difference: float = Field(
+        0.05, gt=0, description="between engine's and trainer's log-probs of fixed tokens, checked at every push"
+    )
+
+
+class FrozenPolicy(Section):
+    """The model that the policy is held near to; it runs beside it."""
+
+    kept: Literal["live"] = "live"
+    path: str | None = Field(
+        None, description="named as model.path names a model; default: the model that the policy starts as"
+    )
+    origin: ModelOrigin | None = Field(None, description="written by the run: what made the model that path named")
+
+
+class HeldOutPrompts(Section):
+    """How the policy is looked at while it learns."""
+
+    prompts: int = Field(100, ge=0, description="of the held-out ones, answered greedily; 0: none")
+    samples: int = Field(0, ge=0, description="further answers to each, drawn as in training, for pass@k")
+    every_steps: int = Field(25, ge=1, description="updates between two looks")
+
+
+class WarmStart(Section):
+    """Supervised fine-tuning before the first rollout, so that there is something to reward."""
+
+    data: DataConfig
+    train: TrainConfig
+
+
+class GRPO(Objective):
+    """Policy gradients from groups of graded answers: GRPO, Dr. GRPO, RLOO, REINFORCE++, DAPO, GSPO, CISPO."""
+
+    beside: ClassVar[frozenset[str]] = frozenset(
+        {
+            "prompts_per_step",
+            "group_size",
+            "updates_per_batch",
+            "max_staleness",
+            "advantage",
+            "drop_no_signal",
+            "max_refills",
+            "mask_unfinished",
+            "rewards",
+            "rollout",
+            "reference",
+            "held_out",
+            "warm_start",
+            "grader_processes",
+            "shown_answers",
+        }
+    )
+
+    rewards: tuple[RewardTerm, ...] = Field(min_length=1)
+    prompts_per_step: int = Field(16, ge=1, description="prompts of one batch, each answered group_size times")
+    group_size: int = Field(8, ge=1)
+    updates_per_batch: int = Field(1, ge=1, description="optimiser steps that a batch is learned in")
+    max_staleness: int = Field(
+        0, ge=0, description="batches asked for ahead of the one that is learned; 0: rollout and training take turns"
+    )
+    advantage: str = Field("grpo", description="a name in posttrain_lib.rl.advantages, or module:attribute")
+    objective: Literal["clip", "cispo", "reinforce"] = "clip"
+    ratio: Literal["token", "sequence"] = Field("token", description="sequence: GSPO")
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.2, ge=0, description="above clip_low: DAPO's higher clip")
+    dual_clip: float | None = Field(None, gt=1)
+    aggregate: Literal["token", "sequence", "constant"] = Field(
+        "token", description="what weighs the same: every token of the batch, every answer, or every answer as if it "
+        "had rollout.max_new_tokens tokens (Dr. GRPO)"
+    )  # fmt: skip
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_weight: float = Field(0.0, ge=0, description="of the KL to the reference, in the loss")
+    entropy_bonus: float = Field(0.0, ge=0)
+    correction: Literal["truncated", "masked"] | None = Field(
+        None, description="importance weights of the trainer's policy over the engine's: cut at correction_most, or "
+        "tokens beyond it left out"
+    )  # fmt: skip
+    correction_most: float = Field(2.0, ge=1)
+    drop_no_signal: bool = Field(False, description="groups whose answers all have one reward are replaced (DAPO)")
+    max_refills: int = Field(4, ge=1, description="of drop_no_signal: rounds of further prompts for a batch")
+    mask_unfinished: bool = Field(False, description="answers cut off by rollout.max_new_tokens are not learned from")
+    rollout: Rollout = Rollout()
+    reference: FrozenPolicy = FrozenPolicy()
+    held_out: HeldOutPrompts = HeldOutPrompts()
+    warm_start: WarmStart | None = None
+    grader_processes: int = Field(1, ge=1, description="processes that grade")
+    shown_answers: int = Field(3, ge=0, description="prompts of each batch whose answers are kept to be read")
+
+    def loss(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the loss."""
+        names = (
+            "objective", "ratio", "clip_low", "clip_high", "dual_clip", "aggregate", "kl", "kl_weight",
+            "entropy_bonus", "correction", "correction_most",
+        )  # fmt: skip
+        horizon = self.rollout.max_new_tokens if self.aggregate == "constant" else None
+        return "policy", {
+            **{name: getattr(self, name) for name in names},
+            "horizon": horizon,
+            "temperature": self.rollout.temperature,
+        }
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen model is compared with."""
+        return self.kl_weight > 0
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether a batch is learned in several updates, of which later ones look back to the first."""
+        return self.updates_per_batch > 1
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> GRPO:
+        titles = [term.shown_as for term in self.rewards]
+        if twice := sorted({title for title in titles if titles.count(title) > 1}):
+            raise ValueError(f"two rewards are called {twice[0]!r}: give them titles")
+        if not any(term.weight for term in self.rewards):
+            raise ValueError("all rewards have weight 0: nothing would be learned")
+        if self.reference != FrozenPolicy() and not self.needs_reference:
+            raise ValueError("reference is compared with where kl_weight is above 0: set that, or leave reference out")
+        alone = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+        if self.group_size == 1 and self.advantage in alone:
+            raise ValueError(
+                f"advantage {self.advantage} compares an answer with others to its prompt: set group_size to 2 or more, "
+                "or advantage: reinforce_plus_plus"
+            )
+        return self

@@ -1,0 +1,338 @@
+"""The driver of reinforcement learning: a control plane over policy, rollout, reward and reference.
+
+    ledger --visits--> _group --requests--> EnginePump --completions--> _group --answers--> GradingDesk
+                          |                     ^                          |
+                          v                     | push, version            v
+                       _collect --batch--> _learn --samples--> policy.update --every so often--> checkpoint, held-out
+
+    loop      consumes                    produces                waits for            unblocked by
+    pump      requests                    completions             requests             a group, a held-out look
+    desk      answers                     grades                  answers              a group whose answers are there
+    collect   visits, groups              one batch               its groups           pump and desk
+    train     the next batch              updates, weights        that batch           collect
+
+``max_staleness`` batches are collected ahead of the one that is learned; with 0 every loop stands still while another
+works, and a run's bits depend on no clock. A batch is asked for only when all batches but ``max_staleness`` before it
+are learned and pushed, so that no sample can be older, whatever the engine does.
+
+The controller knows roles alone. Everything that it knows itself is in :meth:`Controller.state`, and goes into the
+policy's checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from posttrain_lib.errors import RolloutError
+from posttrain_lib.losses.policy import OLD, REFERENCE
+from posttrain_lib.rl.advantages import advantages_of
+from posttrain_lib.rl.desk import GradingDesk
+from posttrain_lib.rl.figures import Times, batch_figures, first_report, held_out_figures, shown_answers
+from posttrain_lib.rl.ledger import Settled
+from posttrain_lib.rl.prompts import PromptOrder
+from posttrain_lib.rl.pump import EnginePump
+from posttrain_lib.rl.trajectories import Group, samples_of, seed_for
+from posttrain_lib.training import pulse
+from posttrain_lib.training.preemption import preempted
+
+if TYPE_CHECKING:
+    from posttrain_lib.rl.ledger import Ledger
+    from posttrain_lib.rl.prompts import RolloutPrompt
+    from posttrain_lib.rl.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole
+    from posttrain_lib.rl.settings import RLSettings
+    from posttrain_lib.rl.sync_guard import SyncGuard
+    from posttrain_lib.rl.trajectories import Play
+    from posttrain_lib.schema.reports import StepReport
+    from posttrain_lib.schema.rollouts import TrainSample
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Who plays what. ``guard`` compares the engine's weights with the policy's after every push."""
+
+    policy: PolicyRole
+    rollout: RolloutRole
+    reward: RewardRole
+    guard: SyncGuard
+    reference: ReferenceRole | None = None
+
+
+class Controller:
+    """One run's loops.
+
+    Args:
+        prompts, held_out: what is asked in training, and to look at the policy.
+        play: how a prompt is answered. ledger: what became of every prompt.
+        show: gets the answers of each batch that are kept to be read.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[RolloutPrompt],
+        held_out: Sequence[RolloutPrompt],
+        roles: Roles,
+        settings: RLSettings,
+        play: Play,
+        ledger: Ledger,
+        show: Callable[[list[dict[str, Any]]], None] = lambda answers: None,
+    ) -> None:
+        self.prompts, self.held_out = prompts, held_out[: settings.held_out.prompts]
+        self.roles, self.settings, self.play, self.ledger, self.show = roles, settings, play, ledger, show
+        self.order = PromptOrder(len(prompts), settings.seed)
+        self.pump, self.desk = EnginePump(roles.rollout), GradingDesk(roles.reward)
+        self.times = Times()
+        self.batch = 0
+        self._policy_thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the controller; JSON-ready."""
+        return {"batch": self.batch, "ledger": self.ledger.state()}
+
+    def run(self) -> Generator[StepReport, None, None]:
+        """A report for each update, the first one of the policy as it is found.
+
+        Raises:
+            PreemptedError: a stop was asked for; a checkpoint is written.
+            PosttrainError: what a role raises.
+        """
+        loop = asyncio.new_event_loop()
+        reports: asyncio.Queue[StepReport | None] = asyncio.Queue()
+        main = loop.create_task(self._main(reports))
+        main.add_done_callback(lambda _: reports.put_nowait(None))
+        try:
+            while (report := loop.run_until_complete(reports.get())) is not None:
+                yield report
+            _raise_first(main)
+        finally:
+            main.cancel()
+            loop.run_until_complete(asyncio.gather(main, return_exceptions=True))
+            self.pump.close()
+            self.desk.close()
+            self._policy_thread.shutdown(wait=True, cancel_futures=True)
+            loop.close()
+
+    async def _main(self, reports: asyncio.Queue[StepReport | None]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            working = [tasks.create_task(self.pump.run()), tasks.create_task(self.desk.run())]
+            await self._train(reports, tasks)
+            for task in working:
+                task.cancel()
+
+    async def _train(self, reports: asyncio.Queue[StepReport | None], tasks: asyncio.TaskGroup) -> None:
+        """Consumes: batches. Produces: updates, weights, reports. Waits for: the next batch."""
+        policy, settings = self.roles.policy, self.settings
+        known = await self._on_policy(policy.resume)
+        if known is not None:
+            state, report = known
+            self.batch = int(state["batch"])
+            self.ledger.load_state(state["ledger"], policy.version)
+            await self._push()
+            reports.put_nowait(dataclasses.replace(report, event="resumed"))
+        else:
+            await self._push()
+            reports.put_nowait(dataclasses.replace(first_report(settings.updates), **await self._look()))
+        ahead: dict[int, asyncio.Task[list[Group]]] = {}
+        while self.batch < settings.batches:
+            self.times.begin()
+            for number in range(self.batch, min(self.batch + 1 + settings.max_staleness, settings.batches)):
+                if number not in ahead:
+                    ahead[number] = tasks.create_task(self._collect(number))
+            with self.times.part("wait_for_rollouts"):
+                groups = await ahead.pop(self.batch)
+            async for report in self._learn(groups):
+                reports.put_nowait(report)
+            if pulse.stop_reason() is not None and self.batch < settings.batches:
+                raise preempted(policy.version)
+
+    async def _collect(self, number: int) -> list[Group]:
+        """The groups of a batch, in the order of their visits.
+
+        Consumes: visits. Produces: graded groups. Waits for: engine and graders.
+
+        Raises:
+            RolloutError: no group at all can be learned from.
+        """
+        settings = self.settings
+        kept: list[Group] = []
+        for _ in range(1 + (settings.max_refills if settings.drop_no_signal else 0)):
+            visits = self.ledger.issue(settings.prompts_per_batch - len(kept))
+            groups = await asyncio.gather(*(self._group(visit) for visit in visits))
+            for group in groups:
+                if (why := self._unfit(group)) is None:
+                    kept.append(group)
+                else:
+                    self.ledger.settle([Settled(group.visit, group.prompt.name, *why)])
+            if len(kept) == settings.prompts_per_batch:
+                break
+        if not kept:
+            raise RolloutError(
+                "no group of a batch can be learned from",
+                where=f"batch {number}",
+                got=f"dropped and quarantined so far: {self.ledger.counts}",
+                expected="groups whose answers differ in reward, and graders that answer",
+                fix="look at the answers kept in rollouts.jsonl: easier or harder prompts, a warm start, more answers "
+                "a prompt; or leave grpo.drop_no_signal off",
+            )
+        return kept
+
+    def _unfit(self, group: Group) -> tuple[Any, str] | None:
+        """(fate, reason) of a group that is not learned from; None: it is."""
+        if not group.graded:
+            failures = sorted({grade.failure or "nothing was sampled" for grade in group.grades})
+            return "quarantined", "; ".join(failures)[:500]
+        if self.settings.drop_no_signal and not group.has_signal:
+            return "dropped", "all answers have one reward"
+        return None
+
+    async def _group(self, visit: int) -> Group:
+        prompt, settings = self.prompts[self.order.prompt_of(visit)], self.settings
+        playing = (
+            self.play(
+                prompt,
+                settings.sampling,
+                seed_for(settings.seed, prompt.name, visit, number),
+                f"{visit}/{number}",
+                self.pump.complete,
+            )
+            for number in range(settings.group_size)
+        )
+        trajectories = await asyncio.gather(*playing)
+        grades = await self.desk.grade([one.answer for one in trajectories])
+        return Group(visit, prompt, trajectories, grades)
+
+    async def _learn(self, groups: list[Group]) -> Any:
+        """The updates of one batch, and what is due behind the last one."""
+        settings, policy = self.settings, self.roles.policy
+        advantages = self._advantages(groups)
+        samples = samples_of(groups, advantages, mask_unfinished=settings.mask_unfinished)
+        if not samples:
+            raise RolloutError(
+                "every answer of the batch was cut off, and such are not learned from",
+                where=f"batch {self.batch}",
+                got=f"{settings.sampling.max_new_tokens} tokens at most",
+                fix="allow longer answers (grpo.max_new_tokens), or leave grpo.mask_unfinished off",
+            )
+        figures = batch_figures(groups, advantages, self.batch, settings.updates_per_batch)
+        samples = await self._with_signals(samples)
+        parts = _parts(samples, min(settings.updates_per_batch, settings.updates - policy.version))
+        for number, part in enumerate(parts):
+            with self.times.part("update"):
+                report = await self._on_policy(lambda part=part: policy.update(part))
+            if number + 1 < len(parts):
+                yield dataclasses.replace(report, figures=report.figures | figures)
+        self.ledger.settle(Settled(group.visit, group.prompt.name, "trained") for group in groups)
+        self.ledger.close_update(policy.version)
+        self.batch += 1
+        await self._push()
+        self.show(shown_answers(groups, policy.version, settings.shown))
+        yield await self._after_batch(report, figures)
+
+    async def _after_batch(self, report: StepReport, figures: dict[str, float]) -> StepReport:
+        """Look and save where it is due, and tell."""
+        settings, policy = self.settings, self.roles.policy
+        over, stopping = self.batch >= settings.batches, pulse.stop_reason() is not None
+        looked, events = {}, [report.event] if report.event else []
+        if over or self._passed(settings.held_out.every_steps):
+            with self.times.part("held_out"):
+                looked = await self._look()
+        saves = over or stopping or self._passed(settings.save_every)
+        events += ["checkpoint"] if saves else []
+        events += ["finished"] if over else []
+        times = self.times.figures(self.pump.busy_seconds, self.desk.busy_seconds)
+        counts = {f"rollout/{fate}": float(count) for fate, count in self.ledger.counts.items()}
+        report = dataclasses.replace(
+            report, figures={**report.figures, **figures, **counts, **times}, event=", ".join(events), **looked
+        )
+        if saves:
+            await self._on_policy(lambda: policy.save(self.state(), report, wait=over or stopping))
+        return report
+
+    def _passed(self, every: int) -> bool:
+        """Whether a multiple of ``every`` lies within the batch that was just learned."""
+        version = self.roles.policy.version
+        return version // every > (version - self.settings.updates_per_batch) // every
+
+    def _advantages(self, groups: list[Group]) -> list[np.ndarray]:
+        rewards = np.concatenate([group.rewards for group in groups])
+        numbers = np.repeat(np.arange(len(groups)), [len(group.graded) for group in groups])
+        tokens = np.array([len(group.trajectories[one].logprobs) for group in groups for one in group.graded])
+        worth = advantages_of(self.settings.advantage, rewards, numbers, tokens)
+        return np.split(worth, np.cumsum([len(group.graded) for group in groups])[:-1])
+
+    async def _with_signals(self, samples: list[TrainSample]) -> list[TrainSample]:
+        """What the loss compares with besides: the policy before the batch's updates, a frozen model."""
+        policy, reference = self.roles.policy, self.roles.reference
+        if self.settings.needs_old:
+            with self.times.part("old_logprobs"):
+                old = await self._on_policy(lambda: policy.logprobs(samples))
+            samples = _with_signal(samples, OLD, old)
+        if reference is not None:
+            with self.times.part("reference_logprobs"):
+                known = await self._on_policy(lambda: reference.logprobs(samples))
+            samples = _with_signal(samples, REFERENCE, known)
+        return samples
+
+    async def _push(self) -> None:
+        """The policy's weights into the engine, and the proof that they are there."""
+        with self.times.part("push"):
+            guard, policy, rollout = self.roles.guard, self.roles.policy, self.roles.rollout
+            await self.pump.exclusive(lambda: guard.push(policy, rollout))
+
+    async def _look(self) -> dict[str, Any]:
+        """Fields of a report: how the policy does on held-out prompts."""
+        settings = self.settings
+        if not self.held_out:
+            return {}
+        greedy = dataclasses.replace(settings.sampling, temperature=0.0)
+        version = self.roles.policy.version
+        ways = [greedy, *[settings.sampling] * settings.held_out.samples]
+        playing = [
+            self.play(
+                prompt,
+                way,
+                seed_for(settings.seed, prompt.name, -1, number),
+                f"held-out/{version}/{place}/{number}",
+                self.pump.complete,
+            )
+            for place, prompt in enumerate(self.held_out)
+            for number, way in enumerate(ways)
+        ]
+        trajectories = await asyncio.gather(*playing)
+        grades = await self.desk.grade([one.answer for one in trajectories])
+        return held_out_figures(grades, trajectories, len(ways))
+
+    async def _on_policy(self, work: Callable[[], T]) -> T:
+        """Run in the policy's own thread, so that the loops go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._policy_thread, work)
+
+
+def _parts(samples: list[TrainSample], count: int) -> list[list[TrainSample]]:
+    """The samples in so many parts of about equal size, groups whole; fewer where there are fewer groups."""
+    groups = list(dict.fromkeys(sample.group for sample in samples))
+    chosen = [set(part.tolist()) for part in np.array_split(groups, min(count, len(groups)))]
+    return [[sample for sample in samples if sample.group in part] for part in chosen]
+
+
+def _with_signal(samples: list[TrainSample], name: str, values: Sequence[np.ndarray]) -> list[TrainSample]:
+    return [
+        dataclasses.replace(sample, signals={**sample.signals, name: known})
+        for sample, known in zip(samples, values, strict=True)
+    ]
+
+
+def _raise_first(task: asyncio.Task[None]) -> None:
+    """Raise what ended the loops: the first of a group of errors, which the others follow from."""
+    error = task.exception()
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if error is not None:
+        raise error

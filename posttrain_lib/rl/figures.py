@@ -1,0 +1,175 @@
+"""What a batch of rollouts says of itself, by name: rewards and their parts, lengths, staleness, time by phase."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain_lib.evaluation.tasks.pass_at_k import pass_at_k
+from posttrain_lib.rl.trajectories import Group, Trajectory
+from posttrain_lib.schema.reports import StepReport
+from posttrain_lib.schema.rollouts import Grade
+
+
+def batch_figures(
+    groups: Sequence[Group], advantages: Sequence[np.ndarray], batch: int, updates_per_batch: int
+) -> dict[str, float]:
+    """Figures of the batch's groups.
+
+    ``reward/...`` means over graded answers; ``rollout/entropy`` estimates the policy's by the sampled tokens' own
+    log-probabilities; ``rollout/staleness`` counts the batches that were learned between a token's weights and its use.
+    """
+    grades = [grade for group in groups for grade in group.grades]
+    trajectories = [one for group in groups for one in group.trajectories]
+    rewards = np.concatenate([group.rewards for group in groups])
+    tokens = np.array([len(one.logprobs) for one in trajectories], np.float64)
+    logprobs = np.concatenate([one.logprobs for one in trajectories])
+    versions = np.concatenate([one.versions for one in trajectories])
+    staleness = batch - versions // updates_per_batch
+    figures = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/group_std": float(np.mean([group.rewards.std() for group in groups])),
+        "reward/failed": float(sum(grade.reward is None for grade in grades)),
+        "advantage/size": float(np.abs(np.concatenate(list(advantages))).mean()),
+        "rollout/tokens": float(tokens.mean()),
+        "rollout/tokens_max": float(tokens.max()),
+        "rollout/unfinished": float(np.mean([not one.finished for one in trajectories])),
+        "rollout/no_signal": float(np.mean([not group.has_signal for group in groups])),
+        "rollout/entropy": float(-logprobs.mean()) if len(logprobs) else 0.0,
+        "rollout/staleness": float(staleness.mean()) if len(staleness) else 0.0,
+        "rollout/staleness_max": float(staleness.max(initial=0)),
+    }
+    if (right := _share_correct(grades)) is not None:
+        figures["rollout/correct"] = right
+    return figures | {f"reward/{name}": value for name, value in _parts(grades).items()}
+
+
+def _parts(grades: Sequence[Grade]) -> dict[str, float]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for grade in grades:
+        for name, value in grade.parts.items():
+            values[name].append(value)
+    return {name: float(np.mean(known)) for name, known in values.items()}
+
+
+def _share_correct(grades: Sequence[Grade]) -> float | None:
+    known = [grade.correct for grade in grades if grade.correct is not None]
+    return float(np.mean(known)) if known else None
+
+
+def held_out_figures(grades: Sequence[Grade], trajectories: Sequence[Trajectory], ways: int) -> dict[str, Any]:
+    """Fields of a step's report of held-out prompts, each answered ``ways`` times in a row, greedily at first.
+
+    ``held_out`` has the share of prompts whose greedy answer is wrong, the lower the better as any held-out loss; where
+    no grader says what is right, the greedy answers' mean reward with the sign changed. A failed grading is wrong.
+    """
+    greedy = grades[::ways]
+    rewards = [grade.reward for grade in greedy if grade.reward is not None]
+    figures = {
+        "reward": float(np.mean(rewards)) if rewards else 0.0,
+        "tokens": float(np.mean([len(one.logprobs) for one in trajectories[::ways]])),
+        "failed": float(sum(grade.reward is None for grade in grades)),
+    }
+    if all(grade.correct is None for grade in greedy):
+        return {"held_out": {"all": -figures["reward"]}, "held_out_figures": figures}
+    figures["pass@1"] = float(np.mean([bool(grade.correct) for grade in greedy]))
+    samples = ways - 1
+    if samples:
+        right = [
+            sum(bool(grade.correct) for grade in grades[first + 1 : first + ways])
+            for first in range(0, len(grades), ways)
+        ]
+        for k in sorted({1, samples} if samples > 1 else {1}):
+            name = f"sampled_pass@{k}"
+            figures[name] = float(np.mean([pass_at_k(samples, count, k) for count in right]))
+    return {"held_out": {"all": 1.0 - figures["pass@1"]}, "held_out_figures": figures}
+
+
+def shown_answers(groups: Sequence[Group], version: int, count: int) -> list[dict[str, Any]]:
+    """The best, the worst and one answer in between of the batch's first groups, to be read by a person."""
+    shown = []
+    for group in groups[:count]:
+        ranked = sorted(group.graded, key=lambda number: group.grades[number].reward or 0.0)
+        places = {"worst": 0, "middle": len(ranked) // 2, "best": len(ranked) - 1}
+        for kind, place in places.items():
+            one, grade = group.trajectories[ranked[place]], group.grades[ranked[place]]
+            shown.append(
+                {
+                    "version": version,
+                    "kind": kind,
+                    "prompt": str(group.prompt.messages[-1].get("content", "")),
+                    "row": group.prompt.name,
+                    "answer": one.answer.text,
+                    "expected": one.answer.expected,
+                    "reward": grade.reward,
+                    "parts": dict(grade.parts),
+                    "tokens": one.answer.tokens,
+                    "finished": one.finished,
+                }
+            )
+    return shown
+
+
+def first_report(total_steps: int) -> StepReport:
+    """Of the policy before its first update: nothing is trained yet."""
+    return StepReport(
+        step=0,
+        total_steps=total_steps,
+        loss=None,
+        lr=0.0,
+        grad_norm=0.0,
+        trained_weight=0.0,
+        real_tokens=0,
+        slot_tokens=0,
+        tokens_seen=0,
+        step_seconds=0.0,
+        data_wait_seconds=0.0,
+        model_flops=0.0,
+        mfu=None,
+        peak_memory_gib=0.0,
+    )
+
+
+class Times:
+    """Seconds by phase of the controller's own path, and how busy each role was meanwhile; of one batch."""
+
+    def __init__(self) -> None:
+        self.begin()
+        self._before = (0.0, 0.0)
+
+    def begin(self) -> None:
+        """A new batch begins."""
+        self._begun = time.perf_counter()
+        self._parts: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what is within as ``name``."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._parts[name] += time.perf_counter() - begun
+
+    def figures(self, engine_seconds: float, grader_seconds: float) -> dict[str, float]:
+        """``time/<phase>_seconds`` and ``time/batch_seconds``, ``idle/<role>`` as shares of the batch's time.
+
+        Args:
+            engine_seconds, grader_seconds: how long either has worked in all.
+        """
+        whole = max(time.perf_counter() - self._begun, 1e-9)
+        engine, grader = engine_seconds - self._before[0], grader_seconds - self._before[1]
+        self._before = (engine_seconds, grader_seconds)
+        policy = sum(self._parts[name] for name in ("update", "old_logprobs"))
+        busy = {"rollout": engine, "reward": grader, "policy": policy}
+        return {
+            **{f"time/{name}_seconds": seconds for name, seconds in self._parts.items()},
+            "time/batch_seconds": whole,
+            **{f"idle/{role}": max(0.0, 1 - seconds / whole) for role, seconds in busy.items()},
+        }

@@ -1,0 +1,135 @@
+"""What became of every prompt that was asked: part of the checkpoint, so that none is lost and none counts twice.
+
+    visit --issue--> in flight --settle--> trained | dropped | quarantined
+                        ^                          (in flight at a kill: issued again, first)
+                        '------ resume ------'
+
+A *visit* is one asking of a prompt (``rl.prompts.PromptOrder``). The state is small: visits below ``next`` that are not
+in flight are settled. What each one became stands in a log beside the run, a line for each update, whose lines behind a
+checkpoint are cut off when the run goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain_lib.errors import CheckpointError
+
+Fate = Literal["trained", "dropped", "quarantined"]
+FATES: tuple[Fate, ...] = ("trained", "dropped", "quarantined")
+LEDGER = "ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """One visit's end: which prompt it asked, by name, and why it was not trained on."""
+
+    visit: int
+    prompt: str
+    fate: Fate
+    reason: str = ""
+
+
+class Ledger:
+    """Issues visits and keeps account of them.
+
+    Args:
+        log: the file of settled visits; None: none is written.
+    """
+
+    def __init__(self, log: Path | None = None) -> None:
+        self.log = log
+        self.next = 0
+        self.in_flight: set[int] = set()
+        self.counts: dict[Fate, int] = dict.fromkeys(FATES, 0)
+        self._again: list[int] = []
+        self._unwritten: list[Settled] = []
+
+    def issue(self, count: int) -> list[int]:
+        """So many visits, now in flight: first those that a kill interrupted, in order."""
+        again, self._again = self._again[:count], self._again[count:]
+        fresh = range(self.next, self.next + count - len(again))
+        self.next = fresh.stop
+        visits = [*again, *fresh]
+        self.in_flight.update(visits)
+        return visits
+
+    def settle(self, settled: Iterable[Settled]) -> None:
+        """Visits in flight came to their end.
+
+        Raises:
+            ValueError: one that is not in flight: it would count twice.
+        """
+        for one in settled:
+            if one.visit not in self.in_flight:
+                raise ValueError(f"visit {one.visit} is {one.fate} and was not in flight")
+            self.in_flight.remove(one.visit)
+            self.counts[one.fate] += 1
+            self._unwritten.append(one)
+
+    def close_update(self, version: int) -> None:
+        """Write the line of the update that made ``version``: what was settled since the one before."""
+        if self.log is not None:
+            line: dict[str, Any] = {"version": version}
+            for fate in FATES:
+                line[fate] = [
+                    [one.visit, one.prompt, *([one.reason] if one.reason else [])]
+                    for one in self._unwritten
+                    if one.fate == fate
+                ]
+            with open(self.log, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._unwritten = []
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready; of a moment right after :meth:`close_update`."""
+        if self._unwritten:
+            raise ValueError("visits were settled that no update's line has: a checkpoint would lose them")
+        waiting = sorted([*self.in_flight, *self._again])
+        return {"next": self.next, "in_flight": waiting, "counts": dict(self.counts)}
+
+    def load_state(self, state: dict[str, Any], version: int) -> None:
+        """Go on from a checkpoint of ``version``: what was in flight is issued again, and lines of later updates go.
+
+        Raises:
+            CheckpointError: the log lacks lines that the checkpoint counts on.
+        """
+        self.next, self._again = int(state["next"]), list(state["in_flight"])
+        self.in_flight, self._unwritten = set(), []
+        self.counts = {fate: int(state["counts"][fate]) for fate in FATES}
+        if self.log is not None:
+            self._cut(version)
+
+    def _cut(self, version: int) -> None:
+        assert self.log is not None
+        lines = read_log(self.log) if self.log.exists() else []
+        kept = [line for line in lines if line["version"] <= version]
+        known = sum(len(line[fate]) for line in kept for fate in FATES)
+        if known != sum(self.counts.values()):
+            raise CheckpointError(
+                "the ledger's log and the checkpoint tell of different visits",
+                where=self.log,
+                got=f"{known} settled visits up to version {version}",
+                expected=f"{sum(self.counts.values())}",
+                fix="the log was changed or lost: start the run anew",
+            )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        fresh = self.log.with_suffix(".tmp")
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(self.log)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """A line for each update. A last line that a kill tore is left out: no checkpoint is of an update behind it."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    whole = [line for line in lines[:-1] if line]
+    return [json.loads(line) for line in whole]
+
+
+def trained_visits(lines: Iterable[dict[str, Any]], keep: Callable[[int], bool] = lambda version: True) -> list[int]:
+    """Visits that a log says were trained, in order."""
+    return [int(visit[0]) for line in lines if keep(line["version"]) for visit in line["trained"]]

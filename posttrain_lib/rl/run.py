@@ -1,0 +1,190 @@
+"""One job of reinforcement learning in this process: its roles are made, the controller runs them, its reports go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+from posttrain_lib.errors import DataError
+from posttrain_lib.models.decoder import build_model
+from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.parallel.compilation import check_compiler
+from posttrain_lib.parallel.process_group import process_group
+from posttrain_lib.registry import resolve
+from posttrain_lib.rl.controller import Controller, Roles
+from posttrain_lib.rl.engine.embedded import EmbeddedEngine
+from posttrain_lib.rl.ledger import LEDGER, Ledger
+from posttrain_lib.rl.policy import PolicyRank
+from posttrain_lib.rl.prompts import fitting, read_prompts
+from posttrain_lib.rl.reference import FrozenReference
+from posttrain_lib.rl.rewards.pool import GraderPool
+from posttrain_lib.rl.sync_guard import SyncGuard
+from posttrain_lib.rl.trajectories import Play
+from posttrain_lib.schema.reports import TrainResult
+from posttrain_lib.training import pulse
+from posttrain_lib.training.companions import load_frozen
+from posttrain_lib.training.device import pick_device, reproducible
+
+if TYPE_CHECKING:
+    from posttrain_lib.rl.engine.stop_strings import Decode
+    from posttrain_lib.rl.job import RolloutJob
+    from posttrain_lib.rl.prompts import RolloutPrompt
+    from posttrain_lib.rl.roles import RolloutRole
+    from posttrain_lib.schema.reports import StepReport
+    from posttrain_lib.training.job import TrainJob
+
+#: answers kept to be read, one a line, in the job's work folder
+ANSWERS = "rollouts.jsonl"
+#: prompts that engine and trainer are compared on at every push
+_CANARIES = 4
+
+ENGINES: dict[str, str] = {
+    "embedded": "posttrain_lib.rl.run:embedded_engine",
+    "vllm": "posttrain_lib.adapters.vllm_engine:vllm_engine",
+}
+
+
+def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepReport, None, TrainResult]:
+    """Run a job to its end; see ``training.loop.train``.
+
+    Raises:
+        ConfigError: an engine, a grader or a loss that cannot be made. DataError: no prompt that fits.
+        RolloutError: the engine failed, or its weights are not the policy's. TrainingError: an update went wrong.
+        PreemptedError: a stop was asked for; a checkpoint is written.
+    """
+    device = pick_device(job.device, job.rank)
+    if job.train.compile != "none":
+        check_compiler(device)
+    with (
+        reproducible(job.train.seed, job.threads),
+        process_group(job.rank, job.world, job.rendezvous, device),
+    ):
+        notes: list[str] = []
+        work = Path(job.work_dir)
+        decode = _tokenizer(rollouts).decode
+        prompts, held_out = _prompts(rollouts, notes)
+        with _roles(job, rollouts, device, decode, prompts, notes.append) as roles:
+            controller = Controller(
+                prompts,
+                held_out,
+                roles,
+                rollouts.settings,
+                Play(decode),
+                Ledger(work / LEDGER),
+                show=lambda answers: _keep(work / ANSWERS, answers),
+            )
+            first: StepReport | None = None
+            for report in controller.run():
+                first = first or report
+                yield _with_notes(report, notes)
+            assert first is not None and isinstance(roles.policy, PolicyRank)
+            return _result(roles.policy)
+
+
+@contextlib.contextmanager
+def _roles(
+    job: TrainJob,
+    rollouts: RolloutJob,
+    device: torch.device,
+    decode: Decode,
+    prompts: Sequence[RolloutPrompt],
+    say: Callable[[str], None],
+) -> Iterator[Roles]:
+    """Every role, made; and given up at the end, the last made first. What is cheap to refuse comes first."""
+    settings = rollouts.settings
+    with contextlib.ExitStack() as closing:
+        pulse.beat("graders")
+        graders = GraderPool(rollouts.rewards, processes=rollouts.grader_processes)
+        closing.callback(graders.close)
+        graders.check()
+        pulse.beat("policy")
+        policy = PolicyRank(
+            job, device, most_mismatch=rollouts.max_mismatch, trajectory=dict(rollouts.trajectory), say=say
+        )
+        closing.callback(policy.close)
+        pulse.beat("engine")
+        make_engine = resolve(rollouts.engine, ENGINES, what="rollout engine", where="grpo.rollout.engine")
+        window = rollouts.longest_prompt + settings.sampling.max_new_tokens
+        engine: RolloutRole = make_engine(
+            job.model_folder, window=window, decode=decode, device=device, **rollouts.engine_options
+        )
+        closing.callback(engine.close)
+        reference = None
+        if rollouts.reference is not None:
+            frozen = load_frozen(job, policy.mesh, rollouts.reference)
+            reference = FrozenReference(frozen, policy.mesh, policy.scoring)
+        canaries = [prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1][:_CANARIES]
+        guard = SyncGuard(canaries, max_difference=rollouts.max_canary_difference)
+        yield Roles(policy, engine, graders, guard, reference)
+
+
+def embedded_engine(
+    folder: str, *, window: int, decode: Decode, device: torch.device, slots: int = 64
+) -> EmbeddedEngine:
+    """The engine over our own definition of the model in ``folder``; its weights come with the first push.
+
+    Args:
+        window: most tokens of a prompt and its answer. slots: answers that are written at once.
+    """
+    spec = spec_from_folder(folder)
+    model = build_model(spec, device=device).eval().requires_grad_(False)
+    return EmbeddedEngine(model, spec, window=window, slots=slots, decode=decode)
+
+
+def _tokenizer(rollouts: RolloutJob) -> ChatTokenizer:
+    return ChatTokenizer(
+        rollouts.tokenizer, chat_template=rollouts.chat_template, template_kwargs=dict(rollouts.template_kwargs)
+    )
+
+
+def _prompts(rollouts: RolloutJob, notes: list[str]) -> tuple[list[RolloutPrompt], list[RolloutPrompt]]:
+    """(prompts of training, held-out ones), those that leave room for an answer; the others are told of."""
+    found = []
+    for path in (rollouts.prompts, rollouts.held_out):
+        kept, long = fitting(read_prompts(Path(path)), rollouts.longest_prompt)
+        if long:
+            notes.append(f"{len(long)} prompts of more than {rollouts.longest_prompt} tokens are left out: {long[0].name} ...")
+        if not kept:
+            raise DataError(
+                "no prompt leaves room for an answer",
+                where=path,
+                got=f"{len(long)} prompts",
+                expected=f"at most {rollouts.longest_prompt} tokens (train.row_tokens less grpo.rollout.max_new_tokens)",
+                fix="raise train.row_tokens, or lower grpo.rollout.max_new_tokens",
+            )
+        found.append(kept)
+    return found[0], found[1]
+
+
+def _keep(path: Path, answers: list[dict[str, Any]]) -> None:
+    with open(path, "a", encoding="utf-8") as handle:
+        for answer in answers:
+            handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+
+def _with_notes(report: StepReport, notes: list[str]) -> StepReport:
+    """The report with what a person should read, once."""
+    said, notes[:] = list(notes), []
+    return dataclasses.replace(report, event=", ".join([*([report.event] if report.event else []), *said]))
+
+
+def _result(policy: PolicyRank) -> TrainResult:
+    progress = policy.state.progress
+    checkpoints = policy.checkpoints
+    return TrainResult(
+        step=progress.step,
+        tokens_seen=progress.tokens_seen,
+        last_checkpoint=str(checkpoints.path(progress.step)),
+        best_checkpoint=None if progress.best_step is None else str(checkpoints.path(progress.best_step)),
+        best_held_out=progress.best_held_out,
+        first_held_out=progress.first_held_out,
+        stopped_early=False,
+        incidents=progress.incidents,
+    )

@@ -1,0 +1,55 @@
+"""What the controller is told: plain values, of the run file's sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from posttrain_lib.schema.rollouts import Sampling
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How the policy is looked at: ``prompts`` of the held-out ones, each answered greedily, and with ``samples`` above
+    0 so often at the training's temperature besides (for pass@k); after every ``every_steps`` updates."""
+
+    prompts: int = 100
+    samples: int = 0
+    every_steps: int = 50
+
+
+@dataclass(frozen=True)
+class RLSettings:
+    """One *batch* is ``prompts_per_batch`` groups of ``group_size`` answers, learned in ``updates_per_batch`` optimiser
+    steps; ``updates`` steps make the run.
+
+    max_staleness: a batch may be asked for while so many earlier ones are not learned yet; 0 is synchronous. A sample
+        is then never of weights more than so many batches old: by when it was asked for, whatever happens after.
+    sampling: of training's answers. seed: of all that is drawn.
+    advantage: a name of ``rl.advantages``.
+    drop_no_signal: groups whose rewards are all equal are replaced by further prompts, at most ``max_refills`` times a
+        batch (DAPO's dynamic sampling).
+    mask_unfinished: answers that were cut off count in their group's mean and are not learned.
+    needs_old: the loss compares with the policy before the batch's first update.
+    save_every: updates between checkpoints. shown: answers of each batch kept to be read.
+    """
+
+    updates: int
+    prompts_per_batch: int
+    group_size: int
+    sampling: Sampling
+    updates_per_batch: int = 1
+    max_staleness: int = 0
+    advantage: str = "grpo"
+    drop_no_signal: bool = False
+    max_refills: int = 4
+    mask_unfinished: bool = False
+    needs_old: bool = False
+    save_every: int = 50
+    shown: int = 3
+    seed: int = 0
+    held_out: HeldOut = field(default_factory=HeldOut)
+
+    @property
+    def batches(self) -> int:
+        """Of the whole run."""
+        return -(-self.updates // self.updates_per_batch)

@@ -1,0 +1,132 @@
+"""From a prompt to what is learned: completions become trajectories, those of one prompt a group, groups samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from posttrain_lib.losses.policy import ADVANTAGES, ROLLOUT
+from posttrain_lib.rl.prompts import RolloutPrompt
+from posttrain_lib.schema.rollouts import Answer, Completion, Grade, Request, Sampling, TrainSample
+
+#: asks the engine
+Complete = Callable[[Request], Awaitable[Completion]]
+#: token ids -> text without control tokens
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One answer to a prompt, S tokens of which the policy sampled N.
+
+        token_ids  int32 [S]    the prompt, and everything behind it as it was, token for token
+        trained    bool [S]     tokens that were sampled
+        logprobs   float32 [N]  what the sampler said of them
+        versions   int32 [N]    of the weights that each was sampled from
+
+    ``answer`` is what graders see; ``finished``: it ended by itself, not by a limit.
+    """
+
+    token_ids: np.ndarray
+    prompt_tokens: int
+    trained: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    answer: Answer
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """All answers to one visit of a prompt, graded."""
+
+    visit: int
+    prompt: RolloutPrompt
+    trajectories: Sequence[Trajectory]
+    grades: Sequence[Grade]
+
+    @property
+    def graded(self) -> list[int]:
+        """Numbers of the answers whose grading did not fail, and of which something was sampled."""
+        return [
+            number
+            for number, (grade, one) in enumerate(zip(self.grades, self.trajectories, strict=True))
+            if grade.reward is not None and len(one.logprobs)
+        ]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Float64, of the graded ones."""
+        return np.array([self.grades[number].reward for number in self.graded], np.float64)
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any answer was better than another."""
+        return bool(np.ptp(self.rewards)) if len(self.graded) > 1 else False
+
+
+#: plays one answer to a prompt: (prompt, its number in the group, the sampling, a seed, a key, the engine) -> it
+@dataclass(frozen=True)
+class Play:
+    """How a prompt is answered. This one: by one completion.
+
+    Args:
+        decode: of the run's tokenizer.
+    """
+
+    decode: Decode
+    stop_ids: frozenset[int] = field(default_factory=frozenset)
+
+    async def __call__(
+        self, prompt: RolloutPrompt, sampling: Sampling, seed: int, key: str, complete: Complete
+    ) -> Trajectory:
+        """The trajectory of one answer."""
+        done = await complete(Request(key, prompt.token_ids, sampling, seed))
+        sampled, before = len(done.token_ids), len(prompt.token_ids)
+        return Trajectory(
+            token_ids=np.concatenate([np.asarray(prompt.token_ids, np.int32), done.token_ids.astype(np.int32)]),
+            prompt_tokens=before,
+            trained=np.arange(before + sampled) >= before,
+            logprobs=done.logprobs.astype(np.float32),
+            versions=done.versions.astype(np.int32),
+            answer=Answer(
+                prompt=prompt.messages,
+                text=self.decode(done.token_ids.tolist()).strip(),
+                expected=prompt.answer,
+                extra=prompt.extra,
+                tokens=sampled,
+                finished=done.finish == "stop",
+            ),
+            finished=done.finish == "stop",
+        )
+
+
+def seed_for(run_seed: int, name: str, visit: int, number: int) -> int:
+    """The stream of one answer: of the run, the prompt's name, its visit and the answer's number alone."""
+    digest = hashlib.sha256(f"{run_seed} {visit} {number} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def samples_of(
+    groups: Sequence[Group], advantages: Sequence[np.ndarray], *, mask_unfinished: bool
+) -> list[TrainSample]:
+    """What the policy learns from groups.
+
+    Args:
+        advantages: of each group, one number for each of its ``graded`` answers.
+        mask_unfinished: leave answers out that were cut off by a limit: neither good nor bad is known of them.
+    """
+    samples = []
+    for group, worth in zip(groups, advantages, strict=True):
+        for number, advantage in zip(group.graded, worth, strict=True):
+            one = group.trajectories[number]
+            if mask_unfinished and not one.finished:
+                continue
+            signals = {ADVANTAGES: np.full(len(one.logprobs), advantage, np.float32), ROLLOUT: one.logprobs}
+            samples.append(
+                TrainSample(one.token_ids, one.trained, one.prompt_tokens, group.visit, number, signals)
+            )
+    return samples
