@@ -123,7 +123,7 @@ def _generate(
             if model.config.changes_rope(kept, kept + len(tokens)):
                 cache.forget([place])
                 new[place] = [*prompts[active[place]], *completions[active[place]]]
-        tokens = choose(_next_logits(model, new, cache), active)
+        tokens = choose(next_logits(model, new, cache), active)
         for index, token in zip(active, tokens, strict=True):
             completions[index].append(token)
         keep = [place for place, token in enumerate(tokens) if token not in stops]
@@ -134,16 +134,12 @@ def _generate(
         active, new = [active[place] for place in keep], [[tokens[place]] for place in keep]
 
 
-def _next_logits(model: Decoder, new: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
+def next_logits(model: Decoder, new: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
     """Logits [n, V] behind the ``new`` tokens of each sequence, which the cache keeps from now on."""
-    tokens, positions, boundaries, longest = _pack(new, model)
-    counts = [len(each) for each in new]
-    positions = positions + cache.lengths.to(positions.device).repeat_interleave(
-        torch.tensor(counts, device=positions.device)
-    )
+    tokens, positions, boundaries, longest = _pack(new, model, cache.lengths)
     last = boundaries[1:].long() - 1
     logits = model(tokens, positions, boundaries, longest, lambda hidden, head: head.logits(hidden[last]), cache=cache)
-    cache.advance(counts)
+    cache.advance([len(each) for each in new])
     return logits
 
 
@@ -172,13 +168,18 @@ def token_logprobs(
     return results
 
 
-def _pack(sequences: Sequence[Sequence[int]], model: Decoder) -> tuple[Tensor, Tensor, Tensor, int]:
+def _pack(
+    sequences: Sequence[Sequence[int]], model: Decoder, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(tokens, positions, boundaries, longest) of what a forward takes; ``kept`` int64 [n] tokens lie before each."""
     device = model.head_weight.device
-    lengths = [len(sequence) for sequence in sequences]
-    tokens = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64, device=device)
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    boundaries = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    return tokens, positions, boundaries, max(lengths)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    tokens = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
+    ends = lengths.cumsum(0)
+    before = lengths - ends if kept is None else lengths - ends + kept
+    positions = torch.arange(len(tokens)) + before.repeat_interleave(lengths)
+    boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
+    return tokens.to(device), positions.to(device), boundaries.to(device), int(lengths.max())
 
 
 def _groups(indices: Iterable[int], sequences: Sequence[Sequence[int]], room: int = 0) -> Iterator[list[int]]:

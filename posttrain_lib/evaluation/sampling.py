@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_NUMBERS_AT_ONCE = 128
 
 
 class Stream:
     """The uniform numbers of one sequence, from its seed (0 to 2**64 - 1) alone."""
 
     def __init__(self, seed: int) -> None:
-        self._generator = np.random.Generator(np.random.Philox(key=seed))
+        self._numbers = _numbers(np.random.Generator(np.random.Philox(key=seed)))
 
     def draw(self) -> float:
         """The next number, in [0, 1)."""
-        return float(self._generator.random())
+        return next(self._numbers)
+
+
+def _numbers(generator: np.random.Generator) -> Iterator[float]:
+    """Made some at a time: one call for each number takes longer than the number."""
+    while True:
+        yield from generator.random(_NUMBERS_AT_ONCE).tolist()
 
 
 def seed_of(seed: int, prompt: Sequence[int], number: int) -> int:

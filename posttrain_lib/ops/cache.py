@@ -7,6 +7,8 @@ being counted, so that every layer of a forward finds the same lengths.
     model(...prompts packed, DocumentLayout.of(..., cache=cache)...); cache.advance([5, 9])
     model(...one token each...); cache.advance([1, 1])
 
+Sequences may come and go between forwards: ``join`` copies some out of another cache, ``remove`` lets some leave.
+
 Keys lie as [n, K, capacity, H]: those of one head are contiguous, so that the products of a decoding step over all
 sequences and heads run on the storage itself. A layer with a window keeps all its keys and reads the window's.
 """
@@ -29,11 +31,13 @@ class KeyValueCache:
     """Keys, values and recurrent states of n sequences, each with room for ``capacity`` tokens. No gradients.
 
     ``lengths`` int64 [n] on the host: tokens kept of each sequence, so the position of its next one. Storage is
-    allocated per layer at its first ``append``, with that one's heads, widths, dtype and device.
+    allocated per layer at its first ``append`` or ``join``, with that one's heads, widths, dtype and device; it has
+    room for ``rows`` sequences, of which the first n are in use (default: as many as there are).
     """
 
-    def __init__(self, sequences: int, capacity: int) -> None:
+    def __init__(self, sequences: int, capacity: int, rows: int | None = None) -> None:
         self.capacity = capacity
+        self.rows = sequences if rows is None else rows
         self.lengths = torch.zeros(sequences, dtype=torch.int64)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
@@ -57,10 +61,10 @@ class KeyValueCache:
         step = self._step_of(layout)
         for stored, rows in ((self._keys, key_TKH), (self._values, value_TKV)):
             if layer not in stored:
-                shape = (self.sequences, rows.shape[1], self.capacity, rows.shape[2])
+                shape = (self.rows, rows.shape[1], self.capacity, rows.shape[2])
                 # zeros: a masked place has weight 0, and 0 times whatever memory held may be NaN
                 stored[layer] = rows.new_zeros(shape, dtype=attention_dtype(rows))
-            kept = stored[layer]
+            kept = stored[layer][: self.sequences]
             if step.single:
                 kept[torch.arange(self.sequences, device=kept.device), :, step.places] = rows.to(kept.dtype)
                 continue
@@ -88,8 +92,8 @@ class KeyValueCache:
         if step.single:
             return self._attend_single(layer, query, step, scale, window, softcap, sinks_N)
         key, value = (
-            torch.cat([own[:, :end].transpose(0, 1) for own, end in zip(kept[layer], step.after, strict=True)])
-            for kept in (self._keys, self._values)
+            torch.cat([own[:, :end].transpose(0, 1) for own, end in zip(kept[layer], step.after, strict=False)])
+            for kept in (self._keys, self._values)  # rows that are not in use lie behind the others
         )
         keys = step.segments
         return attend(query, key, value, layout, keys, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
@@ -106,7 +110,7 @@ class KeyValueCache:
     ) -> Tensor:
         """One new token of each sequence. Query heads that share a key head are rows of one product."""
         begin, end, seen = step.view(window)
-        key, value = self._keys[layer][:, :, begin:end], self._values[layer][:, :, begin:end]
+        key, value = (kept[layer][: self.sequences, :, begin:end] for kept in (self._keys, self._values))
         query = query_nNH.unflatten(1, (key.shape[1], -1))
         if softcap is None and sinks_N is None:
             return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale).flatten(1, 2)
@@ -148,12 +152,80 @@ class KeyValueCache:
             raise ValueError(f"there are {self.sequences} sequences, numbered from 0, got {list(order)}")
         index = torch.tensor(order, dtype=torch.int64)
         self.lengths = self.lengths[index]
+        self.rows = self.sequences
         self._step = None
         for stored in (self._keys, self._values):
             for layer, kept in stored.items():  # a layer at a time: the old one is freed before the next is copied
                 stored[layer] = kept.index_select(0, index.to(kept.device))
         for layer, tensors in self._states.items():
             self._states[layer] = tuple(tensor.index_select(0, index.to(tensor.device)) for tensor in tensors)
+
+    def join(self, other: KeyValueCache, numbers: Sequence[int]) -> None:
+        """Copies of these sequences of ``other`` come behind the own ones; one may be named several times.
+
+        Raises:
+            ValueError: more sequences than there are rows, or a sequence longer than ``capacity``.
+        """
+        index = torch.tensor(numbers, dtype=torch.int64)
+        first, lengths = self.sequences, other.lengths[index]
+        longest = int(lengths.max())
+        if first + len(numbers) > self.rows or longest > self.capacity:
+            raise ValueError(
+                f"{first} of {self.rows} rows are in use, of room for {self.capacity} tokens each: "
+                f"{len(numbers)} sequences of up to {longest} tokens do not fit"
+            )
+        for stored, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for layer, kept in theirs.items():
+                if layer not in stored:
+                    stored[layer] = kept.new_zeros((self.rows, kept.shape[1], self.capacity, kept.shape[3]))
+                own = stored[layer][first : first + len(numbers)]
+                own[:, :, :longest] = kept[:, :, :longest].index_select(0, index.to(kept.device))
+                own[:, :, longest:] = 0  # whoever had the row before may have left NaN
+        for layer, tensors in other._states.items():
+            copies = tuple(tensor.index_select(0, index.to(tensor.device)) for tensor in tensors)
+            before = self._states.get(layer)
+            self._states[layer] = copies if before is None else tuple(map(torch.cat, zip(before, copies, strict=True)))
+        self.lengths = torch.cat([self.lengths, lengths])
+        self._step = None
+
+    def remove(self, numbers: Sequence[int]) -> list[int]:
+        """These sequences leave, and the last ones take their places, so that few rows are copied.
+
+        Returns:
+            for each sequence that is left the number that it had.
+
+        Raises:
+            ValueError: a number that no sequence has, or one that is named twice.
+        """
+        gone = set(numbers)
+        if len(gone) < len(numbers) or not gone <= set(range(self.sequences)):
+            raise ValueError(f"there are {self.sequences} sequences, numbered from 0 and named once, got {numbers}")
+        left = self.sequences - len(gone)
+        movers = (old for old in range(left, self.sequences) if old not in gone)
+        order = [new if new not in gone else next(movers) for new in range(left)]
+        for stored in (self._keys, self._values):
+            for kept in stored.values():
+                for new, old in enumerate(order):
+                    if new != old:
+                        kept[new] = kept[old]
+        index = torch.tensor(order, dtype=torch.int64)
+        for layer, tensors in self._states.items():
+            self._states[layer] = tuple(tensor.index_select(0, index.to(tensor.device)) for tensor in tensors)
+        self.lengths = self.lengths[index]
+        self._step = None
+        return order
+
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens of each sequence, where there is less."""
+        if capacity <= self.capacity:
+            return
+        for stored in (self._keys, self._values):
+            for layer, kept in stored.items():  # a layer at a time: the old one is freed before the next is copied
+                wider = kept.new_zeros((self.rows, kept.shape[1], capacity, kept.shape[3]))
+                wider[: self.sequences, :, : self.capacity] = kept[: self.sequences]
+                stored[layer] = wider
+        self.capacity = capacity
+        self._step = None
 
     def forget(self, sequences: Sequence[int]) -> None:
         """These sequences begin anew: their next tokens are their first ones."""

@@ -1,0 +1,1 @@
+"""The embedded rollout engine: continuous batching over our own model definitions, in this process."""

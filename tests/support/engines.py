@@ -1,0 +1,55 @@
+"""Rollout engines and requests for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain_lib.checkpoint.hf import load_hf_weights
+from posttrain_lib.models.decoder import Decoder, build_model
+from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.models.spec import ModelSpec
+from posttrain_lib.models.vocabulary import with_padded_vocabulary
+from posttrain_lib.rl.engine.embedded import EmbeddedEngine
+from posttrain_lib.rl.roles import RolloutRole
+from posttrain_lib.schema.rollouts import AllowedTokens, Completion, Request, Sampling
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float64, pad_to: int = 1) -> tuple[Decoder, ModelSpec]:
+    """A folder's model, by default in float64: a draw on the border of two tokens is then out of reach."""
+    spec = with_padded_vocabulary(spec_from_folder(folder), pad_to)
+    model = build_model(spec, dtype=dtype)
+    load_hf_weights(model, spec, folder)
+    return model, spec
+
+
+def embedded(folder: Path, *, window: int = 128, slots: int = 4, pad_to: int = 1, **options: Any) -> EmbeddedEngine:
+    """An embedded engine over a folder's weights in float64."""
+    return EmbeddedEngine(*loaded(folder, pad_to=pad_to), window=window, slots=slots, **options)
+
+
+def request(
+    key: str,
+    prompt: Sequence[int],
+    new_tokens: int = 8,
+    *,
+    seed: int = 0,
+    allowed: AllowedTokens | None = None,
+    **sampling: Any,
+) -> Request:
+    """A request; ``sampling`` as ``schema.rollouts.Sampling`` beside its number of tokens."""
+    return Request(key, tuple(prompt), Sampling(new_tokens, **sampling), seed, allowed)
+
+
+def drained(engine: RolloutRole, requests: Sequence[Request] = ()) -> dict[str, Completion]:
+    """Submit, and step until nothing is left: completions by key."""
+    engine.submit(requests)
+    found: dict[str, Completion] = {}
+    while engine.unfinished:
+        for completion in engine.step():
+            assert completion.key not in found
+            found[completion.key] = completion
+    return found
