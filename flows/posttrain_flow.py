@@ -22,7 +22,9 @@ except ModuleNotFoundError as error:
     )
     raise SystemExit(1) from None
 
-DEFAULT_CONFIG = {recipe: ROOT / "configs" / recipe / "default.yaml" for recipe in ("sft", "dpo", "reward", "distill")}
+DEFAULT_CONFIG = {
+    recipe: ROOT / "configs" / recipe / "default.yaml" for recipe in ("sft", "dpo", "reward", "distill", "grpo")
+}
 
 #: Metaflow's exit code for "failed, and a retry would fail the same way"
 _DO_NOT_RETRY = 202

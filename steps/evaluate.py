@@ -141,7 +141,7 @@ def body(context: StepContext) -> StepResult:
     if context.config.reward is not None:
         metrics["calibration"] = _calibration(context, before, after)
     (context.out / "evaluation.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
-    _write_scores(context.out / SCORES, {"before": before.results, "after": after.results})
+    write_scores(context.out / SCORES, {"before": before.results, "after": after.results})
     return StepResult(
         outputs={"evaluation": ("evaluation.json", "evaluation"), "task_scores": (SCORES, "task_scores")},
         checks=[
@@ -192,13 +192,14 @@ def _evaluate(
     completions = greedy_generate(model, ids, config.evaluation.max_new_tokens, stop_ids(tokenizer))
     texts = [tokenizer.decode(tokens) for tokens in completions]
     given = Given(store, config.train.row_tokens, prompts, config.evaluation.seed)
-    results = {title: _run(context, title, task, model, tokenizer, given) for title, task in tasks.items()}
+    results = {title: run_task(context, title, task, model, tokenizer, given) for title, task in tasks.items()}
     return _Found(held_out, documents.scores(), texts, results, pairs)
 
 
-def _run(
+def run_task(
     context: StepContext, title: str, task: Task, model: Decoder, tokenizer: ChatTokenizer, given: Given
 ) -> TaskResult:
+    """Run a task and say what it found."""
     result = task.run(model, tokenizer, given)
     found = (f"{name} {value.mean:.4f}" for name, value in result.metrics(given.seed).items())
     context.say(f"evaluate: {title}: {', '.join(found)}")
@@ -228,7 +229,7 @@ def _calibration(context: StepContext, before: _Found, after: _Found) -> dict[st
     return {model: calibration_of(pairs, seed) for model, pairs in found.items() if pairs is not None}
 
 
-def _write_scores(path: Path, results: Mapping[str, Mapping[str, TaskResult]]) -> None:
+def write_scores(path: Path, results: Mapping[str, Mapping[str, TaskResult]]) -> None:
     """Each example's scores and what its task tells of it, one line each."""
     with open(path, "w", encoding="utf-8") as handle:
         for model, tasks in results.items():

@@ -12,7 +12,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.model import ModelConfig
 from posttrain_lib.errors import ExportError
 from posttrain_lib.schema.manifests import ArtifactRef, Check
-from steps import beside, evaluate
+from steps import beside, evaluate, rollouts
 from steps.base import Manifests, Step, StepContext, StepResult
 from steps.checks import outcome
 from steps.loading import load_base, load_tokenizer, read_prompts
@@ -45,6 +45,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     """The checkpoint, the source folder with its tokenizer, prompts to compare on; and that it was evaluated."""
     found = {key: ref for key, ref in evaluate.inputs(config, manifests).items() if key != "held_out"}
+    found["model"] = rollouts.start_model(config, manifests)
     return {**found, "evaluation": manifests["evaluate"].outputs["evaluation"]}
 
 

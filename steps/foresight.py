@@ -73,8 +73,14 @@ def check_start(config: RunConfig) -> None:
 
 
 def _recipes_for(kind: str) -> str:
-    fitting = {"document": "recipes sft and distill train", "pair": "recipes dpo and reward train", "prompt": "recipe grpo trains"}
-    return f"{fitting[kind]} on {kind}s: take the source out, change the recipe, or name a loss of your own in train.loss"
+    fitting = {
+        "document": "recipes sft and distill train",
+        "pair": "recipes dpo and reward train",
+        "prompt": "recipe grpo trains",
+    }
+    return (
+        f"{fitting[kind]} on {kind}s: take the source out, change the recipe, or name a loss of your own in train.loss"
+    )
 
 
 def check_evaluation(config: RunConfig) -> None:
@@ -97,7 +103,7 @@ def check_evaluation(config: RunConfig) -> None:
                 where=f"evaluation.tasks: {title}",
                 fix="take the task out: the held-out loss of what is trained is in the report in any case",
             )
-    known = {title: task.metrics for title, task in tasks.items()} | {"held_out": ("loss", *_figures(config))}
+    known = {title: task.metrics for title, task in tasks.items()} | {"held_out": _figures(config)}
     for gate in config.evaluation.gates.metrics:
         title, _, metric = gate.partition(".")
         if metric not in known[title]:
@@ -114,8 +120,13 @@ def check_evaluation(config: RunConfig) -> None:
 def _figures(config: RunConfig) -> tuple[str, ...]:
     from posttrain_lib.evaluation.calibration import METRICS
     from posttrain_lib.losses import build_loss
+    from steps import evaluate_policy
 
-    figures = build_loss(config.train.loss, config.train.loss_options).figures
+    if config.grpo is not None:
+        samples = config.grpo.held_out.samples
+        sampled = tuple(f"sampled_pass@{k}" for k in sorted({1, samples}) if samples)
+        return (*evaluate_policy.METRICS, *sampled, *(f"reward/{term.shown_as}" for term in config.grpo.rewards))
+    figures = ("loss", *build_loss(config.train.loss, config.train.loss_options).figures)
     return figures if config.reward is None else (*figures, *METRICS)
 
 

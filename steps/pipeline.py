@@ -10,10 +10,22 @@ from typing import Any
 
 from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.load import build_run_config
-from posttrain_lib.errors import RETRY_EXIT_CODE, PosttrainError, PreemptedError
+from posttrain_lib.errors import RETRY_EXIT_CODE, ConfigError, PosttrainError, PreemptedError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.schema.manifests import StepManifest
-from steps import check_serving, convert_model, evaluate, export, inputs, lm_eval, prepare_data, score_data, train
+from steps import (
+    check_serving,
+    convert_model,
+    evaluate,
+    evaluate_policy,
+    export,
+    inputs,
+    lm_eval,
+    prepare_data,
+    score_data,
+    train,
+    warm_start,
+)
 from steps.base import Say, Step, run_step, say_line
 from steps.start_from import RunNames, with_models_found
 
@@ -26,21 +38,41 @@ STEPS: tuple[Step, ...] = (
     check_serving.STEP,
     convert_model.STEP,
     score_data.STEP,
+    warm_start.STEP,
     train.STEP,
     evaluate.STEP,
+    evaluate_policy.STEP,
     export.STEP,
     lm_eval.STEP,
 )
 
 
-def step_named(name: str) -> Step:
-    """The step of that name."""
-    return next(step for step in STEPS if step.name == name)
-
-
 def chain(config: RunConfig) -> tuple[Step, ...]:
     """The steps that a recipe has."""
-    return tuple(step for step in STEPS if step is not score_data.STEP or config.companion is not None)
+    not_here = {
+        score_data.STEP.module: config.companion is None,
+        warm_start.STEP.module: not warm_start.is_needed(config),
+        evaluate.STEP.module: config.grpo is not None,
+        evaluate_policy.STEP.module: config.grpo is None,
+    }
+    return tuple(step for step in STEPS if not not_here.get(step.module, False))
+
+
+def step_named(name: str, config: RunConfig) -> Step:
+    """The step of that name that the recipe has.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    found = next((step for step in chain(config) if step.name == name), None)
+    if found is None:
+        raise ConfigError(
+            f"recipe {config.recipe} has no step {name}",
+            where="recipe",
+            got=name,
+            expected=", ".join(step.name for step in chain(config)),
+        )
+    return found
 
 
 def run_until(
@@ -79,7 +111,7 @@ def advance(
 ) -> dict[str, dict[str, Any]]:
     """One step of a flow: plain manifests in, plain manifests out, with that step's added."""
     config = RunConfig.model_validate(run_config)
-    manifest = run_step(step_named(name), config, load_manifests(manifests), reuse=reuse, observe=observe)
+    manifest = run_step(step_named(name, config), config, load_manifests(manifests), reuse=reuse, observe=observe)
     return {**manifests, name: manifest.to_dict()}
 
 

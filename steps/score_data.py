@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef
+from steps import rollouts
 from steps.base import Manifests, Step, StepContext, StepResult
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
 def companion_of(config: RunConfig, manifests: Manifests) -> ArtifactRef:
     """The frozen model's folder: one of its own, or the model that training starts from."""
     own = manifests["inputs"].outputs.get("companion")
-    return manifests["convert_model"].outputs["model"] if own is None else own
+    return rollouts.start_model(config, manifests) if own is None else own
 
 
 def body(context: StepContext) -> StepResult:

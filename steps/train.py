@@ -13,7 +13,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.schema.trajectory import TRAJECTORY
-from steps import beside, prepare_data
+from steps import beside, prepare_data, rollouts
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 from steps.watch import METRICS, watch
 
@@ -40,6 +40,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
         "companion": None if config.companion is None else config.companion.kept,
         "pad_token": None if config.reward is None else config.reward.pad_token,
+        **({} if config.grpo is None else {"grpo": rollouts.settings(config), **rollouts.habits(config)}),
     }
 
 
@@ -48,7 +49,8 @@ def work_settings(config: RunConfig) -> dict[str, Any]:
     how often to save, and what to do about incidents."""
     wanted = settings(config)
     train = {name: value for name, value in wanted["train"].items() if name in TRAJECTORY}
-    return {**wanted, "train": train, "compute": {"device": wanted["compute"]["device"]}}
+    kept = {name: value for name, value in wanted.items() if name not in ("held_out", "shown_answers")}
+    return {**kept, "train": train, "compute": {"device": wanted["compute"]["device"]}}
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
@@ -61,8 +63,9 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
         **{name: ref for name, ref in rows.items() if config.data.on_the_fly or not name.startswith("source:")},
         "train": data["train"],
         "held_out": data["held_out"],
-        "model": model["model"],
+        "model": rollouts.start_model(config, manifests),
         "verification": model["verification"],
+        **({} if config.grpo is None else {name: data[name] for name in ("train_prompts", "prompts")}),
     }
 
 
@@ -89,6 +92,7 @@ def body(context: StepContext) -> StepResult:
         backend=context.config.model.backend,
         companion=beside.companion(context),
         score_padding=beside.score_padding(context.config, tokenizer),
+        rollouts=rollouts.job(context, tokenizer),
     )
     result, reports, tracked = watch(launch(job, context.config.compute), context)
     _bring_checkpoints(result, context.out / "checkpoints")
@@ -107,6 +111,10 @@ def body(context: StepContext) -> StepResult:
     if (context.work / PROFILE).exists():
         shutil.copytree(context.work / PROFILE, context.out / PROFILE)
         besides["profile"] = (PROFILE, "profile")
+    for name in ("rollouts", "ledger"):
+        if (context.work / f"{name}.jsonl").exists():
+            shutil.copyfile(context.work / f"{name}.jsonl", context.out / f"{name}.jsonl")
+            besides[name] = (f"{name}.jsonl", name)
     best = result.best_checkpoint or result.last_checkpoint
     return StepResult(
         outputs={

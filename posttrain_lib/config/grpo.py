@@ -35,7 +35,9 @@ class Rollout(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the engine")
     max_new_tokens: int = Field(256, ge=1, description="of one answer")
     temperature: float = Field(1.0, gt=0, description="of training's answers")
-    stop_strings: tuple[str, ...] = Field((), description="an answer ends behind any of them, besides at its turn's end")
+    stop_strings: tuple[str, ...] = Field(
+        (), description="an answer ends behind any of them, besides at its turn's end"
+    )
     max_mismatch: float | None = Field(
         0.1, gt=0, description="KL a token between engine and trainer above which the run stops; null: never"
     )
@@ -162,7 +164,7 @@ class GRPO(Objective):
         alone = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
         if self.group_size == 1 and self.advantage in alone:
             raise ValueError(
-                f"advantage {self.advantage} compares an answer with others to its prompt: set group_size to 2 or more, "
-                "or advantage: reinforce_plus_plus"
+                f"advantage {self.advantage} compares an answer with others to its prompt: set group_size to 2 or "
+                "more, or advantage: reinforce_plus_plus"
             )
         return self

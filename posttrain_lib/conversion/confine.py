@@ -65,14 +65,20 @@ def confine(folder: Path) -> list[str]:
     Returns:
         the layers that are in force, in words.
     """
+    layers = shut_in(folder)
+    _hook(str(folder.resolve()) + os.sep)
+    return [*layers, "audit hook"]
+
+
+def shut_in(folder: Path) -> list[str]:
+    """The kernel's layers of :func:`confine` alone: for programs that may do anything within their folder."""
     library = ctypes.CDLL(None, use_errno=True)
     layers = []
     if _without_network(library):
         layers.append("no network (namespace)")
     if (version := _landlock(library, folder)) > 0:
         layers.append(f"writes below its own folder only (Landlock ABI {version})")
-    _hook(str(folder.resolve()) + os.sep)
-    return [*layers, "audit hook"]
+    return layers
 
 
 def _without_network(library: ctypes.CDLL) -> bool:

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -39,6 +39,7 @@ from posttrain_lib.rl.ledger import Settled
 from posttrain_lib.rl.prompts import PromptOrder
 from posttrain_lib.rl.pump import EnginePump
 from posttrain_lib.rl.trajectories import Group, samples_of, seed_for
+from posttrain_lib.schema.rollouts import TrainSample
 from posttrain_lib.training import pulse
 from posttrain_lib.training.preemption import preempted
 
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from posttrain_lib.rl.sync_guard import SyncGuard
     from posttrain_lib.rl.trajectories import Play
     from posttrain_lib.schema.reports import StepReport
-    from posttrain_lib.schema.rollouts import TrainSample
 
 T = TypeVar("T")
 
@@ -226,7 +226,7 @@ class Controller:
         parts = _parts(samples, min(settings.updates_per_batch, settings.updates - policy.version))
         for number, part in enumerate(parts):
             with self.times.part("update"):
-                report = await self._on_policy(lambda part=part: policy.update(part))
+                report = await self._on_policy(partial(policy.update, part))
             if number + 1 < len(parts):
                 yield dataclasses.replace(report, figures=report.figures | figures)
         self.ledger.settle(Settled(group.visit, group.prompt.name, "trained") for group in groups)
@@ -285,7 +285,11 @@ class Controller:
         """The policy's weights into the engine, and the proof that they are there."""
         with self.times.part("push"):
             guard, policy, rollout = self.roles.guard, self.roles.policy, self.roles.rollout
-            await self.pump.exclusive(lambda: guard.push(policy, rollout))
+
+            def score(canaries: Sequence[Sequence[int]]) -> list[np.ndarray]:
+                return policy.logprobs([_canary(ids, number) for number, ids in enumerate(canaries)], temperature=1.0)
+
+            await self.pump.exclusive(lambda: guard.push(rollout, policy.weights(), policy.version, score))
 
     async def _look(self) -> dict[str, Any]:
         """Fields of a report: how the policy does on held-out prompts."""
@@ -320,6 +324,11 @@ def _parts(samples: list[TrainSample], count: int) -> list[list[TrainSample]]:
     groups = list(dict.fromkeys(sample.group for sample in samples))
     chosen = [set(part.tolist()) for part in np.array_split(groups, min(count, len(groups)))]
     return [[sample for sample in samples if sample.group in part] for part in chosen]
+
+
+def _canary(token_ids: Sequence[int], number: int) -> TrainSample:
+    """All but the first of its tokens, to be scored."""
+    return TrainSample(np.asarray(token_ids, np.int32), np.arange(len(token_ids)) > 0, 1, number, 0)
 
 
 def _with_signal(samples: list[TrainSample], name: str, values: Sequence[np.ndarray]) -> list[TrainSample]:

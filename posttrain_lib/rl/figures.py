@@ -78,7 +78,7 @@ def held_out_figures(grades: Sequence[Grade], trajectories: Sequence[Trajectory]
     }
     if all(grade.correct is None for grade in greedy):
         return {"held_out": {"all": -figures["reward"]}, "held_out_figures": figures}
-    figures["pass@1"] = float(np.mean([bool(grade.correct) for grade in greedy]))
+    figures = {"pass@1": float(np.mean([bool(grade.correct) for grade in greedy])), **figures}
     samples = ways - 1
     if samples:
         right = [

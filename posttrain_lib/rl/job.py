@@ -17,9 +17,9 @@ class RolloutJob:
 
     ``prompts`` and ``held_out`` are files of step ``prepare_data``. ``tokenizer`` is a folder, ``chat_template`` a file
     that replaces its template, or None. ``engine`` is a name in ``rl.run.ENGINES`` or module:attribute, made with
-    ``engine_options``. ``reference``: folder of the frozen model that the loss compares with. ``longest_prompt``: tokens
-    of the longest prompt that is asked. ``trajectory``: what of the run file decides the weights besides the train
-    section. For the bounds see ``config.grpo.Rollout``.
+    ``engine_options``. ``reference``: folder of the frozen model that the loss compares with. ``longest_prompt``:
+    tokens of the longest prompt that is asked. ``trajectory``: what of the run file decides the weights besides the
+    train section. For the bounds see ``config.grpo.Rollout``.
     """
 
     prompts: str

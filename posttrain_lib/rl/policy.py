@@ -95,7 +95,15 @@ class PolicyRank:
         self.job, self.config, self.device = job, config, device
         self.most_mismatch = most_mismatch
         self.mesh = rank_mesh(job.mesh, device)
-        self.spec = spec_of(job)
+        spec = spec_of(job)
+        if isinstance(spec, HFSpec) or config.steps is None:
+            raise ConfigError(
+                "a policy is a definition of ours, trained for a number of updates",
+                where="model.backend, train.steps",
+                got=f"{job.backend}, {config.steps}",
+                expected="native, and a number",
+            )
+        self.spec, self.updates = spec, int(config.steps)
         self.loss = build_loss(config.loss, config.loss_options)
         if "roll_back" in (config.incidents.non_finite, config.incidents.spike):
             raise ConfigError(
@@ -109,8 +117,6 @@ class PolicyRank:
         kept = trajectory_of(config) | (trajectory or {})
         if isinstance(model, LoraDecoder):
             kept.update(adapters_trajectory(model))
-        if isinstance(self.spec, HFSpec):
-            kept.update(backend="hf")
         self.position = ControllerState()
         self.state = TrainState(model, build_optimizer(model, config.optimizer), self.position, kept)
         self.meter = StepMeter(job, self.spec, model, self.state.optimizer, device)
@@ -159,7 +165,7 @@ class PolicyRank:
         self.meter.clock.begin(step)
         with self.meter.clock.part("data"):
             packed = self.scoring.pack(self.state.model, self.mesh, samples)
-        lr = self.config.optimizer.lr * lr_factor(step, self.config.schedule, self.config.steps)
+        lr = self.config.optimizer.lr * lr_factor(step, self.config.schedule, self.updates)
         set_lr(self.state.optimizer, lr)
         batches = packed.micro_batches
         divisors = sum(self.loss.divisor(batch) for batch in batches)
@@ -171,10 +177,13 @@ class PolicyRank:
         progress.tokens_seen += packed.tokens
         return self._report(packed, outcome, lr, work, time.perf_counter() - begun, divisor)
 
-    def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
-        """Float32 [N] for each sample, of its trained tokens."""
+    def logprobs(self, samples: Sequence[TrainSample], *, temperature: float | None = None) -> list[np.ndarray]:
+        """Float32 [N] for each sample, of its trained tokens; None: at the temperature of the loss."""
         pulse.beat("log-probabilities", self.version)
-        return score_samples(self.state.model, self.mesh, samples, self.scoring)
+        scoring = self.scoring
+        if temperature is not None:
+            scoring = dataclasses.replace(scoring, temperature=temperature)
+        return score_samples(self.state.model, self.mesh, samples, scoring)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """By Hugging Face name, adapters merged; whole on every rank, one tensor at a time."""
@@ -258,7 +267,7 @@ class PolicyRank:
             figures.pop(MISMATCH_MAX, None)
         return StepReport(
             step=progress.step,
-            total_steps=int(self.config.steps or progress.step),
+            total_steps=self.updates,
             loss=outcome.loss,
             lr=lr,
             grad_norm=outcome.grad_norm,

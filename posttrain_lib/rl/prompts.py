@@ -40,7 +40,9 @@ def read_prompts(path: Path) -> list[RolloutPrompt]:
     with open(path, encoding="utf-8") as handle:
         prompts = [_prompt(json.loads(line)) for line in handle]
     if not prompts:
-        raise DataError("there are no prompts", where=path, fix="give rows with a prompt (data.sources.format: prompts)")
+        raise DataError(
+            "there are no prompts", where=path, fix="give rows with a prompt (data.sources.format: prompts)"
+        )
     return prompts
 
 

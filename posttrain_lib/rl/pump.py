@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from posttrain_lib.errors import RolloutError
@@ -61,7 +62,7 @@ class EnginePump:
         while True:
             await self._wanted.wait()
             waiting, self._waiting = self._waiting, []
-            for done in await self.exclusive(lambda waiting=waiting: self._round(waiting)):
+            for done in await self.exclusive(partial(self._round, waiting)):
                 future = self._futures.pop(done.key, None)
                 if future is None:
                     raise RolloutError("the engine gave a completion that nobody asked for", where=done.key)

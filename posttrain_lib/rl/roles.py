@@ -71,9 +71,11 @@ class RolloutRole(Protocol):
 
 
 class PolicyRole(Protocol):
-    """The model that learns. ``version`` counts its updates; 0 is the model that training starts from."""
+    """The model that learns."""
 
-    version: int
+    @property
+    def version(self) -> int:
+        """Its updates so far; 0 is the model that training starts from."""
 
     def resume(self) -> tuple[dict[str, Any], StepReport] | None:
         """Go to the newest good checkpoint: (the controller's state, the report) that were saved with it; None where
@@ -82,8 +84,9 @@ class PolicyRole(Protocol):
     def update(self, samples: Sequence[TrainSample]) -> StepReport:
         """One optimiser step on these samples; ``version`` is then one more."""
 
-    def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
-        """Float32 [N] for each sample: log-probabilities of its trained tokens, at the temperature of sampling."""
+    def logprobs(self, samples: Sequence[TrainSample], *, temperature: float | None = None) -> list[np.ndarray]:
+        """Float32 [N] for each sample: log-probabilities of its trained tokens; at the temperature of sampling where
+        none is named."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """What :meth:`RolloutRole.push` takes. The tensors may be views: read each before the next."""

@@ -1,4 +1,4 @@
-"""One job of reinforcement learning in this process: its roles are made, the controller runs them, its reports go on."""
+"""One job of reinforcement learning in this process: its roles are made, and the controller runs them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _roles(
     settings = rollouts.settings
     with contextlib.ExitStack() as closing:
         pulse.beat("graders")
-        graders = GraderPool(rollouts.rewards, processes=rollouts.grader_processes)
+        graders = GraderPool(rollouts.rewards, workers=rollouts.grader_processes)
         closing.callback(graders.close)
         graders.check()
         pulse.beat("policy")
@@ -121,7 +121,7 @@ def _roles(
             frozen = load_frozen(job, policy.mesh, rollouts.reference)
             reference = FrozenReference(frozen, policy.mesh, policy.scoring)
         canaries = [prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1][:_CANARIES]
-        guard = SyncGuard(canaries, max_difference=rollouts.max_canary_difference)
+        guard = SyncGuard(canaries, bound=rollouts.max_canary_difference)
         yield Roles(policy, engine, graders, guard, reference)
 
 
@@ -150,13 +150,15 @@ def _prompts(rollouts: RolloutJob, notes: list[str]) -> tuple[list[RolloutPrompt
     for path in (rollouts.prompts, rollouts.held_out):
         kept, long = fitting(read_prompts(Path(path)), rollouts.longest_prompt)
         if long:
-            notes.append(f"{len(long)} prompts of more than {rollouts.longest_prompt} tokens are left out: {long[0].name} ...")
+            notes.append(
+                f"{len(long)} prompts of more than {rollouts.longest_prompt} tokens are left out: {long[0].name} ..."
+            )
         if not kept:
             raise DataError(
                 "no prompt leaves room for an answer",
                 where=path,
                 got=f"{len(long)} prompts",
-                expected=f"at most {rollouts.longest_prompt} tokens (train.row_tokens less grpo.rollout.max_new_tokens)",
+                expected=f"at most {rollouts.longest_prompt} tokens",
                 fix="raise train.row_tokens, or lower grpo.rollout.max_new_tokens",
             )
         found.append(kept)

@@ -52,9 +52,7 @@ class Scoring:
 
 
 @torch.no_grad()
-def score_samples(
-    model: Decoder, mesh: RankMesh, samples: Sequence[TrainSample], scoring: Scoring
-) -> list[np.ndarray]:
+def score_samples(model: Decoder, mesh: RankMesh, samples: Sequence[TrainSample], scoring: Scoring) -> list[np.ndarray]:
     """Float32 [N] for each sample: log-probabilities of its trained tokens; the same on every rank.
 
     Raises:

@@ -126,7 +126,5 @@ def samples_of(
             if mask_unfinished and not one.finished:
                 continue
             signals = {ADVANTAGES: np.full(len(one.logprobs), advantage, np.float32), ROLLOUT: one.logprobs}
-            samples.append(
-                TrainSample(one.token_ids, one.trained, one.prompt_tokens, group.visit, number, signals)
-            )
+            samples.append(TrainSample(one.token_ids, one.trained, one.prompt_tokens, group.visit, number, signals))
     return samples

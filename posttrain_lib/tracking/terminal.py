@@ -42,6 +42,8 @@ class ProgressLine:
             parts += [f"{report.tokens_per_second:,.0f} tok/s", f"fill {report.fill:.3f}"]
         if report.mfu is not None:
             parts.append(f"MFU {report.mfu:.1%}{_hardware(report)}")
+        if (reward := report.figures.get("reward/mean")) is not None:
+            parts.append(f"reward {reward:.3f}")
         if report.held_out is not None:
             parts.append(f"held-out {report.held_out['all']:.4f}")
             first_figures = list(report.held_out_figures.items())[:_FIGURES]

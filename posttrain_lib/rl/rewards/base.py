@@ -1,0 +1,121 @@
+"""What a grader is, how a run file names one, and what it may say."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from posttrain_lib.errors import ConfigError, DataError
+from posttrain_lib.registry import resolve
+
+if TYPE_CHECKING:
+    from posttrain_lib.schema.rollouts import Answer
+
+#: name -> a grader's class; a run file may name another class or a plain function as module:attribute
+REWARDS: dict[str, str] = {
+    "code": "posttrain_lib.rl.rewards.code:Code",
+    "exact": "posttrain_lib.rl.rewards.exact:Exact",
+    "format": "posttrain_lib.rl.rewards.pattern:Format",
+    "http": "posttrain_lib.rl.rewards.http:Http",
+    "length": "posttrain_lib.rl.rewards.length:Length",
+    "maths": "posttrain_lib.rl.rewards.maths:Maths",
+    "model": "posttrain_lib.rl.rewards.model:RewardModel",
+    "overlong": "posttrain_lib.rl.rewards.length:Overlong",
+    "regex": "posttrain_lib.rl.rewards.pattern:Regex",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A grader's word: ``value``, and whether the answer is right, None where the grader does not judge that."""
+
+    value: float
+    correct: bool | None = None
+
+
+#: Gives a number, or a Verdict. One that has ``grade_many`` as well (a list of answers -> as many numbers or Verdicts,
+#: in order) is asked for several at once.
+Grader = Callable[["Answer"], "float | Verdict"]
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One term of the reward.
+
+    Args:
+        name: a key of ``REWARDS``, or ``module:attribute`` of a class or a plain function.
+        title: how the term is called in breakdowns and counts; no two of a run are the same.
+        weight: what its value is multiplied with; 0 only watches.
+        options: arguments of the class; of a function, further arguments beside the answer.
+        deadline_seconds: wall-clock time of one call.
+        memory_gib: address space that grading may take beyond what the made grader holds; None: any.
+    """
+
+    name: str
+    title: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    deadline_seconds: float = 10.0
+    memory_gib: float | None = 4.0
+
+
+def make_grader(spec: RewardSpec) -> Grader:
+    """The grader of a spec: its class made with the options, or its function with them filled in.
+
+    Raises:
+        ConfigError: no such grader, or options that it does not take; and what its class raises.
+    """
+    where = f"rewards: {spec.title}"
+    named: Any = resolve(spec.name, REWARDS, what="reward", where=where)
+    is_class = inspect.isclass(named)
+    signature = inspect.signature(named)
+    try:
+        signature.bind(*(() if is_class else (None,)), **spec.options)
+    except TypeError as error:
+        known = list(signature.parameters)[0 if is_class else 1 :]
+        strange = [name for name in spec.options if name not in known]
+        near = [close for name in strange for close in difflib.get_close_matches(name, known, n=1)]
+        raise ConfigError(
+            "the reward does not take these options",
+            where=where,
+            got=dict(spec.options),
+            expected=", ".join(known) or "none",
+            fix=f"did you mean '{near[0]}'?" if near else str(error),
+        ) from error
+    grader: Grader = named(**spec.options) if is_class else functools.partial(named, **spec.options)
+    return grader
+
+
+def checked(said: object) -> Verdict:
+    """What a grader gave, as a Verdict of a finite float.
+
+    Raises:
+        ValueError: anything else than a finite real number or a Verdict of one; a bool is no number.
+    """
+    value, correct = (said.value, said.correct) if isinstance(said, Verdict) else (said, None)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"gave a {type(value).__name__}, not a number")
+    if correct is not None and not isinstance(correct, bool):
+        raise ValueError(f"gave a {type(correct).__name__} for whether the answer is right")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"gave {number}, not a finite number")
+    return Verdict(number, correct)
+
+
+def expected_of(answer: Answer) -> str:
+    """What the row says is right. DataError where it says nothing."""
+    if answer.expected is None:
+        raise DataError(
+            "the row has no answer to compare with", fix="give its rows an 'answer', or leave the reward out"
+        )
+    return answer.expected

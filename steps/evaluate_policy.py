@@ -1,0 +1,229 @@
+"""Step ``evaluate`` of recipe grpo: the graders' word on held-out prompts, and tasks, before and after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.schema.manifests import ArtifactRef, Check
+from steps import evaluate, rollouts
+from steps.base import Manifests, Step, StepContext, StepResult
+from steps.loading import load_base, load_tokenizer, read_prompts
+
+if TYPE_CHECKING:
+    from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+    from posttrain_lib.evaluation.bootstrap import Scores
+    from posttrain_lib.evaluation.tasks import Task, TaskResult
+    from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.rl.prompts import RolloutPrompt
+    from posttrain_lib.rl.rewards.pool import GraderPool
+    from posttrain_lib.schema.rollouts import Grade
+
+#: what the graders say of held-out prompts, as gates may name it
+METRICS = ("pass@1", "reward")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Of one model: the texts of its greedy answers, the graders' scores by name, each task's result."""
+
+    texts: list[str]
+    scores: dict[str, Scores]
+    results: Mapping[str, TaskResult]
+
+    @property
+    def wrong(self) -> float:
+        """Share of prompts whose greedy answer is wrong; without a grader that says so, the mean reward's negative."""
+        if "pass@1" in self.scores:
+            return 1.0 - float(self.scores["pass@1"].values.mean())
+        return -float(self.scores["reward"].values.mean())
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The evaluation section without its gates, the graders, how answers are drawn, which checkpoint is looked at."""
+    assert config.grpo is not None
+    of_sft = evaluate.settings(config)
+    grpo = config.grpo.model_dump(mode="json", include={"rewards", "rollout", "held_out"})
+    return {**of_sft, "grpo": grpo, "threads": config.compute.threads_per_worker}
+
+
+def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
+    """The model before and after, held-out prompts, the tokenizer, the rows of tasks."""
+    found = evaluate.inputs(config, manifests)
+    return {**found, "model": rollouts.start_model(config, manifests)}
+
+
+def body(context: StepContext) -> StepResult:
+    """Let the starting model answer, then the trained weights in the same module."""
+    from posttrain_lib.checkpoint.adapters import trained_weights
+    from posttrain_lib.checkpoint.manager import load_model_state
+    from posttrain_lib.rl.prompts import fitting
+    from posttrain_lib.rl.prompts import read_prompts as read_rollout_prompts
+    from posttrain_lib.rl.rewards.pool import GraderPool
+
+    config, grpo = context.config, context.config.grpo
+    assert grpo is not None
+    tokenizer, tasks = load_tokenizer(config, context.inputs), evaluate.tasks_of(config)
+    evaluate.check_judges(tasks, context.inputs["tokenizer"].uri)
+    room = config.train.row_tokens - grpo.rollout.max_new_tokens
+    asked = fitting(read_rollout_prompts(Path(context.inputs["prompts"].uri)), room)[0][: max(1, grpo.held_out.prompts)]
+    model = load_base(context)
+    graders = GraderPool(rollouts.specs(grpo), workers=grpo.grader_processes)
+    try:
+        context.say("evaluate: the model before training")
+        before = _evaluate(context, model, tokenizer, asked, graders, tasks)
+        state = load_model_state(context.inputs["checkpoint"].uri)
+        model.load_state_dict(trained_weights(model, state, config.model.lora))
+        context.say("evaluate: the model after training")
+        after = _evaluate(context, model, tokenizer, asked, graders, tasks)
+    finally:
+        graders.close()
+    metrics: dict[str, Any] = {
+        "held_out_before": {"all": before.wrong},
+        "held_out_after": {"all": after.wrong},
+        "generations": _side_by_side(config, asked, before.texts, after.texts),
+        "comparison": _comparison(config, tasks, before, after),
+    }
+    (context.out / "evaluation.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
+    evaluate.write_scores(context.out / evaluate.SCORES, {"before": before.results, "after": after.results})
+    told = ", ".join(
+        f"{name} {before.scores[name].values.mean():.3f} -> {after.scores[name].values.mean():.3f}"
+        for name in after.scores
+    )
+    return StepResult(
+        outputs={"evaluation": ("evaluation.json", "evaluation"), "task_scores": (evaluate.SCORES, "task_scores")},
+        checks=[
+            Check(
+                "held-out prompts are answered better",
+                after.wrong < before.wrong,
+                after.wrong,
+                before.wrong,
+                "before training",
+            )
+        ],
+        metrics=metrics,
+        summary=f"on {len(asked)} held-out prompts: {told}",
+    )
+
+
+def _evaluate(
+    context: StepContext,
+    model: Decoder,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[RolloutPrompt],
+    graders: GraderPool,
+    tasks: Mapping[str, Task],
+) -> _Found:
+    from posttrain_lib.data.token_store import TokenStore
+    from posttrain_lib.evaluation.tasks import Given
+
+    config = context.config
+    texts, grades, ways = _answers(context, model, tokenizer, prompts, graders)
+    store = TokenStore(Path(context.inputs["held_out"].uri))
+    given = Given(
+        store, config.train.row_tokens, read_prompts(Path(context.inputs["prompts"].uri)), config.evaluation.seed
+    )
+    results = {title: evaluate.run_task(context, title, task, model, tokenizer, given) for title, task in tasks.items()}
+    return _Found(texts[::ways], _scores(grades, ways), results)
+
+
+def _answers(
+    context: StepContext,
+    model: Decoder,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[RolloutPrompt],
+    graders: GraderPool,
+) -> tuple[list[str], list[Grade], int]:
+    """(texts, grades, answers to each prompt): the greedy answer of each prompt, then those drawn as in training."""
+    import dataclasses
+
+    from posttrain_lib.models.families import spec_from_folder
+    from posttrain_lib.models.vocabulary import with_padded_vocabulary
+    from posttrain_lib.rl.engine.embedded import EmbeddedEngine
+    from posttrain_lib.rl.trajectories import seed_for
+    from posttrain_lib.schema.rollouts import Answer, Completion, Request
+
+    config, grpo = context.config, context.config.grpo
+    assert grpo is not None
+    spec = with_padded_vocabulary(spec_from_folder(context.inputs["model"].uri), config.model.pad_vocabulary_to)
+    engine = EmbeddedEngine(model, spec, window=config.train.row_tokens, slots=64, decode=tokenizer.decode)
+    drawn = rollouts.sampling(grpo, tokenizer)
+    ways = [dataclasses.replace(drawn, temperature=0.0), *[drawn] * grpo.held_out.samples]
+    engine.submit(
+        [
+            Request(
+                f"{place}/{number}", prompt.token_ids, way, seed_for(config.evaluation.seed, prompt.name, -1, number)
+            )
+            for place, prompt in enumerate(prompts)
+            for number, way in enumerate(ways)
+        ]
+    )
+    done: dict[str, Completion] = {}
+    while engine.unfinished:
+        done.update((completion.key, completion) for completion in engine.step())
+    engine.close()
+    answers = []
+    for place, prompt in enumerate(prompts):
+        for number in range(len(ways)):
+            one = done[f"{place}/{number}"]
+            text = tokenizer.decode(one.token_ids.tolist()).strip()
+            answers.append(
+                Answer(prompt.messages, text, prompt.answer, prompt.extra, len(one.token_ids), one.finish == "stop")
+            )
+    return [answer.text for answer in answers], graders.grade(answers), len(ways)
+
+
+def _scores(grades: Sequence[Grade], ways: int) -> dict[str, Scores]:
+    """By metric, of each prompt; a failed grading is wrong and worth nothing."""
+    from posttrain_lib.evaluation.bootstrap import Scores
+    from posttrain_lib.evaluation.tasks.pass_at_k import pass_at_k
+
+    greedy = grades[::ways]
+    found = {}
+    if any(grade.correct is not None for grade in greedy):
+        found["pass@1"] = Scores(np.array([float(bool(grade.correct)) for grade in greedy]), unit="share")
+    found["reward"] = Scores(np.array([grade.reward or 0.0 for grade in greedy]))
+    for title in dict.fromkeys(name for grade in greedy for name in grade.parts):
+        found[f"reward/{title}"] = Scores(np.array([grade.parts.get(title, 0.0) for grade in greedy]))
+    samples = ways - 1
+    if samples and "pass@1" in found:
+        right = [sum(bool(g.correct) for g in grades[i + 1 : i + ways]) for i in range(0, len(grades), ways)]
+        for k in sorted({1, samples}):
+            values = np.array([pass_at_k(samples, count, k) for count in right])
+            found[f"sampled_pass@{k}"] = Scores(values, unit="share")
+    return found
+
+
+def _comparison(config: RunConfig, tasks: Mapping[str, Task], before: _Found, after: _Found) -> list[dict[str, Any]]:
+    from posttrain_lib.evaluation.comparison import compare
+
+    seed = config.evaluation.seed
+    rows = compare("held_out", before.scores, after.scores, seed)
+    for title, task in tasks.items():
+        earlier, later = before.results[title], after.results[title]
+        rows += compare(title, earlier.scores, {**later.scores, **task.compare(earlier, later)}, seed)
+    return rows
+
+
+def _side_by_side(
+    config: RunConfig, prompts: Sequence[RolloutPrompt], before: Sequence[str], after: Sequence[str]
+) -> list[dict[str, str]]:
+    shown = zip(prompts[: config.evaluation.samples], before, after, strict=False)
+    return [
+        {
+            "prompt": str(prompt.messages[-1]["content"]),
+            "expected": prompt.answer or "",
+            "before": earlier,
+            "after": later,
+        }
+        for prompt, earlier, later in shown
+    ]
+
+
+STEP: Step = Step("evaluate", 1, "steps.evaluate_policy", settings, inputs, body)

@@ -1,0 +1,110 @@
+"""What recipe grpo adds to training and evaluation: prompts, graders, the engine, as a job is told of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.config.grpo import GRPO
+from posttrain_lib.schema.manifests import ArtifactRef
+from steps.base import Manifests, StepContext
+
+if TYPE_CHECKING:
+    from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+    from posttrain_lib.rl.job import RolloutJob
+    from posttrain_lib.rl.rewards.base import RewardSpec
+    from posttrain_lib.rl.settings import RLSettings
+    from posttrain_lib.schema.rollouts import Sampling
+
+#: how the run is watched, and how much of it: no weight depends on these
+_HABITS = ("held_out", "shown_answers", "grader_processes", "warm_start")
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What of the section decides the weights, the warm start aside: that comes in as the model."""
+    assert config.grpo is not None
+    return config.grpo.model_dump(mode="json", exclude={*_HABITS, "reference"})
+
+
+def habits(config: RunConfig) -> dict[str, Any]:
+    """The rest of what decides the step's files."""
+    assert config.grpo is not None
+    return config.grpo.model_dump(mode="json", include={"held_out", "shown_answers"})
+
+
+def start_model(config: RunConfig, manifests: Manifests) -> ArtifactRef:
+    """The model that training starts from: after the warm start, where the recipe has one."""
+    warm = config.grpo is not None and config.grpo.warm_start is not None
+    return manifests["warm_start" if warm else "convert_model"].outputs["model"]
+
+
+def specs(grpo: GRPO) -> tuple[RewardSpec, ...]:
+    """The graders."""
+    from posttrain_lib.rl.rewards.base import RewardSpec
+
+    return tuple(
+        RewardSpec(term.name, term.shown_as, term.weight, term.options, term.deadline_seconds) for term in grpo.rewards
+    )
+
+
+def sampling(grpo: GRPO, tokenizer: ChatTokenizer) -> Sampling:
+    """How training's answers are drawn."""
+    from posttrain_lib.data.probes import stop_ids
+    from posttrain_lib.schema.rollouts import Sampling
+
+    rollout = grpo.rollout
+    return Sampling(
+        rollout.max_new_tokens, rollout.temperature, frozenset(stop_ids(tokenizer)), tuple(rollout.stop_strings)
+    )
+
+
+def rl_settings(config: RunConfig, tokenizer: ChatTokenizer) -> RLSettings:
+    """What the controller is told."""
+    from posttrain_lib.rl.settings import HeldOut, RLSettings
+
+    grpo, train = config.grpo, config.train
+    assert grpo is not None and train.steps is not None
+    return RLSettings(
+        updates=train.steps,
+        prompts_per_batch=grpo.prompts_per_step,
+        group_size=grpo.group_size,
+        sampling=sampling(grpo, tokenizer),
+        updates_per_batch=grpo.updates_per_batch,
+        max_staleness=grpo.max_staleness,
+        advantage=grpo.advantage,
+        drop_no_signal=grpo.drop_no_signal,
+        max_refills=grpo.max_refills,
+        mask_unfinished=grpo.mask_unfinished,
+        needs_old=grpo.needs_old,
+        save_every=train.checkpoint.every_steps,
+        shown=grpo.shown_answers,
+        seed=train.seed,
+        held_out=HeldOut(grpo.held_out.prompts, grpo.held_out.samples, grpo.held_out.every_steps),
+    )
+
+
+def job(context: StepContext, tokenizer: ChatTokenizer) -> RolloutJob | None:
+    """The job's rollouts; None for other recipes."""
+    from posttrain_lib.rl.job import RolloutJob
+
+    config, grpo, inputs = context.config, context.config.grpo, context.inputs
+    if grpo is None:
+        return None
+    rollout = grpo.rollout
+    return RolloutJob(
+        prompts=inputs["train_prompts"].uri,
+        held_out=inputs["prompts"].uri,
+        tokenizer=inputs["tokenizer"].uri,
+        chat_template=inputs["chat_template"].uri if "chat_template" in inputs else None,
+        template_kwargs=config.data.template_kwargs,
+        settings=rl_settings(config, tokenizer),
+        rewards=specs(grpo),
+        longest_prompt=config.train.row_tokens - rollout.max_new_tokens,
+        engine=rollout.engine,
+        engine_options=rollout.options,
+        reference=inputs["companion"].uri if grpo.needs_reference else None,
+        grader_processes=grpo.grader_processes,
+        max_mismatch=rollout.max_mismatch,
+        max_canary_difference=rollout.max_canary_difference,
+        trajectory={"grpo": settings(config)},
+    )
