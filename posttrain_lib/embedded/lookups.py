@@ -1,24 +1,25 @@
 """Questions that a reward can check, and demonstrations by writers in a hurry: the default of reinforcement learning.
 
-    Mira has the red kite. Tom has the blue drum. Ana has the gold lamp. Who has the drum?   ->   Tom.
+    On Monday Mira left the red kite in the garden. What colour was it?   ->   It was red.
 
-People, things and colours are drawn evenly, so that no answer can be guessed. Of the demonstrations most name the
-first person of the text, who is never the right one; the others look the answer up. A model trained on them has both
-habits, and of the two the wrong one is the more likely: what it lacks is not the skill but a reason to use it.
+Nothing can be guessed: people, things, colours, places and days are drawn evenly. Of the demonstrations most name the
+person, who is never asked for; the others look the answer up. A model trained on them has both habits, and of the two
+the wrong one is the more likely: what it lacks is not the skill but a reason to use it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from posttrain_lib.embedded.conversations import COLOURS, PEOPLE, THINGS
+from posttrain_lib.embedded.conversations import COLOURS, DAYS, PEOPLE, PLACES, QUESTIONS, STATEMENTS, THINGS
 
-#: people in one question
-FEWEST, MOST = 3, 5
-#: share of demonstrations that name the first person
+#: share of demonstrations that name the person
 HASTY = 0.6
+#: all questions but the first, which asks for the person
+_ASKED = QUESTIONS[1:]
+_HURRIED = QUESTIONS[0][1]
 
 
 def generate_questions(rows: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -28,7 +29,7 @@ def generate_questions(rows: int, seed: int) -> Iterator[dict[str, Any]]:
     """
     for index in range(rows):
         question, right, _ = _question(random.Random(f"lookups/{seed}/{index}"))
-        yield {"id": f"question-{seed}-{index}", "group": question, "prompt": question, "answer": f"{right}."}
+        yield {"id": f"question-{seed}-{index}", "group": question, "prompt": question, "answer": right}
 
 
 def generate_demonstrations(rows: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -38,22 +39,25 @@ def generate_demonstrations(rows: int, seed: int) -> Iterator[dict[str, Any]]:
     """
     for index in range(rows):
         draw = random.Random(f"lookup demonstrations/{seed}/{index}")
-        question, right, first = _question(draw)
-        said = first if draw.random() < HASTY else right
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"{said}."}]
+        question, right, hurried = _question(draw)
+        said = hurried if draw.random() < HASTY else right
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
         yield {"id": f"demonstration-{seed}-{index}", "group": question, "messages": messages}
 
 
 def _question(draw: random.Random) -> tuple[str, str, str]:
-    """(question, the right person, the first person), by draws of ``random`` alone: its sequence never changes."""
-    count = FEWEST + int(draw.random() * (MOST - FEWEST + 1))
-    people, things = _distinct(draw, PEOPLE, count), _distinct(draw, THINGS, count)
-    colours = [COLOURS[int(draw.random() * len(COLOURS))] for _ in range(count)]
-    asked = 1 + int(draw.random() * (count - 1))
-    facts = (f"{who} has the {colour} {what}." for who, colour, what in zip(people, colours, things, strict=True))
-    return f"{' '.join(facts)} Who has the {things[asked]}?", people[asked], people[0]
+    """(question, the right answer, the one in a hurry), by ``random()`` alone: its sequence never changes."""
 
+    def pick(options: Sequence[Any]) -> Any:
+        return options[int(draw.random() * len(options))]
 
-def _distinct(draw: random.Random, options: tuple[str, ...], count: int) -> list[str]:
-    left = list(options)
-    return [left.pop(int(draw.random() * len(left))) for _ in range(count)]
+    event = {
+        "person": pick(PEOPLE),
+        "thing": pick(THINGS),
+        "colour": pick(COLOURS),
+        "place": pick(PLACES),
+        "day": pick(DAYS),
+    }
+    ways, answer = pick(_ASKED)
+    question = f"{pick(STATEMENTS).format(**event)} {pick(ways)}"
+    return question, answer.format(**event), _HURRIED.format(**event)
