@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{f"ops/{name}_triton": {"torch", "triton"} for name in ("head", "norm", "rope", "swiglu")},
     "rl": CORE,
     "rl/rewards": CORE,
+    "rl/rewards/maths": {"math_verify"},
     # asks transformers, inside functions, what an unknown architecture does
     "conversion": CORE | {"huggingface_hub"},
     "compute": {"numpy", "torch"},
@@ -183,6 +184,11 @@ LAYERS: dict[str, tuple[list[str], set[str]]] = {
             *(f"posttrain_lib/adapters/tracker_{host}.py" for host in ("mlflow", "tensorboard", "wandb")),
         ),
         HEAVY | {"pydantic", "rich", "transformers"},
+    ),
+    # A grading process is started often, and in numbers: it takes what its grader needs.
+    "rewards": (
+        modules("posttrain_lib/rl/rewards", but=("posttrain_lib/rl/rewards/model.py",)),
+        HEAVY | {"pydantic", "transformers", "tokenizers", "sympy", "math_verify"},
     ),
     "launch": (modules("posttrain_lib/compute/launch.py"), HOSTS | {"pydantic"}),
     # What a flow imports before its first task starts; Metaflow itself imports the flow file once per task and card.

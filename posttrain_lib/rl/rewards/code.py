@@ -9,9 +9,10 @@ variables and packages (``-I -S``), in an empty folder that is removed behind it
 and size of files, and without further processes or threads unless it runs as root. Where the kernel lets this user: in
 namespaces without network, whose processes all end together, and with writing confined to the folder (Landlock).
 
-**What it does not.** The program can read what this user can read, and sees that other processes run. As root it may
-start processes until its time is up. A test that is Python shares the interpreter with the program, so a program made
-to deceive it can pass it; one that is input and output is compared outside.
+**What it does not.** The program can read what this user can read. Without namespaces it reaches the network and may
+send signals to this user's processes. As root it may start processes until its time is up. A test that is Python shares
+the interpreter with the program, so a program made to deceive it can pass it; one that is input and output is compared
+outside.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _BLOCK = re.compile(
 )
 #: what an interpreter needs before a program has done anything
 _INTERPRETER_BYTES = 256 << 20
+#: what a busy machine may take to start an interpreter, and to end a program; no time of the program
+_START_SECONDS = 20.0
 
 
 class Code:
@@ -49,7 +52,7 @@ class Code:
 
     Args:
         tests: instead of the row's own.
-        seconds: wall-clock and processor time of a run.
+        seconds: wall-clock time of a run; of processor time, at least 1.
         memory_gib: address space of a run.
         file_mib: size of a file that it writes, and of what it prints.
         partial: the share of the tests that pass, in place of 0 or 1.
@@ -74,7 +77,7 @@ class Code:
             )
         self._tests, self._seconds, self._partial = tests, seconds, partial
         self._limits = {
-            "seconds": max(1, round(seconds)),
+            "seconds": seconds,
             "memory_bytes": _INTERPRETER_BYTES + int(memory_gib * 2**30),
             "file_bytes": int(file_mib * 2**20),
         }
@@ -120,7 +123,9 @@ class Code:
                 start_new_session=True,
             )
             try:
-                child.communicate(json.dumps({**request, **self._limits}).encode(), timeout=self._seconds)
+                child.communicate(
+                    json.dumps({**request, **self._limits}).encode(), timeout=self._seconds + _START_SECONDS
+                )
             except subprocess.TimeoutExpired:
                 return None
             finally:

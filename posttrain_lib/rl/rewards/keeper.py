@@ -93,14 +93,14 @@ def _die_with_keeper() -> None:
     _libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
-def exchange(child: Child, request: bytes, seconds: float, trainer: int) -> bytes:
-    """The frame that the child gives for a request; with an empty request, the one that it gives by itself.
+def exchange(child: Child, sent: bytes, seconds: float, trainer: int) -> bytes:
+    """The frame that the child gives for one.
 
     Raises:
         Ended, Late, TrainerGone.
     """
     deadline = time.monotonic() + seconds
-    unsent, got = memoryview(request), bytearray()
+    unsent, got = memoryview(sent), bytearray()
     while (left := deadline - time.monotonic()) > 0:
         writers = [child.to] if unsent else []
         readable, writable, _ = select.select([0, child.back, child.ended], writers, [], min(left, _ORPHAN_SECONDS))
@@ -200,8 +200,7 @@ def start(told: bytes, seconds: float, trainer: int) -> tuple[Child, bytes]:
 
 
 def serve(trainer: int) -> None:
-    """Answer each frame with one, until TrainerGone. A grading process is started for the
-    first, and again after each end."""
+    """Answer each frame with one, until TrainerGone. A grading process is started for the first, and after each end."""
     start_seconds, told = read_request(trainer)
     child: Child | None = None
     seconds, request = 0.0, b""

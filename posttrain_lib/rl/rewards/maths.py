@@ -18,8 +18,8 @@ from posttrain_lib.schema.rollouts import Answer
 _HASHES = "####"
 _BOXED = re.compile(r"\\f?boxed\s*\{")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)(?:/\d+)?")
-#: what may stand around a number and changes nothing
-_TRIMMINGS = re.compile(r"\\[$%!,;: ]|[$\s]|\.$")
+#: what may stand around a number and changes nothing; per cent, too, as where MATH compares (Hendrycks et al. 2021)
+_TRIMMINGS = re.compile(r"\\[$%!,;: ]|[$%\s]|\.$")
 #: digits of a number that is compared as a fraction; longer ones cost time that grows with their square
 _MOST_DIGITS = 1000
 

@@ -39,6 +39,13 @@ class GraderPool:
         self, specs: Sequence[RewardSpec], *, workers: int = 2, batch: int = 16, start_seconds: float = 600.0
     ) -> None:
         _check(specs)
+        if workers < 1 or batch < 1 or not start_seconds > 0:
+            raise ConfigError(
+                "grading needs processes, and time to start them",
+                where="rewards",
+                got=f"workers {workers}, batch {batch}, start_seconds {start_seconds}",
+                expected="1 or more, and some time",
+            )
         self._specs = tuple(specs)
         self.counts: Counter[str] = Counter()
         self._counting, self._starting = threading.Lock(), threading.Lock()
@@ -182,10 +189,10 @@ class _Lane:
             return process
 
     def _put(self, process: GradingProcess) -> None:
-        if not process.is_alive:
+        if not process.is_open:
             process.close()
         with self._lock:
-            if process.is_alive:
+            if process.is_open:
                 self._idle.append(process)
             else:
                 self._all.discard(process)

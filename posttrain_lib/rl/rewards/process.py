@@ -53,13 +53,10 @@ class GradingProcess:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
+        #: whether it can be asked
+        self.is_open = True
         self._ready: bool | None = None
         self._tell(start_seconds, pickle.dumps(spec))
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it can be asked: its keeper runs."""
-        return self._keeper.poll() is None
 
     def ready(self) -> bool:
         """Wait until the grader is made; whether it takes several answers at once.
@@ -98,6 +95,7 @@ class GradingProcess:
     def close(self) -> None:
         """End the process and everything that it started."""
         assert self._keeper.stdin is not None and self._keeper.stdout is not None
+        self.is_open = False
         with contextlib.suppress(BrokenPipeError):
             self._keeper.stdin.close()
         try:
@@ -120,6 +118,7 @@ class GradingProcess:
             head = self._keeper.stdout.read(4)
             content = self._keeper.stdout.read(struct.unpack("<I", head)[0])
         except (ValueError, struct.error):  # closed by another thread; ended
+            self.is_open = False
             return b"K", b""
         return content[:1], content[1:]
 
