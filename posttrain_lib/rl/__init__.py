@@ -1,1 +1,1 @@
-"""Reinforcement learning: what samples are worth. No rollout engine, no Ray, no host."""
+"""Reinforcement learning: the roles, what samples are worth, the embedded rollout engine, constraints. No Ray, no host."""

@@ -26,9 +26,17 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float64, pad_to: int = 1) ->
     return model, spec
 
 
-def embedded(folder: Path, *, window: int = 128, slots: int = 4, pad_to: int = 1, **options: Any) -> EmbeddedEngine:
-    """An embedded engine over a folder's weights in float64."""
-    return EmbeddedEngine(*loaded(folder, pad_to=pad_to), window=window, slots=slots, **options)
+def embedded(
+    folder: Path,
+    dtype: torch.dtype = torch.float64,
+    *,
+    window: int = 128,
+    slots: int = 4,
+    pad_to: int = 1,
+    **options: Any,
+) -> EmbeddedEngine:
+    """An embedded engine over a folder's weights."""
+    return EmbeddedEngine(*loaded(folder, dtype, pad_to), window=window, slots=slots, **options)
 
 
 def request(

@@ -124,6 +124,7 @@ class EmbeddedEngine:
             logits.append(behind[numbers])
         return self._sampled(torch.cat(logits), allowed) if self._running else []
 
+    @torch.inference_mode()
     def abort(self, keys: Iterable[str] | None = None) -> list[Completion]:
         """See ``rl.roles.RolloutRole.abort``."""
         asked = self._keys & set(keys) if keys is not None else set(self._keys)

@@ -127,3 +127,17 @@ def test_hot_sampling_never_gives_a_padded_id(folder: Path) -> None:
     engine = embedded(folder, pad_to=128, slots=64)
     found = drained(engine, [request(str(n), [n], 40, seed=n, temperature=5.0) for n in range(64)])
     assert set(np.concatenate([each.token_ids for each in found.values()]).tolist()) == set(range(VOCABULARY))
+
+
+def test_a_closed_engine_says_so(folder: Path) -> None:
+    engine = embedded(folder)
+    engine.submit([request("a", [1])])
+    engine.close()
+    for call in (engine.step, engine.sleep, lambda: engine.submit([]), lambda: engine.push([], 1)):
+        with pytest.raises(RolloutError, match="closed"):
+            call()
+
+
+def test_stop_strings_need_a_decode(folder: Path) -> None:
+    with pytest.raises(RolloutError, match="request a"):
+        embedded(folder).submit([request("a", [1], stop_strings=("x",))])

@@ -1,0 +1,251 @@
+"""What every rollout engine promises (``rl.roles.RolloutRole``), on the same small model, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain_lib.errors import RolloutError
+from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
+from posttrain_lib.models.decoder import Decoder
+from posttrain_lib.models.spec import ModelSpec
+from posttrain_lib.rl.engine.weights import hf_weights
+from posttrain_lib.rl.roles import RolloutRole
+from posttrain_lib.rl.sync_guard import SyncGuard, digest_of
+from posttrain_lib.schema.rollouts import Request
+from tests.oracles.tiny_job import VOCABULARY, write_model
+from tests.support.engines import drained, embedded, loaded, request
+
+WINDOW = 64
+PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 9], [40, 41, 42, 43], [9, 9], [63, 0, 63]]
+
+
+@dataclass
+class Subject:
+    """An engine, the trainer's float32 model of the same weights, and how near their log-probabilities are."""
+
+    engine: RolloutRole
+    policy: Decoder
+    spec: ModelSpec
+    bound: float
+
+
+def text_of(tokens: Sequence[int]) -> str:
+    """Each token is a letter or a sign, so that a string of two stands for two tokens."""
+    return "".join(chr(48 + token) for token in tokens)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("rollout") / "model")
+
+
+#: largest difference of a log-probability from the trainer's forward over whole sequences, both in float32: measured
+#: 1e-6 over 6,400 tokens of this model, whose log-probabilities are around -4
+EMBEDDED_BOUND = 1e-5
+
+
+@pytest.fixture(scope="module", params=["embedded"])
+def subject(folder: Path) -> Iterator[Subject]:
+    policy, spec = loaded(folder, torch.float32)
+    engine = embedded(folder, torch.float32, window=WINDOW, slots=3, decode=text_of)
+    yield Subject(engine, policy, spec, EMBEDDED_BOUND)
+    engine.close()
+
+
+@pytest.fixture
+def engine(subject: Subject) -> RolloutRole:
+    """An engine with the folder's weights and nothing to do."""
+    subject.engine.abort()
+    subject.engine.push(hf_weights(subject.policy, subject.spec), 0)
+    return subject.engine
+
+
+def changed(policy: Decoder, spec: ModelSpec, size: float = 0.3) -> list[tuple[str, torch.Tensor]]:
+    """Weights after an update that nobody can overlook."""
+    return [(name, value + size * torch.randn(value.shape)) for name, value in hf_weights(policy, spec)]
+
+
+def group(**options: object) -> list[Request]:
+    return [request(str(n), prompt, 12, seed=n, **options) for n, prompt in enumerate(PROMPTS)]
+
+
+def test_greedy_is_the_trainers_and_the_same_again(engine: RolloutRole, subject: Subject) -> None:
+    expected = greedy_generate(subject.policy, PROMPTS, 12, [])
+    for _ in range(2):
+        found = drained(engine, group(temperature=0.0))
+        assert [found[str(n)].token_ids.tolist() for n in range(len(PROMPTS))] == expected
+        assert {each.finish for each in found.values()} == {"length"}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probabilities_are_the_trainers(engine: RolloutRole, subject: Subject, temperature: float) -> None:
+    """Those of the sampled tokens at the request's temperature; and those of given sequences at temperature 1."""
+    found = drained(engine, group(temperature=temperature))
+    for n, prompt in enumerate(PROMPTS):
+        whole = [*prompt, *found[str(n)].token_ids.tolist()]
+        with torch.no_grad():
+            length = len(whole)
+            logits = subject.policy(
+                torch.tensor(whole), torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length
+            )
+        table = (logits.double() / temperature).log_softmax(-1)
+        expected = [float(table[place - 1, whole[place]]) for place in range(len(prompt), length)]
+        assert np.abs(found[str(n)].logprobs - expected).max() < subject.bound
+        assert found[str(n)].logprobs.dtype == np.float32
+        scored = engine.logprobs([whole], [len(prompt)])[0]
+        assert np.abs(scored - token_logprobs(subject.policy, [whole], [len(prompt)])[0]).max() < subject.bound
+
+
+def test_a_seed_says_what_is_drawn_whatever_runs_beside(engine: RolloutRole) -> None:
+    together = drained(engine, group())
+    alone = {key: completion for each in reversed(group()) for key, completion in drained(engine, [each]).items()}
+    for key, completion in together.items():
+        assert completion.token_ids.tolist() == alone[key].token_ids.tolist()
+    others = drained(engine, [request(str(n), [9, 9], 12, seed=n) for n in range(20)])
+    assert len({tuple(each.token_ids.tolist()) for each in others.values()}) > 15
+
+
+def test_stop_ids_end_a_completion_and_belong_to_it(engine: RolloutRole) -> None:
+    found = drained(engine, [request(str(n), [n], 30, seed=n, stop_ids=frozenset(range(8))) for n in range(30)])
+    stopped = [each for each in found.values() if each.finish == "stop"]
+    assert len(stopped) > 20
+    for each in stopped:
+        assert each.token_ids[-1] < 8 and all(each.token_ids[:-1] >= 8)
+        assert len(each.token_ids) == len(each.logprobs) == len(each.versions)
+
+
+def test_stop_strings_end_a_completion_over_two_tokens(engine: RolloutRole) -> None:
+    free = drained(engine, [request("a", [3], 30, seed=1)])["a"].token_ids.tolist()
+    string = text_of(free[10:12])
+    first = text_of(free).index(string)
+    found = drained(engine, [request("a", [3], 30, seed=1, stop_strings=(string, "never there"))])["a"]
+    assert found.finish == "stop" and found.token_ids.tolist() == free[: first + 2]
+
+
+def test_the_window_ends_a_completion(engine: RolloutRole) -> None:
+    found = drained(engine, [request("a", [1] * (WINDOW - 5), 30), request("b", [1] * (WINDOW - 1), 30)])
+    assert (len(found["a"].token_ids), found["a"].finish) == (5, "length")
+    assert (len(found["b"].token_ids), found["b"].finish) == (1, "length")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (request("long", [1] * WINDOW), "no room"),
+        (request("empty", []), "cannot read"),
+        (request("strange", [1, VOCABULARY]), "cannot read"),
+        (request("cold", [1], temperature=-1.0), "sampled"),
+        (request("none", [1], 0), "sampled"),
+        (request("good", [1]), "in the engine already"),
+    ],
+    ids=lambda value: value.key if isinstance(value, Request) else "",
+)
+def test_bad_requests_are_named_and_none_is_taken(engine: RolloutRole, wrong: Request, message: str) -> None:
+    with pytest.raises(RolloutError, match=message) as error:
+        engine.submit([request("good", [1]), wrong])
+    assert error.value.where is not None and wrong.key in error.value.where
+    assert engine.unfinished == 0 and engine.step() == []
+
+
+def test_abort_gives_what_there_is(engine: RolloutRole) -> None:
+    """Running ones with their tokens, waiting ones with none; the others go on as if nothing had been."""
+    expected = drained(engine, group())
+    engine.submit(group())
+    for _ in range(4):
+        assert engine.step() == []
+    aborted = {each.key: each for each in engine.abort(["1", "5", "no such key"])}
+    assert sorted(aborted) == ["1", "5"] and {each.finish for each in aborted.values()} == {"aborted"}
+    for key, each in aborted.items():
+        assert each.token_ids.tolist() == expected[key].token_ids.tolist()[: len(each.token_ids)]
+        assert len(each.token_ids) == len(each.logprobs) == len(each.versions) < 12
+    assert engine.unfinished == 4
+    rest = drained(engine)
+    assert {key: each.token_ids.tolist() for key, each in rest.items()} == {
+        key: expected[key].token_ids.tolist() for key in ("0", "2", "3", "4")
+    }
+    engine.submit(group())
+    engine.step()
+    assert len(engine.abort()) == len(PROMPTS) and engine.unfinished == 0 and engine.abort() == []
+
+
+def test_a_push_is_seen_at_once_and_stamped(engine: RolloutRole, subject: Subject) -> None:
+    """Old weights in a prefix cache would be seen here too: the prompts are those of before."""
+    before = drained(engine, group(temperature=0.0))
+    weights = changed(subject.policy, subject.spec)
+    assert engine.push(weights, 7) == digest_of(weights) and engine.version == 7
+    after = drained(engine, group(temperature=0.0))
+    assert any(before[key].token_ids.tolist() != after[key].token_ids.tolist() for key in before)
+    assert {version for each in after.values() for version in each.versions.tolist()} == {7}
+    assert {version for each in before.values() for version in each.versions.tolist()} == {0}
+    engine.push(hf_weights(subject.policy, subject.spec), 8)
+    again = drained(engine, group(temperature=0.0))
+    assert all(before[key].token_ids.tolist() == again[key].token_ids.tolist() for key in before)
+
+
+def test_a_push_meets_requests_on_their_way(engine: RolloutRole, subject: Subject) -> None:
+    """They keep their tokens, go on, and each token says which weights it came from."""
+    before = drained(engine, group(temperature=0.0))
+    engine.submit(group(temperature=0.0))
+    for _ in range(5):
+        engine.step()
+    engine.push(changed(subject.policy, subject.spec), 1)
+    found = drained(engine)
+    assert {each.finish for each in found.values()} == {"length"}
+    mixed = 0
+    for key, each in found.items():
+        versions = each.versions.tolist()
+        assert len(versions) == 12 and versions == sorted(versions)
+        old = versions.count(0)
+        mixed += 0 < old < 12
+        assert each.token_ids.tolist()[:old] == before[key].token_ids.tolist()[:old]
+    assert mixed >= 1
+
+
+def test_the_guard_passes_good_pushes(engine: RolloutRole, subject: Subject) -> None:
+    guard = SyncGuard([[1, 2, 3, 4], [40] * 9], bound=subject.bound)
+
+    def score(sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return [np.array(values) for values in token_logprobs(subject.policy, sequences)]
+
+    for version in (1, 2):
+        assert guard.push(engine, hf_weights(subject.policy, subject.spec), version, score).version == version
+
+
+def test_weights_of_another_model_are_refused(engine: RolloutRole, subject: Subject) -> None:
+    weights = list(hf_weights(subject.policy, subject.spec))
+    norm = "model.norm.weight"
+    for wrong in (
+        [pair for pair in weights if pair[0] != norm],
+        [*weights, ("model.extra.weight", torch.ones(3))],
+        [(name, torch.ones(17) if name == norm else value) for name, value in weights],
+    ):
+        with pytest.raises(RolloutError, match=r"norm\.weight|extra\.weight"):
+            engine.push(wrong, 1)
+        with pytest.raises(RolloutError, match="version 1 failed"):
+            engine.step()
+    engine.push(weights, 2)
+    assert len(drained(engine, group())) == len(PROMPTS)
+
+
+def test_sleep_changes_nothing(engine: RolloutRole) -> None:
+    before = drained(engine, group())
+    engine.submit([request("a", [1])])
+    with pytest.raises(RolloutError, match="1 unfinished"):
+        engine.sleep()
+    engine.abort()
+    engine.sleep()
+    engine.wake()
+    after = drained(engine, group())
+    assert all(before[key].token_ids.tolist() == after[key].token_ids.tolist() for key in before)
+
+
+def test_sequences_that_cannot_be_scored_are_refused(engine: RolloutRole) -> None:
+    for wrong, begin in (([1] * (WINDOW + 1), 1), ([1, 2], 0), ([], 1), ([1, VOCABULARY], 1)):
+        with pytest.raises(RolloutError, match="sequence 1"):
+            engine.logprobs([[1, 2], wrong], [1, begin])
