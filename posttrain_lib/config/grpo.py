@@ -39,7 +39,9 @@ class Rollout(Section):
         (), description="an answer ends behind any of them, besides at its turn's end"
     )
     max_mismatch: float | None = Field(
-        0.1, gt=0, description="KL a token between engine and trainer above which the run stops; null: never"
+        0.1,
+        gt=0,
+        description="KL a token between engine and trainer above which the run stops, staleness included; null: never",
     )
     max_canary_difference: float = Field(
         0.05, gt=0, description="between engine's and trainer's log-probs of fixed tokens, checked at every push"
@@ -114,13 +116,13 @@ class GRPO(Objective):
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_weight: float = Field(0.0, ge=0, description="of the KL to the reference, in the loss")
     entropy_bonus: float = Field(0.0, ge=0)
-    correction: Literal["truncated", "masked"] | None = Field(
+    correction: Literal["truncate", "mask"] | None = Field(
         None, description="importance weights of the trainer's policy over the engine's: cut at correction_most, or "
         "tokens beyond it left out"
     )  # fmt: skip
     correction_most: float = Field(2.0, ge=1)
     drop_no_signal: bool = Field(False, description="groups whose answers all have one reward are replaced (DAPO)")
-    max_refills: int = Field(4, ge=1, description="of drop_no_signal: rounds of further prompts for a batch")
+    max_refills: int = Field(4, ge=1, description="rounds of further prompts for a batch, in place of groups dropped or without a grade")
     mask_unfinished: bool = Field(False, description="answers cut off by rollout.max_new_tokens are not learned from")
     rollout: Rollout = Rollout()
     reference: FrozenPolicy = FrozenPolicy()

@@ -1,1 +1,1 @@
-"""Reinforcement learning: the roles, what samples are worth, the embedded rollout engine, constraints. No Ray, no host."""
+"""Reinforcement learning: roles, controller, advantages, the embedded engine, graders, constraints. No Ray, no host."""

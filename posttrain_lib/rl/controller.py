@@ -163,7 +163,7 @@ class Controller:
         """
         settings = self.settings
         kept: list[Group] = []
-        for _ in range(1 + (settings.max_refills if settings.drop_no_signal else 0)):
+        for _ in range(1 + settings.max_refills):
             visits = self.ledger.issue(settings.prompts_per_batch - len(kept))
             groups = await asyncio.gather(*(self._group(visit) for visit in visits))
             for group in groups:
@@ -177,12 +177,18 @@ class Controller:
             raise RolloutError(
                 "no group of a batch can be learned from",
                 where=f"batch {number}",
-                got=f"dropped and quarantined so far: {self.ledger.counts}",
-                expected="groups whose answers differ in reward, and graders that answer",
-                fix="look at the answers kept in rollouts.jsonl: easier or harder prompts, a warm start, more answers "
-                "a prompt; or leave grpo.drop_no_signal off",
+                got=f"so far {self._told()}",
+                expected="graders that answer, and answers that differ in reward",
+                fix="mend the grader that is named; or, where no answer is better than another: easier or harder "
+                "prompts, a warm start, more answers a prompt, or grpo.drop_no_signal: false",
             )
         return kept
+
+    def _told(self) -> str:
+        """What became of visits so far, and what graders failed on most."""
+        fates = ", ".join(f"{count} {fate}" for fate, count in self.ledger.counts.items())
+        failed = "; ".join(f"{count} x {reason}" for reason, count in self.desk.failures.most_common(3))
+        return f"{fates}{'; gradings that failed: ' + failed if failed else ''}"
 
     def _unfit(self, group: Group) -> tuple[Any, str] | None:
         """(fate, reason) of a group that is not learned from; None: it is."""

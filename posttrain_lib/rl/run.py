@@ -68,6 +68,7 @@ def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepRepo
     ):
         notes: list[str] = []
         work = Path(job.work_dir)
+        work.mkdir(parents=True, exist_ok=True)
         decode = _tokenizer(rollouts).decode
         prompts, held_out = _prompts(rollouts, notes)
         with _roles(job, rollouts, device, decode, prompts, notes.append) as roles:

@@ -26,8 +26,8 @@ class RLSettings:
         is then never of weights more than so many batches old: by when it was asked for, whatever happens after.
     sampling: of training's answers. seed: of all that is drawn.
     advantage: a name of ``rl.advantages``.
-    drop_no_signal: groups whose rewards are all equal are replaced by further prompts, at most ``max_refills`` times a
-        batch (DAPO's dynamic sampling).
+    drop_no_signal: groups whose rewards are all equal are replaced (DAPO's dynamic sampling).
+    max_refills: rounds of further prompts for a batch, in place of those dropped, and of those whose grading failed.
     mask_unfinished: answers that were cut off count in their group's mean and are not learned.
     needs_old: the loss compares with the policy before the batch's first update.
     save_every: updates between checkpoints. shown: answers of each batch kept to be read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.models.vocabulary import with_padded_vocabulary
 from posttrain_lib.rl.engine.embedded import EmbeddedEngine
-from posttrain_lib.rl.roles import RolloutRole
+from posttrain_lib.rl.engine.stop_strings import Decode
+from posttrain_lib.rl.roles import RolloutRole, Weights
+from posttrain_lib.rl.sync_guard import digest_of
 from posttrain_lib.schema.rollouts import AllowedTokens, Completion, Request, Sampling
 
 
@@ -61,3 +64,32 @@ def drained(engine: RolloutRole, requests: Sequence[Request] = ()) -> dict[str, 
             assert completion.key not in found
             found[completion.key] = completion
     return found
+
+
+class _Forgetful(EmbeddedEngine):
+    """Takes the first weights that it is given, and from then on says that it has."""
+
+    def push(self, weights: Weights, version: int) -> str:
+        if self.version < 0:
+            return super().push(weights, version)
+        self.version = version
+        return digest_of(weights)
+
+
+class _Lying(EmbeddedEngine):
+    """Says of every sampled token that it was less likely than it was."""
+
+    def step(self) -> list[Completion]:
+        return [dataclasses.replace(done, logprobs=done.logprobs - 1.0) for done in super().step()]
+
+
+def forgetful_engine(folder: str, *, window: int, decode: Decode, device: torch.device) -> EmbeddedEngine:
+    """An engine whose weights get old."""
+    model, spec = loaded(Path(folder), torch.float32)
+    return _Forgetful(model, spec, window=window, slots=8, decode=decode, version=-1)
+
+
+def lying_engine(folder: str, *, window: int, decode: Decode, device: torch.device) -> EmbeddedEngine:
+    """An engine whose log-probabilities are not those of its samples."""
+    model, spec = loaded(Path(folder), torch.float32)
+    return _Lying(model, spec, window=window, slots=8, decode=decode)

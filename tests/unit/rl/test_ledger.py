@@ -1,0 +1,80 @@
+"""The ledger: a visit is settled once, and what was in flight at a kill is asked again."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from posttrain_lib.errors import CheckpointError
+from posttrain_lib.rl.ledger import FATES, Ledger, Settled, read_log, trained_visits
+
+
+def settle(ledger: Ledger, visits: list[int], fate: str = "trained") -> None:
+    ledger.settle(Settled(visit, f"s: {visit}", fate, "" if fate == "trained" else "why") for visit in visits)  # type: ignore[arg-type]
+
+
+def test_visits_are_issued_in_order() -> None:
+    ledger = Ledger()
+    assert ledger.issue(3) == [0, 1, 2] and ledger.issue(2) == [3, 4]
+    assert ledger.in_flight == {0, 1, 2, 3, 4}
+
+
+def test_a_visit_cannot_be_settled_twice() -> None:
+    ledger = Ledger()
+    settle(ledger, ledger.issue(1))
+    with pytest.raises(ValueError, match="was not in flight"):
+        settle(ledger, [0])
+
+
+def test_a_state_that_would_lose_visits_is_refused() -> None:
+    ledger = Ledger()
+    settle(ledger, ledger.issue(1))
+    with pytest.raises(ValueError, match="would lose them"):
+        ledger.state()
+    ledger.close_update(1)
+    assert ledger.state() == {"next": 1, "in_flight": [], "counts": {"trained": 1, "dropped": 0, "quarantined": 0}}
+
+
+def test_random_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    """Updates of three visits, some dropped; checkpoints now and then; kills anywhere, also in the middle of a line."""
+    draw = random.Random(0)
+    log = tmp_path / "ledger.jsonl"
+    ledger, version = Ledger(log), 0
+    saved = (ledger.state(), 0)
+    for _ in range(400):
+        visits = ledger.issue(3)
+        if draw.random() < 0.15:  # killed with these in flight
+            if draw.random() < 0.5:
+                with open(log, "a", encoding="utf-8") as handle:
+                    handle.write('{"version": 99, "tra')
+            ledger, version = Ledger(log), saved[1]
+            ledger.load_state(saved[0], version)
+            continue
+        fates = [draw.choice(FATES) for _ in visits]
+        for visit, fate in zip(visits, fates, strict=True):
+            settle(ledger, [visit], fate)
+        version += 1
+        ledger.close_update(version)
+        if draw.random() < 0.3:
+            ledger.issue(2)  # asked ahead, and in flight when the checkpoint is made
+            saved = (ledger.state(), version)
+    lines = read_log(log)
+    assert [line["version"] for line in lines] == list(range(1, version + 1))
+    settled = sorted(visit[0] for line in lines for fate in FATES for visit in line[fate])
+    assert len(settled) == len(set(settled)), "a visit counted twice"
+    waiting = ledger.in_flight | set(ledger.state()["in_flight"])
+    assert sorted([*settled, *waiting]) == list(range(ledger.next)), "a visit was lost"
+    assert set(trained_visits(lines)) <= set(settled)
+
+
+def test_a_log_that_was_cut_is_noticed(tmp_path: Path) -> None:
+    log = tmp_path / "ledger.jsonl"
+    ledger = Ledger(log)
+    settle(ledger, ledger.issue(2))
+    ledger.close_update(1)
+    state = ledger.state()
+    log.write_text("", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="different visits"):
+        Ledger(log).load_state(state, 1)

@@ -1,0 +1,166 @@
+"""Whole jobs of rollouts with every real part: they learn, go on bit for bit, and keep account of every prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain_lib.checkpoint.manager import load_model_state
+from posttrain_lib.errors import ConfigError, RolloutError, TrainingError
+from posttrain_lib.rl.ledger import LEDGER, read_log, trained_visits
+from posttrain_lib.rl.rewards.base import RewardSpec
+from posttrain_lib.rl.run import ANSWERS, train_on_rollouts
+from posttrain_lib.schema.reports import StepReport, TrainResult
+from posttrain_lib.training import pulse
+from posttrain_lib.training.job import TrainJob
+from tests.support.rollout_jobs import rollout_job
+
+
+@pytest.fixture(autouse=True)
+def _fresh_pulse() -> Iterator[None]:
+    pulse.begin()
+    yield
+    pulse.begin()
+
+
+def run(job: TrainJob) -> tuple[list[StepReport], TrainResult]:
+    """All reports, and the result."""
+    assert job.rollouts is not None
+    reports, events = [], train_on_rollouts(job, job.rollouts)
+    while True:
+        try:
+            reports.append(next(events))
+        except StopIteration as stop:
+            return reports, stop.value
+
+
+def killed_after(job: TrainJob, step: int) -> None:
+    """Run until a step's report is out, and drop everything."""
+    assert job.rollouts is not None
+    events = train_on_rollouts(job, job.rollouts)
+    for report in events:
+        if report.step >= step:
+            break
+    events.close()
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return load_model_state(result.last_checkpoint)
+
+
+def comparable(report: StepReport) -> dict[str, Any]:
+    """What must be equal in equal runs: all but clocks and memory."""
+    plain = dataclasses.asdict(report)
+    figures = {name: value for name, value in plain["figures"].items() if not name.startswith(("time/", "idle/"))}
+    names = ("step", "loss", "lr", "grad_norm", "trained_weight", "real_tokens", "tokens_seen", "held_out",
+             "held_out_figures", "trained_tokens", "incidents")  # fmt: skip
+    return {name: plain[name] for name in names} | {"figures": figures}
+
+
+def test_a_policy_learns_what_is_rewarded(tmp_path: Path) -> None:
+    job = rollout_job(tmp_path, updates=30, save_every=30, train={"optimizer": {"lr": 2e-2}})
+    reports, result = run(job)
+    rewards = [report.figures["reward/short"] for report in reports[1:]]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2, rewards
+    assert result.step == 30 and [report.step for report in reports] == list(range(31))
+    assert all(report.figures["mismatch/kl"] < 1e-6 for report in reports[1:]), "float32 twice, in another order"
+    assert all(report.figures["rollout/staleness_max"] == 0 for report in reports[1:])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
+    changes: dict[str, Any] = {"updates_per_batch": 2, "needs_old": True, "updates": 8}
+    whole, result = run(rollout_job(tmp_path, "whole", **changes))
+    job = rollout_job(tmp_path, "killed", **changes)
+    killed_after(job, stop)
+    pulse.begin()
+    again, resumed = run(job)
+    assert "resumed" in again[0].event or again[0].step == 0
+    later = {report.step: report for report in again if "resumed" not in report.event}
+    assert later, "nothing was left to do"
+    for step, report in later.items():
+        assert comparable(report) == comparable(next(one for one in whole if one.step == step))
+    one, other = weights(result), weights(resumed)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    visits = trained_visits(read_log(tmp_path / "killed" / LEDGER))
+    assert visits == trained_visits(read_log(tmp_path / "whole" / LEDGER)) == list(range(16))
+
+
+def test_rollouts_ahead_are_never_too_old(tmp_path: Path) -> None:
+    # What is stale is of another policy: the mismatch is then no fault.
+    rollouts = {"engine_options": {"slots": 8}, "max_mismatch": None}
+    reports, _ = run(rollout_job(tmp_path, max_staleness=2, updates=8, rollouts=rollouts))
+    stale = [report.figures["rollout/staleness_max"] for report in reports[1:]]
+    assert max(stale) <= 2 and max(stale) > 0
+    assert sorted(trained_visits(read_log(tmp_path / "work" / LEDGER))) == list(range(32))
+
+
+def test_groups_without_signal_are_replaced(tmp_path: Path) -> None:
+    job = rollout_job(tmp_path, drop_no_signal=True, group_size=2, max_refills=20)
+    reports, _ = run(job)
+    assert all(report.figures["rollout/no_signal"] == 0 for report in reports[1:])
+    lines = read_log(tmp_path / "work" / LEDGER)
+    assert all(len(line["trained"]) == 4 for line in lines)
+    dropped = [visit for line in lines for visit in line["dropped"]]
+    assert dropped and all(reason == "all answers have one reward" for _, _, reason in dropped)
+
+
+def test_without_any_signal_the_run_stops(tmp_path: Path) -> None:
+    spec = RewardSpec("tests.support.rollout_jobs:constant", "constant")
+    with pytest.raises(RolloutError, match="no group of a batch can be learned from"):
+        run(rollout_job(tmp_path, rewards=[spec], drop_no_signal=True, max_refills=2))
+
+
+def test_a_failing_grader_costs_its_answers_alone(tmp_path: Path) -> None:
+    spec = RewardSpec("tests.support.rollout_jobs:fails_on_some", "moody")
+    reports, result = run(rollout_job(tmp_path, rewards=[spec], updates=3))
+    assert result.step == 3 and sum(report.figures["reward/failed"] for report in reports[1:]) > 0
+
+
+def test_a_grader_that_always_fails_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    spec = RewardSpec("tests.support.rollout_jobs:raises", "broken")
+    with pytest.raises(RolloutError, match="no group of a batch") as told:
+        run(rollout_job(tmp_path, rewards=[spec]))
+    assert "quarantined" in str(told.value) and "broken: " in str(told.value)
+
+
+def test_weights_that_did_not_arrive_stop_the_run(tmp_path: Path) -> None:
+    job = rollout_job(tmp_path, rollouts={"engine": "tests.support.engines:forgetful_engine"})
+    with pytest.raises(RolloutError, match="does not have the trainer's weights"):
+        run(job)
+
+
+def test_a_sampler_that_says_otherwise_stops_the_update(tmp_path: Path) -> None:
+    job = rollout_job(tmp_path, rollouts={"engine": "tests.support.engines:lying_engine"})
+    with pytest.raises(TrainingError, match="disagree about the sampled tokens"):
+        run(job)
+
+
+def test_answers_are_kept_to_be_read(tmp_path: Path) -> None:
+    run(rollout_job(tmp_path, updates=2))
+    lines = (tmp_path / "work" / ANSWERS).read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 * 3 * 3 and '"kind": "best"' in lines[2]
+
+
+def test_a_stop_is_heeded_behind_a_checkpoint(tmp_path: Path) -> None:
+    from posttrain_lib.errors import PreemptedError
+
+    job = rollout_job(tmp_path)
+    assert job.rollouts is not None
+    events = train_on_rollouts(job, job.rollouts)
+    assert next(events).step == 0
+    pulse.ask_to_stop("the machine is wanted back")
+    with pytest.raises(PreemptedError, match="stopped after step 1"):
+        list(events)
+    pulse.begin()
+    assert run(job)[0][0].event == "resumed"
+
+
+def test_incidents_cannot_be_rolled_back(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be rolled back"):
+        run(rollout_job(tmp_path, train={"incidents": {"non_finite": "roll_back"}}))
