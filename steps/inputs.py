@@ -29,7 +29,7 @@ from steps.foresight import HUB_ID, check_evaluation, check_model, check_start, 
 _COMPANION_FIELDS = {
     "dpo": "dpo.reference.path",
     "distill": "distill.teacher.path",
-    "grpo": "grpo.reference.path",
+    "grpo": "grpo.reference.path, grpo.teacher.path",
 }
 
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from posttrain_lib.schema.rollouts import Sampling
 
 #: how the run is watched, and how much of it: no weight depends on these
-_HABITS = ("held_out", "shown_answers", "grader_processes", "warm_start")
+_HABITS: Any = dict.fromkeys(("held_out", "shown_answers", "grader_processes", "warm_start", "reference"), True)
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """What of the section decides the weights, the warm start aside: that comes in as the model."""
     assert config.grpo is not None
-    return config.grpo.model_dump(mode="json", exclude={*_HABITS, "reference"})
+    return config.grpo.model_dump(mode="json", exclude={**_HABITS, "teacher": {"path", "origin"}})
 
 
 def habits(config: RunConfig) -> dict[str, Any]:
@@ -72,6 +72,11 @@ def rl_settings(config: RunConfig, tokenizer: ChatTokenizer) -> RLSettings:
         updates_per_batch=grpo.updates_per_batch,
         max_staleness=grpo.max_staleness,
         advantage=grpo.advantage,
+        normalise=grpo.normalise,
+        clip_reward=grpo.clip_reward,
+        teacher_weight=0.0 if grpo.teacher is None else grpo.teacher.weight,
+        skip_solved=grpo.skip_solved,
+        skip_hopeless=grpo.skip_hopeless,
         drop_no_signal=grpo.drop_no_signal,
         max_refills=grpo.max_refills,
         mask_unfinished=grpo.mask_unfinished,
@@ -103,6 +108,7 @@ def job(context: StepContext, tokenizer: ChatTokenizer) -> RolloutJob | None:
         engine=rollout.engine,
         engine_options=rollout.options,
         reference=inputs["companion"].uri if grpo.needs_reference else None,
+        teacher=inputs["companion"].uri if grpo.teacher is not None else None,
         grader_processes=grpo.grader_processes,
         max_mismatch=rollout.max_mismatch,
         max_canary_difference=rollout.max_canary_difference,

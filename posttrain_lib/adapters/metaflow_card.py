@@ -20,6 +20,8 @@ from posttrain_lib.schema.reports import StepReport
 _TRAINED = "#ffe082"
 #: points per curve; more makes the page slow without being visible
 _MAX_POINTS = 400
+#: characters of an answer in a table
+_MOST_SHOWN = 600
 
 
 class TrainingCard:
@@ -31,6 +33,7 @@ class TrainingCard:
         self._progress: ProgressBar | None = None
         self._headline = Markdown("Waiting for the first step.")
         self._charts: dict[str, VegaChart] = {}
+        self._answers = Markdown("")
 
     def __call__(self, report: StepReport) -> None:
         self._reports.append(report)
@@ -42,12 +45,15 @@ class TrainingCard:
         for name, spec in curves(self._reports).items():
             if name in self._charts:
                 self._charts[name].update(spec)
+        if report.answers:
+            self._answers.update(answers_html(report.answers))
         self._card.refresh()
 
     def _start(self, report: StepReport) -> None:
         self._progress = ProgressBar(max=report.total_steps, label="steps", value=report.step)
         self._charts = {name: VegaChart(spec) for name, spec in curves([report]).items()}
-        for component in (Markdown("# Training"), self._progress, self._headline, *self._charts.values()):
+        charts = self._charts.values()
+        for component in (Markdown("# Training"), self._progress, self._headline, self._answers, *charts):
             self._card.append(component)
 
 
@@ -230,6 +236,21 @@ def generations_table(samples: Sequence[Mapping[str, str]]) -> Table:
     return Table(rows, headers=["prompt (last turn)", "expected", "before training", "after training"])
 
 
+def answers_html(answers: Sequence[Mapping[str, Any]]) -> str:
+    """What the policy answered, with its reward: a table in one block, for a component that is updated."""
+    heads = ("update", "", "prompt (last turn)", "answer", "expected", "reward", "tokens")
+    rows = []
+    for one in answers:
+        parts = ", ".join(f"{name} {show(value)}" for name, value in one["parts"].items())
+        reward = show(one["reward"]) + (f" ({parts})" if len(one["parts"]) > 1 else "")
+        tokens = f"{one['tokens']}{'' if one['finished'] else ', cut off'}"
+        cells = (one["version"], one["kind"], one["prompt"], one["answer"], one["expected"] or "", reward, tokens)
+        rows.append("".join(f"<td>{escaped(str(cell)[:_MOST_SHOWN])}</td>" for cell in cells))
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<div><table style='font-size:12px'><tr>{head}</tr>{body}</table></div>"
+
+
 def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, StepManifest]) -> None:
     """The card of a finished run. ``report`` is what ``steps.report.collect`` returns."""
     reports = [StepReport(**row) for row in report["reports"]]
@@ -248,6 +269,11 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(Markdown("## Curves"))
     for spec in curves(reports).values():
         card.append(VegaChart(spec))
+    shown = [report.answers for report in reports if report.answers]
+    if shown:
+        card.append(Markdown("## Answers of the policy, at first and at last"))
+        for answers in shown[:1] + shown[1:][-1:]:
+            card.append(Markdown(answers_html(answers)))
     card.append(Markdown("## Performance"))
     card.append(Table(report["performance"], headers=["over all steps but the first", ""]))
     card.append(Markdown("## Data"))

@@ -58,6 +58,12 @@ class FrozenPolicy(Section):
     origin: ModelOrigin | None = Field(None, description="written by the run: what made the model that path named")
 
 
+class RolloutTeacher(FrozenPolicy):
+    """The model that the policy learns from at every token of its own answers (on-policy distillation)."""
+
+    weight: float = Field(1.0, gt=0, description="of its log-probability less the policy's, in a token's advantage")
+
+
 class HeldOutPrompts(Section):
     """How the policy is looked at while it learns."""
 
@@ -89,6 +95,11 @@ class GRPO(Objective):
             "rewards",
             "rollout",
             "reference",
+            "teacher",
+            "normalise",
+            "clip_reward",
+            "skip_solved",
+            "skip_hopeless",
             "held_out",
             "warm_start",
             "grader_processes",
@@ -96,7 +107,7 @@ class GRPO(Objective):
         }
     )
 
-    rewards: tuple[RewardTerm, ...] = Field(min_length=1)
+    rewards: tuple[RewardTerm, ...] = Field(min_length=1, description="with a teacher, one may have weight 0")
     prompts_per_step: int = Field(16, ge=1, description="prompts of one batch, each answered group_size times")
     group_size: int = Field(8, ge=1)
     updates_per_batch: int = Field(1, ge=1, description="optimiser steps that a batch is learned in")
@@ -121,11 +132,21 @@ class GRPO(Objective):
         "tokens beyond it left out"
     )  # fmt: skip
     correction_most: float = Field(2.0, ge=1)
+    normalise: Literal["none", "group", "batch"] = Field("none", description="rewards, before advantages are taken")
+    clip_reward: float | None = Field(None, gt=0, description="bound of a reward's size, behind normalise")
+    skip_solved: float | None = Field(
+        None, gt=0, le=1, description="a prompt is left out of the pass behind one in which at least this share of its "
+        "answers was right"
+    )  # fmt: skip
+    skip_hopeless: float | None = Field(None, ge=0, lt=1, description="the same, where at most this share was right")
     drop_no_signal: bool = Field(False, description="groups whose answers all have one reward are replaced (DAPO)")
-    max_refills: int = Field(4, ge=1, description="rounds of further prompts for a batch, in place of groups dropped or without a grade")
+    max_refills: int = Field(
+        4, ge=1, description="rounds of further prompts for a batch, in place of groups dropped or without a grade"
+    )
     mask_unfinished: bool = Field(False, description="answers cut off by rollout.max_new_tokens are not learned from")
     rollout: Rollout = Rollout()
     reference: FrozenPolicy = FrozenPolicy()
+    teacher: RolloutTeacher | None = None
     held_out: HeldOutPrompts = HeldOutPrompts()
     warm_start: WarmStart | None = None
     grader_processes: int = Field(1, ge=1, description="processes that grade")
@@ -159,8 +180,12 @@ class GRPO(Objective):
         titles = [term.shown_as for term in self.rewards]
         if twice := sorted({title for title in titles if titles.count(title) > 1}):
             raise ValueError(f"two rewards are called {twice[0]!r}: give them titles")
-        if not any(term.weight for term in self.rewards):
+        if self.teacher is None and not any(term.weight for term in self.rewards):
             raise ValueError("all rewards have weight 0: nothing would be learned")
+        if self.teacher is not None and self.needs_reference:
+            raise ValueError("a teacher and a reference (kl_weight) are two frozen models: leave one of them out")
+        if self.teacher is not None and self.teacher.path is None:
+            raise ValueError("a teacher needs a path: the model that the policy starts as has nothing to teach it")
         if self.reference != FrozenPolicy() and not self.needs_reference:
             raise ValueError("reference is compared with where kl_weight is above 0: set that, or leave reference out")
         alone = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")

@@ -140,6 +140,8 @@ class RunConfig(Section):
             return self.dpo.reference
         if self.grpo is not None and self.grpo.needs_reference:
             return self.grpo.reference
+        if self.grpo is not None and self.grpo.teacher is not None:
+            return self.grpo.teacher
         return None if self.distill is None else self.distill.teacher
 
     @model_validator(mode="after")

@@ -33,12 +33,14 @@ import numpy as np
 from posttrain_lib.errors import RolloutError
 from posttrain_lib.losses.policy import OLD, REFERENCE
 from posttrain_lib.rl.advantages import advantages_of
+from posttrain_lib.rl.curriculum import Curriculum
 from posttrain_lib.rl.desk import GradingDesk
 from posttrain_lib.rl.figures import Times, batch_figures, first_report, held_out_figures, shown_answers
 from posttrain_lib.rl.ledger import Settled
 from posttrain_lib.rl.prompts import PromptOrder
 from posttrain_lib.rl.pump import EnginePump
-from posttrain_lib.rl.trajectories import Group, samples_of, seed_for
+from posttrain_lib.rl.rewards.shaping import normalised
+from posttrain_lib.rl.trajectories import Group, samples_of, seed_for, with_teacher
 from posttrain_lib.schema.rollouts import TrainSample
 from posttrain_lib.training import pulse
 from posttrain_lib.training.preemption import preempted
@@ -64,6 +66,7 @@ class Roles:
     reward: RewardRole
     guard: SyncGuard
     reference: ReferenceRole | None = None
+    teacher: ReferenceRole | None = None
 
 
 class Controller:
@@ -88,6 +91,7 @@ class Controller:
         self.prompts, self.held_out = prompts, held_out[: settings.held_out.prompts]
         self.roles, self.settings, self.play, self.ledger, self.show = roles, settings, play, ledger, show
         self.order = PromptOrder(len(prompts), settings.seed)
+        self.curriculum = Curriculum(settings.skip_solved, settings.skip_hopeless)
         self.pump, self.desk = EnginePump(roles.rollout), GradingDesk(roles.reward)
         self.times = Times()
         self.batch = 0
@@ -95,7 +99,7 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the controller; JSON-ready."""
-        return {"batch": self.batch, "ledger": self.ledger.state()}
+        return {"batch": self.batch, "ledger": self.ledger.state(), "rates": self.curriculum.state()}
 
     def run(self) -> Generator[StepReport, None, None]:
         """A report for each update, the first one of the policy as it is found.
@@ -135,6 +139,7 @@ class Controller:
             state, report = known
             self.batch = int(state["batch"])
             self.ledger.load_state(state["ledger"], policy.version)
+            self.curriculum.load_state(state["rates"])
             await self._push()
             reports.put_nowait(dataclasses.replace(report, event="resumed"))
         else:
@@ -164,9 +169,10 @@ class Controller:
         settings = self.settings
         kept: list[Group] = []
         for _ in range(1 + settings.max_refills):
-            visits = self.ledger.issue(settings.prompts_per_batch - len(kept))
+            visits = self.ledger.issue(settings.prompts_per_batch - len(kept), self._skipped)
             groups = await asyncio.gather(*(self._group(visit) for visit in visits))
             for group in groups:
+                self.curriculum.note(self.order.prompt_of(group.visit), group.grades)
                 if (why := self._unfit(group)) is None:
                     kept.append(group)
                 else:
@@ -183,6 +189,12 @@ class Controller:
                 "prompts, a warm start, more answers a prompt, or grpo.drop_no_signal: false",
             )
         return kept
+
+    def _skipped(self, visit: int) -> Settled | None:
+        """Of a fresh visit: that its prompt is left out this time."""
+        number = self.order.prompt_of(visit)
+        why = self.curriculum.skips(number, len(self.prompts))
+        return None if why is None else Settled(visit, self.prompts[number].name, "skipped", why)
 
     def _told(self) -> str:
         """What became of visits so far, and what graders failed on most."""
@@ -239,8 +251,9 @@ class Controller:
         self.ledger.close_update(policy.version)
         self.batch += 1
         await self._push()
-        self.show(shown_answers(groups, policy.version, settings.shown))
-        yield await self._after_batch(report, figures)
+        shown = shown_answers(groups, policy.version, settings.shown)
+        self.show(shown)
+        yield await self._after_batch(dataclasses.replace(report, answers=tuple(shown)), figures)
 
     async def _after_batch(self, report: StepReport, figures: dict[str, float]) -> StepReport:
         """Look and save where it is due, and tell."""
@@ -250,6 +263,8 @@ class Controller:
         if over or self._passed(settings.held_out.every_steps):
             with self.times.part("held_out"):
                 looked = await self._look()
+        else:  # a long run's reports stay small: every answer that is shown stands in a file of its own
+            report = dataclasses.replace(report, answers=())
         saves = over or stopping or self._passed(settings.save_every)
         events += ["checkpoint"] if saves else []
         events += ["finished"] if over else []
@@ -268,10 +283,12 @@ class Controller:
         return version // every > (version - self.settings.updates_per_batch) // every
 
     def _advantages(self, groups: list[Group]) -> list[np.ndarray]:
+        settings = self.settings
         rewards = np.concatenate([group.rewards for group in groups])
         numbers = np.repeat(np.arange(len(groups)), [len(group.graded) for group in groups])
         tokens = np.array([len(group.trajectories[one].logprobs) for group in groups for one in group.graded])
-        worth = advantages_of(self.settings.advantage, rewards, numbers, tokens)
+        rewards = normalised(settings.normalise, rewards, numbers, clip=settings.clip_reward)
+        worth = advantages_of(settings.advantage, rewards, numbers, tokens)
         return np.split(worth, np.cumsum([len(group.graded) for group in groups])[:-1])
 
     async def _with_signals(self, samples: list[TrainSample]) -> list[TrainSample]:
@@ -285,6 +302,11 @@ class Controller:
             with self.times.part("reference_logprobs"):
                 known = await self._on_policy(lambda: reference.logprobs(samples))
             samples = _with_signal(samples, REFERENCE, known)
+        if self.roles.teacher is not None:
+            teacher = self.roles.teacher
+            with self.times.part("teacher_logprobs"):
+                known = await self._on_policy(lambda: teacher.logprobs(samples))
+            samples = with_teacher(samples, known, self.settings.teacher_weight)
         return samples
 
     async def _push(self) -> None:

@@ -17,9 +17,9 @@ class RolloutJob:
 
     ``prompts`` and ``held_out`` are files of step ``prepare_data``. ``tokenizer`` is a folder, ``chat_template`` a file
     that replaces its template, or None. ``engine`` is a name in ``rl.run.ENGINES`` or module:attribute, made with
-    ``engine_options``. ``reference``: folder of the frozen model that the loss compares with. ``longest_prompt``:
-    tokens of the longest prompt that is asked. ``trajectory``: what of the run file decides the weights besides the
-    train section. For the bounds see ``config.grpo.Rollout``.
+    ``engine_options``. ``reference`` and ``teacher``: folders of frozen models, which the loss compares with and the
+    policy learns from. ``longest_prompt``: tokens of the longest prompt that is asked. ``trajectory``: what of the run
+    file decides the weights besides the train section. For the bounds see ``config.grpo.Rollout``.
     """
 
     prompts: str
@@ -33,6 +33,7 @@ class RolloutJob:
     engine: str = "embedded"
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     reference: str | None = None
+    teacher: str | None = None
     grader_processes: int = 1
     max_mismatch: float | None = None
     max_canary_difference: float = 0.05

@@ -1,8 +1,8 @@
 """What became of every prompt that was asked: part of the checkpoint, so that none is lost and none counts twice.
 
     visit --issue--> in flight --settle--> trained | dropped | quarantined
-                        ^                          (in flight at a kill: issued again, first)
-                        '------ resume ------'
+      |                 ^                          (in flight at a kill: issued again, first)
+      '--> skipped      '------ resume ------'
 
 A *visit* is one asking of a prompt (``rl.prompts.PromptOrder``). The state is small: visits below ``next`` that are not
 in flight are settled. What each one became stands in a log beside the run, a line for each update, whose lines behind a
@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from posttrain_lib.errors import CheckpointError
 
-Fate = Literal["trained", "dropped", "quarantined"]
-FATES: tuple[Fate, ...] = ("trained", "dropped", "quarantined")
+Fate = Literal["trained", "dropped", "quarantined", "skipped"]
+FATES: tuple[Fate, ...] = ("trained", "dropped", "quarantined", "skipped")
 LEDGER = "ledger.jsonl"
 
 
@@ -49,12 +49,19 @@ class Ledger:
         self._again: list[int] = []
         self._unwritten: list[Settled] = []
 
-    def issue(self, count: int) -> list[int]:
-        """So many visits, now in flight: first those that a kill interrupted, in order."""
-        again, self._again = self._again[:count], self._again[count:]
-        fresh = range(self.next, self.next + count - len(again))
-        self.next = fresh.stop
-        visits = [*again, *fresh]
+    def issue(self, count: int, skip: Callable[[int], Settled | None] = lambda visit: None) -> list[int]:
+        """So many visits, now in flight: first those that a kill interrupted, in order.
+
+        Args:
+            skip: of a fresh visit, why it is not to be asked; it is then settled as that says.
+        """
+        visits, self._again = self._again[:count], self._again[count:]
+        while len(visits) < count:
+            visit, self.next = self.next, self.next + 1
+            if (skipped := skip(visit)) is None:
+                visits.append(visit)
+            else:
+                self._count(skipped)
         self.in_flight.update(visits)
         return visits
 
@@ -68,8 +75,7 @@ class Ledger:
             if one.visit not in self.in_flight:
                 raise ValueError(f"visit {one.visit} is {one.fate} and was not in flight")
             self.in_flight.remove(one.visit)
-            self.counts[one.fate] += 1
-            self._unwritten.append(one)
+            self._count(one)
 
     def close_update(self, version: int) -> None:
         """Write the line of the update that made ``version``: what was settled since the one before."""
@@ -103,6 +109,10 @@ class Ledger:
         self.counts = {fate: int(state["counts"][fate]) for fate in FATES}
         if self.log is not None:
             self._cut(version)
+
+    def _count(self, one: Settled) -> None:
+        self.counts[one.fate] += 1
+        self._unwritten.append(one)
 
     def _cut(self, version: int) -> None:
         assert self.log is not None

@@ -117,13 +117,15 @@ def _roles(
             job.model_folder, window=window, decode=decode, device=device, **rollouts.engine_options
         )
         closing.callback(engine.close)
-        reference = None
-        if rollouts.reference is not None:
-            frozen = load_frozen(job, policy.mesh, rollouts.reference)
-            reference = FrozenReference(frozen, policy.mesh, policy.scoring)
+        frozen = [
+            None
+            if folder is None
+            else FrozenReference(load_frozen(job, policy.mesh, folder), policy.mesh, policy.scoring)
+            for folder in (rollouts.reference, rollouts.teacher)
+        ]
         canaries = [prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1][:_CANARIES]
         guard = SyncGuard(canaries, bound=rollouts.max_canary_difference)
-        yield Roles(policy, engine, graders, guard, reference)
+        yield Roles(policy, engine, graders, guard, *frozen)
 
 
 def embedded_engine(

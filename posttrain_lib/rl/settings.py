@@ -25,7 +25,11 @@ class RLSettings:
     max_staleness: a batch may be asked for while so many earlier ones are not learned yet; 0 is synchronous. A sample
         is then never of weights more than so many batches old: by when it was asked for, whatever happens after.
     sampling: of training's answers. seed: of all that is drawn.
-    advantage: a name of ``rl.advantages``.
+    advantage: a name of ``rl.advantages``. normalise: of ``rl.rewards.shaping``, of rewards before that; clip_reward:
+        the bound of their size behind it.
+    teacher_weight: of the teacher's log-probability less the sampler's, which is added to each token's advantage.
+    skip_solved, skip_hopeless: a prompt is left out of the pass behind one in which at least (at most) this share of
+        its answers was right; None: never.
     drop_no_signal: groups whose rewards are all equal are replaced (DAPO's dynamic sampling).
     max_refills: rounds of further prompts for a batch, in place of those dropped, and of those whose grading failed.
     mask_unfinished: answers that were cut off count in their group's mean and are not learned.
@@ -40,6 +44,11 @@ class RLSettings:
     updates_per_batch: int = 1
     max_staleness: int = 0
     advantage: str = "grpo"
+    normalise: str = "none"
+    clip_reward: float | None = None
+    teacher_weight: float = 0.0
+    skip_solved: float | None = None
+    skip_hopeless: float | None = None
     drop_no_signal: bool = False
     max_refills: int = 4
     mask_unfinished: bool = False

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from posttrain_lib.losses.policy import ADVANTAGES, ROLLOUT
 from posttrain_lib.rl.prompts import RolloutPrompt
+from posttrain_lib.rl.rewards.shaping import signal
 from posttrain_lib.schema.rollouts import Answer, Completion, Grade, Request, Sampling, TrainSample
 
 #: asks the engine
@@ -65,10 +67,9 @@ class Group:
     @property
     def has_signal(self) -> bool:
         """Whether any answer was better than another."""
-        return bool(np.ptp(self.rewards)) if len(self.graded) > 1 else False
+        return signal(self.rewards, np.zeros(len(self.graded), np.int64)).get(0, False)
 
 
-#: plays one answer to a prompt: (prompt, its number in the group, the sampling, a seed, a key, the engine) -> it
 @dataclass(frozen=True)
 class Play:
     """How a prompt is answered. This one: by one completion.
@@ -78,7 +79,6 @@ class Play:
     """
 
     decode: Decode
-    stop_ids: frozenset[int] = field(default_factory=frozenset)
 
     async def __call__(
         self, prompt: RolloutPrompt, sampling: Sampling, seed: int, key: str, complete: Complete
@@ -128,3 +128,21 @@ def samples_of(
             signals = {ADVANTAGES: np.full(len(one.logprobs), advantage, np.float32), ROLLOUT: one.logprobs}
             samples.append(TrainSample(one.token_ids, one.trained, one.prompt_tokens, group.visit, number, signals))
     return samples
+
+
+def with_teacher(samples: Sequence[TrainSample], teacher: Sequence[np.ndarray], weight: float) -> list[TrainSample]:
+    """On-policy distillation (Agarwal et al. 2024, with the reverse KL's one-sample estimate at each token as reward).
+
+    What is added to a token's advantage is ``weight * (log teacher - log sampler)``; the policy gradient of that is the
+    gradient of ``KL(policy || teacher)`` at the states that the policy itself comes to.
+
+    Args:
+        teacher: float [N] of each sample, at the temperature of sampling.
+    """
+    taught = []
+    for sample, known in zip(samples, teacher, strict=True):
+        advantages = sample.signals[ADVANTAGES] + weight * (known - sample.signals[ROLLOUT])
+        taught.append(
+            dataclasses.replace(sample, signals={**sample.signals, ADVANTAGES: advantages.astype(np.float32)})
+        )
+    return taught

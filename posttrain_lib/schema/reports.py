@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StepReport:
     ``incidents`` counts the steps so far whose loss or gradient was not finite, or a spike; of one that was skipped
     ``loss`` is None and ``grad_norm`` 0.
     ``checkpoint_stall_seconds``: for how long saving held up the training, this step's save or the one before it.
+    ``answers``: some of the policy's own, to be read, where it learns from them (``rl.figures.shown_answers``).
     ``event`` names what else happened: "resumed", "checkpoint", "best", "early_stop", "finished"; comma-joined.
     """
 
@@ -63,6 +65,7 @@ class StepReport:
     memory_gib: dict[str, float] = field(default_factory=dict)
     incidents: int = 0
     checkpoint_stall_seconds: float = 0.0
+    answers: tuple[dict[str, Any], ...] = ()
 
     @property
     def fill(self) -> float:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from posttrain_lib.checkpoint.hf import save_hf_folder
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.probes import stop_ids
 from posttrain_lib.embedded.lookups import generate_questions
 from posttrain_lib.embedded.tokenizer import build_tokenizer
+from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.scratch import write_scratch_model
 from posttrain_lib.rl.job import RolloutJob
-from posttrain_lib.rl.rewards.base import RewardSpec
+from posttrain_lib.rl.rewards.base import RewardSpec, Verdict
 from posttrain_lib.rl.settings import HeldOut, RLSettings
 from posttrain_lib.schema.examples import Message
 from posttrain_lib.schema.rollouts import Answer, Sampling
@@ -104,6 +108,21 @@ def rollout_job(
             **{"max_mismatch": 1e-3, **(rollouts or {})},
         ),
     )
+
+
+class Solved:
+    """Right are the answers to one prompt in two or so, whatever they say."""
+
+    def __call__(self, answer: Answer) -> Verdict:
+        """By the prompt alone."""
+        right = zlib.crc32(str(answer.prompt[-1]["content"]).encode()) % 2 == 0
+        return Verdict(float(answer.tokens), right)
+
+
+def write_teacher(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """``teacher-model``: the job's model with other weights."""
+    model = spec_from_folder(folder / "model")
+    save_hf_folder(weights, model, folder / "model", folder / "teacher-model", "float32")
 
 
 def constant(answer: Answer) -> float:

@@ -21,6 +21,13 @@ def test_visits_are_issued_in_order() -> None:
     assert ledger.in_flight == {0, 1, 2, 3, 4}
 
 
+def test_what_is_skipped_is_settled_and_never_in_flight() -> None:
+    ledger = Ledger()
+    skip = [Settled(visit, "p", "skipped", "solved") if visit % 2 else None for visit in range(10)]
+    assert ledger.issue(3, skip.__getitem__) == [0, 2, 4] and ledger.in_flight == {0, 2, 4}
+    assert ledger.counts["skipped"] == 2 and ledger.next == 5
+
+
 def test_a_visit_cannot_be_settled_twice() -> None:
     ledger = Ledger()
     settle(ledger, ledger.issue(1))
@@ -34,7 +41,11 @@ def test_a_state_that_would_lose_visits_is_refused() -> None:
     with pytest.raises(ValueError, match="would lose them"):
         ledger.state()
     ledger.close_update(1)
-    assert ledger.state() == {"next": 1, "in_flight": [], "counts": {"trained": 1, "dropped": 0, "quarantined": 0}}
+    assert ledger.state() == {
+        "next": 1,
+        "in_flight": [],
+        "counts": {"trained": 1, "dropped": 0, "quarantined": 0, "skipped": 0},
+    }
 
 
 def test_random_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from posttrain_lib.rl.run import ANSWERS, train_on_rollouts
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training import pulse
 from posttrain_lib.training.job import TrainJob
-from tests.support.rollout_jobs import rollout_job
+from tests.support.rollout_jobs import rollout_job, write_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +164,29 @@ def test_a_stop_is_heeded_behind_a_checkpoint(tmp_path: Path) -> None:
 def test_incidents_cannot_be_rolled_back(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be rolled back"):
         run(rollout_job(tmp_path, train={"incidents": {"non_finite": "roll_back"}}))
+
+
+def test_solved_prompts_are_left_out_of_a_pass(tmp_path: Path) -> None:
+    spec = RewardSpec("tests.support.rollout_jobs:Solved", "solved")
+    job = rollout_job(tmp_path, rewards=[spec], skip_solved=1.0, updates=9)
+    run(job)
+    lines = read_log(tmp_path / "work" / LEDGER)
+    skipped = [visit for line in lines for visit, _, _ in line["skipped"]]
+    trained = trained_visits(lines)
+    assert skipped and all(visit >= 24 for visit in skipped), "in the first pass nothing is known of a prompt"
+    assert sorted([*skipped, *trained]) == list(range(len(skipped) + len(trained)))
+
+
+def test_a_policy_learns_from_a_teacher_at_every_token(tmp_path: Path) -> None:
+    """The teacher is a policy that learned to be short; no reward says so."""
+    taught = rollout_job(tmp_path, "teacher", updates=30, save_every=30, train={"optimizer": {"lr": 2e-2}})
+    model = weights(run(taught)[1])
+    write_teacher(tmp_path, model)
+    spec = RewardSpec("tests.support.rollout_jobs:short", "short", weight=0.0)
+    rollouts = {"teacher": str(tmp_path / "teacher-model")}
+    job = rollout_job(tmp_path, rewards=[spec], rollouts=rollouts, updates=30, save_every=30, teacher_weight=1.0,
+                      train={"optimizer": {"lr": 2e-2}})  # fmt: skip
+    pulse.begin()
+    reports, _ = run(job)
+    short = [report.figures["reward/short"] for report in reports[1:]]
+    assert sum(short[-5:]) / 5 > sum(short[:5]) / 5 + 0.2, short
