@@ -23,7 +23,7 @@ CPU_ENVIRONMENT = {
 QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 #: lines of the process's output that an error shows
-_SHOWN = 25
+SHOWN_LINES = 25
 
 
 class Failed(Exception):
@@ -33,6 +33,13 @@ class Failed(Exception):
 def is_available() -> bool:
     """Whether vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment as vLLM's gets it, with ``environment`` above all."""
+    # Ray pins OpenMP to one thread for its workers; vLLM may use every core.
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return {**inherited, **CPU_ENVIRONMENT, **QUIET_ENVIRONMENT, **environment}
 
 
 def ask(
@@ -46,13 +53,11 @@ def ask(
     with tempfile.TemporaryDirectory(prefix="posttrain-vllm-") as folder:
         asked, answer, log = (Path(folder) / name for name in ("question.json", "answer.json", "log.txt"))
         asked.write_text(json.dumps(question), encoding="utf-8")
-        # Ray pins OpenMP to one thread for its workers; vLLM may use every core.
-        inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         with open(log, "w", encoding="utf-8") as output:
             try:
                 code: int | None = subprocess.run(
                     [sys.executable, "-m", module, str(asked), str(answer)],
-                    env={**inherited, **CPU_ENVIRONMENT, **QUIET_ENVIRONMENT, **(environment or {})},
+                    env=variables(environment or {}),
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     timeout=timeout_seconds,
@@ -61,7 +66,7 @@ def ask(
             except subprocess.TimeoutExpired:
                 code = None
         if code != 0 or not answer.is_file():
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN:]
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
             ended = f"no answer in {timeout_seconds:.0f} s" if code is None else f"exit code {code}"
             raise Failed("\n".join([ended, *lines]))
         return json.loads(answer.read_text(encoding="utf-8"))

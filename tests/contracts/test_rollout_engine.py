@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from posttrain_lib.adapters import vllm_process
 from posttrain_lib.errors import RolloutError
 from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
 from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.models.spec import ModelSpec
+from posttrain_lib.rl.constraints import Trie
 from posttrain_lib.rl.engine.weights import hf_weights
 from posttrain_lib.rl.roles import RolloutRole
 from posttrain_lib.rl.sync_guard import SyncGuard, digest_of
 from posttrain_lib.schema.rollouts import Request
-from tests.oracles.tiny_job import VOCABULARY, write_model
+from tests.oracles.tiny_job import write_model
 from tests.support.engines import drained, embedded, loaded, request
 
-WINDOW = 64
+WINDOW, VOCABULARY = 64, 70
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 9], [40, 41, 42, 43], [9, 9], [63, 0, 63]]
 
 
@@ -42,19 +45,44 @@ def text_of(tokens: Sequence[int]) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("rollout") / "model")
+    """Heads as wide as vLLM's attention on a CPU has them; a vocabulary that every engine pads."""
+    return write_model(tmp_path_factory.mktemp("rollout") / "model", head_dim=32, vocab_size=VOCABULARY)
 
 
-#: largest difference of a log-probability from the trainer's forward over whole sequences, both in float32: measured
-#: 1e-6 over 6,400 tokens of this model, whose log-probabilities are around -4
-EMBEDDED_BOUND = 1e-5
+#: largest difference of a log-probability from the trainer's forward over whole sequences, all in float32: measured
+#: 1e-6, for each engine, over more than 800 tokens of this model, whose log-probabilities are around -4
+BOUND = 1e-5
 
 
-@pytest.fixture(scope="module", params=["embedded"])
-def subject(folder: Path) -> Iterator[Subject]:
+def vllm_engine(folder: Path, **options: Any) -> RolloutRole:
+    """On a CPU, in float32."""
+    from posttrain_lib.adapters.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        folder,
+        options={"dtype": "float32", "enforce_eager": True},
+        environment={"OMP_NUM_THREADS": "1"},
+        start_seconds=300,
+        call_seconds=100,
+        **options,
+    )
+
+
+ENGINES: dict[str, Callable[..., RolloutRole]] = {
+    "embedded": lambda folder, **options: embedded(folder, torch.float32, pad_to=64, **options),
+    "vllm": vllm_engine,
+}
+VLLM = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not vllm_process.is_available(), reason="vLLM is not installed"),
+]
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=VLLM)])
+def subject(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
     policy, spec = loaded(folder, torch.float32)
-    engine = embedded(folder, torch.float32, window=WINDOW, slots=3, decode=text_of)
-    yield Subject(engine, policy, spec, EMBEDDED_BOUND)
+    engine = ENGINES[request.param](folder, window=WINDOW, slots=3, decode=text_of)
+    yield Subject(engine, policy, spec, BOUND)
     engine.close()
 
 
@@ -69,6 +97,14 @@ def engine(subject: Subject) -> RolloutRole:
 def changed(policy: Decoder, spec: ModelSpec, size: float = 0.3) -> list[tuple[str, torch.Tensor]]:
     """Weights after an update that nobody can overlook."""
     return [(name, value + size * torch.randn(value.shape)) for name, value in hf_weights(policy, spec)]
+
+
+def whole_logits(policy: Decoder, tokens: list[int]) -> torch.Tensor:
+    """The trainer's, of a whole sequence: float64 [T, V]."""
+    length = len(tokens)
+    with torch.no_grad():
+        boundaries = torch.tensor([0, length], dtype=torch.int32)
+        return policy(torch.tensor(tokens), torch.arange(length), boundaries, length).double()
 
 
 def group(**options: object) -> list[Request]:
@@ -89,13 +125,8 @@ def test_log_probabilities_are_the_trainers(engine: RolloutRole, subject: Subjec
     found = drained(engine, group(temperature=temperature))
     for n, prompt in enumerate(PROMPTS):
         whole = [*prompt, *found[str(n)].token_ids.tolist()]
-        with torch.no_grad():
-            length = len(whole)
-            logits = subject.policy(
-                torch.tensor(whole), torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length
-            )
-        table = (logits.double() / temperature).log_softmax(-1)
-        expected = [float(table[place - 1, whole[place]]) for place in range(len(prompt), length)]
+        table = (whole_logits(subject.policy, whole) / temperature).log_softmax(-1)
+        expected = [float(table[place - 1, whole[place]]) for place in range(len(prompt), len(whole))]
         assert np.abs(found[str(n)].logprobs - expected).max() < subject.bound
         assert found[str(n)].logprobs.dtype == np.float32
         scored = engine.logprobs([whole], [len(prompt)])[0]
@@ -126,6 +157,50 @@ def test_stop_strings_end_a_completion_over_two_tokens(engine: RolloutRole) -> N
     first = text_of(free).index(string)
     found = drained(engine, [request("a", [3], 30, seed=1, stop_strings=(string, "never there"))])["a"]
     assert found.finish == "stop" and found.token_ids.tolist() == free[: first + 2]
+
+
+def test_a_padded_id_is_never_sampled(engine: RolloutRole) -> None:
+    """Hot enough that every token of the vocabulary comes."""
+    found = drained(engine, [request(str(n), [n], 40, seed=n, temperature=2.0) for n in range(60)])
+    ids = {token for each in found.values() for token in each.token_ids.tolist()}
+    assert ids == set(range(VOCABULARY))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
+def test_every_constrained_completion_is_in_the_catalogue(
+    engine: RolloutRole, subject: Subject, temperature: float
+) -> None:
+    """Beside free requests; log-probabilities are among the allowed."""
+    catalogue = [(1, 2, 3), (1, 2), (1, 5, 6, 7), (40,), (41, 2)]
+    trie, stop = Trie(catalogue, 69), frozenset({69})
+    bound = [
+        request(str(n), [n, 3], 9, seed=n, allowed=trie, stop_ids=stop, temperature=temperature) for n in range(12)
+    ]
+    found = drained(engine, [*bound, *(request(f"free {n}", [n], 5) for n in range(3))])
+    for each in bound:
+        completion = found[each.key]
+        tokens = completion.token_ids.tolist()
+        assert completion.finish == "stop" and tuple(tokens[:-1]) in catalogue and tokens[-1] == 69
+        logits = whole_logits(subject.policy, [*each.prompt_ids, *tokens])[1:-1] / (temperature or 1.0)
+        expected = [
+            float(row[trie.after(tokens[:place])].log_softmax(-1)[trie.after(tokens[:place]).tolist().index(token)])
+            for place, (row, token) in enumerate(zip(logits, tokens, strict=True))
+        ]
+        assert np.abs(completion.logprobs - expected).max() < subject.bound
+
+
+def test_a_constraint_at_its_end_names_the_request_and_harms_no_other(engine: RolloutRole) -> None:
+    """The end is no stop token: nothing can follow it."""
+    expected = drained(engine, [request("good", [1], 6)])["good"].token_ids.tolist()
+    engine.submit([request("bad", [1], allowed=Trie([[3]], 69)), request("good", [1], 6)])
+    with pytest.raises(RolloutError, match=r"request bad, behind 2 sampled tokens \[3, 69\]"):
+        for _ in range(3):
+            engine.step()
+    with pytest.raises(RolloutError, match="request bad"):
+        engine.step()
+    assert [each.token_ids.tolist() for each in engine.abort(["bad"])] == [[3, 69]]
+    found = drained(engine)
+    assert list(found) == ["good"] and found["good"].token_ids.tolist() == expected
 
 
 def test_the_window_ends_a_completion(engine: RolloutRole) -> None:

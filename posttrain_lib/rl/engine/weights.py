@@ -6,7 +6,7 @@ sends is what any engine that reads such a folder expects. Rows that pad the voc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,39 +43,45 @@ def hf_weights(model: Decoder, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
 def take_weights(model: Decoder, spec: ModelSpec, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors into the parameters, in place, in their dtype and on their device.
 
-    Weights that came before an error are written: the model is then a mixture.
-
     Raises:
-        RolloutError: a name that the spec does not have or that came before, a shape that is not its, or a weight of
-            the spec that did not come.
+        RolloutError: as :func:`checked`. Weights that came before it are written: the model is then a mixture.
     """
-    parameters = dict(model.named_parameters())
-    pieces, shapes = _pieces_by_stored(spec.pieces), stored_shapes(spec.pieces)
-    missing = dict.fromkeys(shapes)
+    parameters, pieces = dict(model.named_parameters()), _pieces_by_stored(spec.pieces)
     with torch.no_grad():
-        for name, value in weights:
-            if name not in missing:
-                raise RolloutError(
-                    "the engine was given a weight twice" if name in shapes else "the engine has no such weight",
-                    where=name,
-                    got=list(value.shape),
-                    fix="push exactly the tensors that a saved folder of this model holds",
-                )
-            if tuple(value.shape) != shapes[name]:
-                raise RolloutError(
-                    "a weight has another shape than the engine's",
-                    where=name,
-                    got=list(value.shape),
-                    expected=list(shapes[name]),
-                    fix="push the weights of the model that the engine was made for, without padded rows",
-                )
-            del missing[name]
+        for name, value in checked(weights, stored_shapes(spec.pieces)):
             for piece in pieces[name]:
                 part = value[piece.their_index]
                 parameters[piece.ours].data[piece.our_index] = part.mT if piece.transposed else part
         for name in VOCABULARY_WEIGHTS:
             if name in parameters:
                 parameters[name].data[spec.config.vocab_size :] = 0
+
+
+def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Tensor]]:
+    """The same weights, as long as they are those of ``shapes``: each name once, in its shape, none left out.
+
+    Raises:
+        RolloutError: naming the weight.
+    """
+    missing = dict.fromkeys(shapes)
+    for name, value in weights:
+        if name not in missing:
+            raise RolloutError(
+                "the engine was given a weight twice" if name in shapes else "the engine has no such weight",
+                where=name,
+                got=list(value.shape),
+                fix="push exactly the tensors that a saved folder of this model holds",
+            )
+        if tuple(value.shape) != shapes[name]:
+            raise RolloutError(
+                "a weight has another shape than the engine's",
+                where=name,
+                got=list(value.shape),
+                expected=list(shapes[name]),
+                fix="push the weights of the model that the engine was made for, without padded rows",
+            )
+        del missing[name]
+        yield name, value
     if missing:
         raise RolloutError(
             "the engine was not given all of its weights",

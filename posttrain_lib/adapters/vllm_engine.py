@@ -1,0 +1,213 @@
+"""vLLM as a rollout engine (``rl.roles.RolloutRole``): real vLLM in a process of its own, weights pushed into it live.
+
+The process samples; what a request becomes is decided here, by the same code as in the embedded engine: stop strings,
+versions, ends. A process that dies or answers too late is a RolloutError with its last lines.
+
+It differs from the embedded engine in this: a push makes vLLM compute the keys and values of unfinished requests again
+with the new weights, and a seed draws other tokens. Its workers are in its process: one device an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from posttrain_lib.adapters.vllm_channel import Channel
+from posttrain_lib.adapters.vllm_worker import Sampled
+from posttrain_lib.errors import RolloutError
+from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.models.weights import stored_shapes
+from posttrain_lib.rl.engine.requests import check_requests, check_sequences
+from posttrain_lib.rl.engine.sequences import Running, allowed_ids
+from posttrain_lib.rl.engine.weights import checked
+from posttrain_lib.schema.rollouts import Completion, Request
+
+#: temperatures that vLLM takes, beside 0; below the first it would draw as if it were the first
+_TEMPERATURES = (0.01, 2.0)
+
+
+class VllmEngine:
+    """One vLLM engine. One caller at a time."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        window: int,
+        slots: int,
+        version: int = 0,
+        decode: Callable[[Sequence[int]], str] | None = None,
+        options: Mapping[str, Any],
+        environment: Mapping[str, str],
+        start_seconds: float,
+        call_seconds: float,
+    ) -> None:
+        """Start the process and load a folder.
+
+        Args:
+            folder: a Hugging Face folder of a family that vLLM and this project know, with weights of ``version``.
+            window: most tokens of a prompt and its completion together.
+            slots: most sequences that run at once.
+            decode: tokens -> text, for stop strings; None: requests have none.
+            options: further arguments of ``vllm.EngineArgs``: dtype, enforce_eager, gpu_memory_utilization,
+                enable_sleep_mode.
+            environment: of the process, above ``vllm_process``'s own: OMP_NUM_THREADS, VLLM_CPU_KVCACHE_SPACE.
+            start_seconds: within which the engine must stand. call_seconds: within which it must answer a call.
+
+        Raises:
+            RolloutError: it does not come up.
+        """
+        self.version = version
+        self._window, self._decode, self._seconds = window, decode, call_seconds
+        self._sleeps = bool(options.get("enable_sleep_mode"))
+        self._shapes = stored_shapes(spec_from_folder(folder).pieces)
+        self._running: dict[str, Running] = {}
+        self._failed: dict[str, RolloutError] = {}
+        self._ended: dict[str, Completion] = {}  # not given back yet: their step met a constraint's end
+        self._unusable: str | None = None
+        self._closed = False
+        self._channel = Channel("posttrain_lib.adapters.vllm_worker", environment)
+        try:
+            started = (str(folder), window, slots, version, dict(options))
+            self._vocab_size: int = self._channel.call("start", *started, seconds=start_seconds)
+        except RolloutError:
+            self._channel.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process's."""
+        return self._channel.pid
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See ``rl.roles.RolloutRole.submit``; none is taken where one is refused."""
+        self._check_usable()
+        has_text = self._decode is not None
+        known = self._running.keys() | self._ended.keys()
+        check_requests(requests, known, window=self._window, vocab_size=self._vocab_size, has_text=has_text)
+        for request in requests:
+            temperature, (lowest, highest) = request.sampling.temperature, _TEMPERATURES
+            if temperature and not lowest <= temperature <= highest:
+                raise RolloutError(
+                    "vLLM does not sample at this temperature",
+                    where=f"request {request.key}",
+                    got=temperature,
+                    expected=f"0, or {lowest:g} to {highest:g}",
+                )
+            if request.allowed is not None:
+                allowed_ids(request, [], self._vocab_size)
+        self._call("submit", list(requests))
+        self._running.update({each.key: Running(each, self._window, self._decode) for each in requests})
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were submitted and have not come back."""
+        return len(self._running) + len(self._ended)
+
+    def step(self) -> list[Completion]:
+        """A step of vLLM; the completions that ended.
+
+        Raises:
+            RolloutError: a constraint allows nothing: its request stays, without going on, and is to be aborted; or the
+                last push failed; or the process did.
+        """
+        self._check_usable()
+        self._check_constraints()
+        if self._running:
+            sampled, failures = self._call("step")
+            self._failed.update({key: error for key, error in failures.items() if key in self._running})
+            places = [key for each in sampled for key in self._taken(each)]
+            self._leave([*places, *self._failed])
+            self._check_constraints()
+        ended = list(self._ended.values())
+        self._ended.clear()
+        return ended
+
+    def abort(self, keys: Iterable[str] | None = None) -> list[Completion]:
+        """See ``rl.roles.RolloutRole.abort``."""
+        known = {*self._running, *self._ended}
+        asked = known if keys is None else known & set(keys)
+        self._leave([key for key in self._running if key in asked and key not in self._failed])
+        ended = [self._ended.pop(key) for key in list(self._ended) if key in asked]
+        for key in [key for key in self._running if key in asked]:
+            self._failed.pop(key, None)
+            ended.append(self._running.pop(key).completion("aborted"))
+        return ended
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> str:
+        """See ``rl.roles.RolloutRole.push``. After an error the engine refuses to work until a push succeeds."""
+        self._check_open()
+        self._unusable = f"the push of version {version} failed"
+        digest: str = self._call("push", self._channel.place(checked(weights, self._shapes)), version)
+        self.version, self._unusable = version, None
+        return digest
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], begins: Sequence[int]) -> list[np.ndarray]:
+        """See ``rl.roles.RolloutRole.logprobs``."""
+        self._check_usable()
+        check_sequences(sequences, begins, window=self._window, vocab_size=self._vocab_size)
+        scored: list[np.ndarray] = self._call("logprobs", [list(each) for each in sequences], list(begins))
+        return scored
+
+    def sleep(self) -> None:
+        """Give device memory away where ``enable_sleep_mode`` is among the options; else nothing."""
+        self._check_open()
+        if self.unfinished:
+            raise RolloutError(
+                "an engine with work to do cannot sleep",
+                got=f"{self.unfinished} unfinished requests",
+                fix="step until none is left, or abort them",
+            )
+        if self._sleeps:
+            self._call("sleep")
+
+    def wake(self) -> None:
+        """Come back from :meth:`sleep`."""
+        self._check_open()
+        if self._sleeps:
+            self._call("wake")
+
+    def close(self) -> None:
+        """End the process."""
+        if not self._closed:
+            self._closed = True
+            self._channel.close()
+
+    def _taken(self, sampled: Sampled) -> list[str]:
+        """Add new tokens to their request; its key where it ended here and not in vLLM."""
+        sequence = self._running.get(sampled.key)
+        if sequence is None or sampled.key in self._failed:
+            return []
+        finish = None
+        for token, logprob in zip(sampled.tokens, sampled.logprobs, strict=True):
+            finish = sequence.take(token, logprob, sampled.version)
+        if finish is None:
+            if sampled.ended is not None:
+                raise RolloutError("vLLM ended a request by itself", where=f"request {sampled.key}", got=sampled.ended)
+            return []
+        self._ended[sampled.key] = self._running.pop(sampled.key).completion(finish)
+        return [] if sampled.ended is not None else [sampled.key]
+
+    def _leave(self, keys: Sequence[str]) -> None:
+        if keys:
+            self._call("abort", list(keys))
+
+    def _call(self, what: str, *arguments: Any) -> Any:
+        return self._channel.call(what, *arguments, seconds=self._seconds)
+
+    def _check_constraints(self) -> None:
+        for error in self._failed.values():
+            raise error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RolloutError("the engine was closed", fix="make a new one")
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self._unusable is not None:
+            raise RolloutError("the engine does not work", got=self._unusable, fix="push all weights of a good version")
