@@ -1,0 +1,35 @@
+"""A process at the other end of a channel, ``python -m tests.support.answering CALLS MEMORY``, that is no engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from posttrain_lib.adapters.vllm_channel import placed_tensors, serve
+from posttrain_lib.errors import RolloutError
+
+
+def answer(what: str, arguments: tuple[Any, ...]) -> Any:
+    """What is asked for, in every way that an engine may answer or not."""
+    if what == "digest":
+        from posttrain_lib.rl.sync_guard import digest_of
+
+        return digest_of(placed_tensors(int(sys.argv[2]), arguments[0]))
+    if what == "size":
+        return os.fstat(int(sys.argv[2])).st_size
+    if what == "refuse":
+        raise RolloutError("refused", where="here")
+    if what == "crash":
+        print("a last word")
+        raise ValueError("of its own")
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "hang":
+        signal.pause()
+    return (what, arguments)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), answer)

@@ -1,0 +1,88 @@
+"""The engine's process from outside: answers, tensors, and every way to fall silent."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from posttrain_lib.adapters.vllm_channel import Channel
+from posttrain_lib.errors import RolloutError
+from posttrain_lib.rl.sync_guard import digest_of
+
+#: seconds for an answer that comes
+LONG = 60.0
+
+
+@pytest.fixture
+def channel() -> Iterator[Channel]:
+    channel = Channel("tests.support.answering", {})
+    yield channel
+    channel.close()
+
+
+def test_calls_are_answered_and_errors_are_answers(channel: Channel) -> None:
+    assert channel.call("a", 1, [2], seconds=LONG) == ("a", (1, [2]))
+    with pytest.raises(RolloutError, match="refused") as error:
+        channel.call("refuse", seconds=LONG)
+    assert error.value.where == "here"
+    assert channel.call("b", seconds=LONG) == ("b", ())
+
+
+def test_tensors_arrive_as_they_are(channel: Channel) -> None:
+    """Views, odd sizes, several dtypes; a second push over the first takes no more memory."""
+    weights = {
+        "view": torch.arange(12.0).reshape(3, 4).t(),
+        "odd": torch.randn(7).bfloat16(),
+        "none": torch.tensor(3, dtype=torch.int64),
+        "half": torch.randn(5, 3).half(),
+        "large": torch.randn(1000, 100, dtype=torch.float64),
+    }
+    placed = channel.place(weights.items())
+    assert channel.call("digest", placed, seconds=LONG) == digest_of(weights.items())
+    size = channel.call("size", seconds=LONG)
+    changed = {name: tensor + 1 for name, tensor in weights.items()}
+    assert channel.call("digest", channel.place(changed.items()), seconds=LONG) == digest_of(changed.items())
+    assert channel.call("size", seconds=LONG) == size
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("crash", r"exit code 1 at 'crash'[\s\S]*a last word[\s\S]*of its own"), ("killed", "exit code -9 at 'killed'")],
+)
+def test_a_death_is_an_error_with_its_last_words(channel: Channel, what: str, words: str) -> None:
+    for call in (what, "a"):  # and so is every call afterwards
+        with pytest.raises(RolloutError, match=words):
+            channel.call(call, seconds=LONG)
+
+
+def test_an_answer_that_is_too_late_ends_the_process(channel: Channel) -> None:
+    channel.call("a", seconds=LONG)
+    for call in ("hang", "a"):
+        with pytest.raises(RolloutError, match=r"no answer to 'hang' in 0\.1 s"):
+            channel.call(call, seconds=0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(channel.pid, 0)
+
+
+def test_the_process_ends_with_its_driver() -> None:
+    """Also where the driver is killed: its end of the pipe is gone then."""
+    driver = (
+        "import os; from posttrain_lib.adapters.vllm_channel import Channel\n"
+        "channel = Channel('tests.support.answering', {}); channel.call('a', seconds=60)\n"
+        "print(channel.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", driver], stdout=subprocess.PIPE, check=False, timeout=LONG)
+    assert ended.returncode == -9
+    try:
+        left = os.pidfd_open(int(ended.stdout))
+    except ProcessLookupError:
+        return  # gone already
+    # readable once the process is gone
+    assert select.select([left], [], [], LONG)[0], "it lives on"
+    os.close(left)
