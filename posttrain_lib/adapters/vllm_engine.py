@@ -28,6 +28,8 @@ from posttrain_lib.schema.rollouts import Completion, Request
 
 #: temperatures that vLLM takes, beside 0; below the first it would draw as if it were the first
 _TEMPERATURES = (0.01, 2.0)
+#: vLLM scores a sequence by sampling the token behind it, which is never read and needs no position
+_ONE_MORE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
 
 
 class VllmEngine:
@@ -64,13 +66,21 @@ class VllmEngine:
         self.version = version
         self._window, self._decode, self._seconds = window, decode, call_seconds
         self._sleeps = bool(options.get("enable_sleep_mode"))
-        self._shapes = stored_shapes(spec_from_folder(folder).pieces)
+        spec = spec_from_folder(folder)
+        if window > spec.config.max_position_embeddings:
+            raise RolloutError(
+                "the engine's window is longer than what the model knows positions for",
+                where=folder,
+                got=window,
+                expected=f"at most {spec.config.max_position_embeddings}",
+            )
+        self._shapes = stored_shapes(spec.pieces)
         self._running: dict[str, Running] = {}
         self._failed: dict[str, RolloutError] = {}
         self._ended: dict[str, Completion] = {}  # not given back yet: their step met a constraint's end
         self._unusable: str | None = None
         self._closed = False
-        self._channel = Channel("posttrain_lib.adapters.vllm_worker", environment)
+        self._channel = Channel("posttrain_lib.adapters.vllm_worker", {**_ONE_MORE, **environment})
         try:
             started = (str(folder), window, slots, version, dict(options))
             self._vocab_size: int = self._channel.call("start", *started, seconds=start_seconds)

@@ -53,7 +53,7 @@ class Worker:
         self._version, self._window = version, window
         arguments = vllm.EngineArgs(
             model=folder,
-            max_model_len=window + 1,  # vLLM scores a sequence by sampling the token behind it
+            max_model_len=window + 1,  # see on_logprobs
             max_num_seqs=slots,
             skip_tokenizer_init=True,
             logprobs_mode="processed_logprobs",
@@ -117,7 +117,10 @@ class Worker:
         return digest
 
     def on_logprobs(self, sequences: Sequence[Sequence[int]], begins: Sequence[int]) -> list[np.ndarray]:
-        """Of given tokens, at temperature 1; what else runs goes on meanwhile."""
+        """Of given tokens, at temperature 1; what else runs goes on meanwhile.
+
+        vLLM scores a prompt and samples a token behind it, which is left.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

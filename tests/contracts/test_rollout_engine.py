@@ -45,8 +45,11 @@ def text_of(tokens: Sequence[int]) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads as wide as vLLM's attention on a CPU has them; a vocabulary that every engine pads."""
-    return write_model(tmp_path_factory.mktemp("rollout") / "model", head_dim=32, vocab_size=VOCABULARY)
+    """Heads as wide as vLLM's attention on a CPU has them; a vocabulary that every engine pads; as many positions as
+    the window."""
+    return write_model(
+        tmp_path_factory.mktemp("rollout") / "model", head_dim=32, vocab_size=VOCABULARY, max_position_embeddings=WINDOW
+    )
 
 
 #: largest difference of a log-probability from the trainer's forward over whole sequences, all in float32: measured
@@ -131,6 +134,20 @@ def test_log_probabilities_are_the_trainers(engine: RolloutRole, subject: Subjec
         assert found[str(n)].logprobs.dtype == np.float32
         scored = engine.logprobs([whole], [len(prompt)])[0]
         assert np.abs(scored - token_logprobs(subject.policy, [whole], [len(prompt)])[0]).max() < subject.bound
+
+
+def test_a_sequence_as_long_as_the_window_is_scored(engine: RolloutRole, subject: Subject) -> None:
+    """Beside requests on their way, which lose nothing by it."""
+    expected = drained(engine, group())
+    engine.submit(group())
+    engine.step()
+    sequences = [[n % VOCABULARY for n in range(WINDOW)], [5, 6]]
+    for found, own, begin in zip(engine.logprobs(sequences, [1, 2]), sequences, (1, 2), strict=True):
+        assert len(found) == len(own) - begin
+        wanted = token_logprobs(subject.policy, [own], [begin])[0]
+        assert np.abs(found - wanted).max(initial=0.0) < subject.bound
+    after = drained(engine)
+    assert all(after[key].token_ids.tolist() == expected[key].token_ids.tolist() for key in expected)
 
 
 def test_a_seed_says_what_is_drawn_whatever_runs_beside(engine: RolloutRole) -> None:

@@ -21,9 +21,6 @@ class Waiting:
     def __init__(self) -> None:
         self._by_prompt: dict[Prompt, deque[Request]] = {}
 
-    def __len__(self) -> int:
-        return sum(map(len, self._by_prompt.values()))
-
     def __contains__(self, prompt: Prompt) -> bool:
         """Whether a request with this prompt waits."""
         return prompt in self._by_prompt

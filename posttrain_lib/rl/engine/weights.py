@@ -51,10 +51,10 @@ def take_weights(model: Decoder, spec: ModelSpec, weights: Iterable[tuple[str, T
         for name, value in checked(weights, stored_shapes(spec.pieces)):
             for piece in pieces[name]:
                 part = value[piece.their_index]
-                parameters[piece.ours].data[piece.our_index] = part.mT if piece.transposed else part
+                parameters[piece.ours][piece.our_index] = part.mT if piece.transposed else part
         for name in VOCABULARY_WEIGHTS:
             if name in parameters:
-                parameters[name].data[spec.config.vocab_size :] = 0
+                parameters[name][spec.config.vocab_size :] = 0
 
 
 def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Tensor]]:
