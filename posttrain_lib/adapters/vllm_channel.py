@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -74,11 +75,15 @@ class Channel:
             RolloutError: its own, where it answers with one; it died, before or now; or it did not answer in time, and
                 was ended.
         """
+        message = pickle.dumps((what, arguments))
         if self._failed is None:
+            # Stays where an exception from outside, such as an interrupt, leaves an answer in the pipe.
+            self._failed = f"a call was broken off: {what!r}"
             try:
-                self._calls.send((what, arguments))
+                self._calls.send_bytes(message)
                 if self._calls.poll(seconds):
                     answer = self._calls.recv()
+                    self._failed = None
                     if isinstance(answer, RolloutError):
                         raise answer
                     return answer

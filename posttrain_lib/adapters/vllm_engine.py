@@ -9,7 +9,7 @@ with the new weights, and a seed draws other tokens. Its workers are in its proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.weights import stored_shapes
 from posttrain_lib.rl.engine.requests import check_requests, check_sequences
 from posttrain_lib.rl.engine.sequences import Running, allowed_ids
+from posttrain_lib.rl.engine.stop_strings import Decode
 from posttrain_lib.rl.engine.weights import checked
 from posttrain_lib.schema.rollouts import Completion, Request
 
@@ -42,7 +43,7 @@ class VllmEngine:
         window: int,
         slots: int,
         version: int = 0,
-        decode: Callable[[Sequence[int]], str] | None = None,
+        decode: Decode | None = None,
         options: Mapping[str, Any],
         environment: Mapping[str, str],
         start_seconds: float,

@@ -26,8 +26,8 @@ def hf_weights(model: Decoder, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of every weight, in the order of the spec's rules.
 
     A tensor is a view of the parameter, in its dtype and on its device, where one region of one parameter is all of it;
-    else a copy. Read each before the next. Sharded parameters are gathered one after the other: every rank iterates.
-    Adapters are merged into their weights, as an export does.
+    else a copy on the host. Read each before the next. Sharded parameters are gathered one after the other: every rank
+    iterates. Adapters are merged into their weights, as an export does.
     """
     adapted = isinstance(model, LoraDecoder)
     parameters = merged_state_dict(model) if adapted else dict(model.named_parameters())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +34,31 @@ def test_calls_are_answered_and_errors_are_answers(channel: Channel) -> None:
         channel.call("refuse", seconds=LONG)
     assert error.value.where == "here"
     assert channel.call("b", seconds=LONG) == ("b", ())
+
+
+def test_what_cannot_be_sent_harms_nothing(channel: Channel) -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        channel.call("a", lambda: None, seconds=LONG)
+    assert channel.call("b", seconds=LONG) == ("b", ())
+
+
+def test_a_call_that_was_interrupted_leaves_no_answer_for_the_next(channel: Channel) -> None:
+    """The answer of the first would be taken for the second's."""
+    channel.call("a", seconds=LONG)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            channel.call("hang", seconds=LONG)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(RolloutError, match="a call was broken off: 'hang'"):
+        channel.call("a", seconds=LONG)
+    os.kill(channel.pid, signal.SIGKILL)
 
 
 def test_tensors_arrive_as_they_are(channel: Channel) -> None:
