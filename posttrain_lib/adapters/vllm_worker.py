@@ -176,8 +176,16 @@ def _name(key: str) -> str:
 
 
 def _reload(worker: Any, weights: list[tuple[str, Any]]) -> None:
-    """In vLLM's worker. ``model.load_weights`` alone does not do on a CPU: layers were packed after loading."""
+    """In vLLM's worker. ``model.load_weights`` alone does not do on a CPU: layers were packed after loading.
+
+    Nor does vLLM 0.31 pack a tied head again, for no weight comes under its name: it would go on with the old one.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
     worker.model_runner.reload_weights(weights_iterator=iter(weights))
+    for module in worker.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import torch
 from posttrain_lib.adapters import vllm_process
 from posttrain_lib.errors import RolloutError
 from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
-from posttrain_lib.models.decoder import Decoder
+from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.rl.constraints import Trie
-from posttrain_lib.rl.engine.weights import hf_weights
+from posttrain_lib.rl.engine.weights import hf_weights, take_weights
 from posttrain_lib.rl.roles import RolloutRole
 from posttrain_lib.rl.sync_guard import SyncGuard, digest_of
 from posttrain_lib.schema.rollouts import Request
@@ -63,7 +63,7 @@ def vllm_engine(folder: Path, **options: Any) -> RolloutRole:
 
     return VllmEngine(
         folder,
-        options={"dtype": "float32", "enforce_eager": True},
+        options={"dtype": "float32", "enforce_eager": True, "block_size": 32},
         environment={"OMP_NUM_THREADS": "1"},
         start_seconds=300,
         call_seconds=100,
@@ -267,16 +267,24 @@ def test_abort_gives_what_there_is(engine: RolloutRole) -> None:
 
 
 def test_a_push_is_seen_at_once_and_stamped(engine: RolloutRole, subject: Subject) -> None:
-    """Old weights in a prefix cache would be seen here too: the prompts are those of before."""
-    before = drained(engine, group(temperature=0.0))
-    weights = changed(subject.policy, subject.spec)
+    """In every layer and in the tied head. Old keys in a prefix cache would be seen too: the prompts are those of
+    before, and one is longer than a block."""
+    policy, spec = subject.policy, subject.spec
+    requests = [*group(), request("long", [n % 7 for n in range(50)], 12)]
+    before = drained(engine, requests)
+    weights = changed(policy, spec)
     assert engine.push(weights, 7) == digest_of(weights) and engine.version == 7
-    after = drained(engine, group(temperature=0.0))
-    assert any(before[key].token_ids.tolist() != after[key].token_ids.tolist() for key in before)
-    assert {version for each in after.values() for version in each.versions.tolist()} == {7}
-    assert {version for each in before.values() for version in each.versions.tolist()} == {0}
-    engine.push(hf_weights(subject.policy, subject.spec), 8)
-    again = drained(engine, group(temperature=0.0))
+    after = drained(engine, requests)
+    other = build_model(spec)
+    take_weights(other, spec, weights)
+    for each in requests:
+        for completion, model, version in ((before[each.key], policy, 0), (after[each.key], other, 7)):
+            assert set(completion.versions.tolist()) == {version}
+            whole = [*each.prompt_ids, *completion.token_ids.tolist()]
+            wanted = token_logprobs(model, [whole], [len(each.prompt_ids)])[0]
+            assert np.abs(completion.logprobs - wanted).max() < subject.bound
+    engine.push(hf_weights(policy, spec), 8)
+    again = drained(engine, requests)
     assert all(before[key].token_ids.tolist() == again[key].token_ids.tolist() for key in before)
 
 
@@ -300,13 +308,17 @@ def test_a_push_meets_requests_on_their_way(engine: RolloutRole, subject: Subjec
 
 
 def test_the_guard_passes_good_pushes(engine: RolloutRole, subject: Subject) -> None:
-    guard = SyncGuard([[1, 2, 3, 4], [40] * 9], bound=subject.bound)
+    guard, other = SyncGuard([[1, 2, 3, 4], [40] * 9], bound=subject.bound), build_model(subject.spec)
 
     def score(sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        return [np.array(values) for values in token_logprobs(subject.policy, sequences)]
+        return [np.array(values) for values in token_logprobs(other, sequences)]
 
     for version in (1, 2):
-        assert guard.push(engine, hf_weights(subject.policy, subject.spec), version, score).version == version
+        weights = changed(subject.policy, subject.spec)
+        take_weights(other, subject.spec, weights)
+        assert guard.push(engine, weights, version, score).version == version
+        with pytest.raises(RolloutError, match="canary"):
+            guard.push(engine, hf_weights(subject.policy, subject.spec), version, score)
 
 
 def test_weights_of_another_model_are_refused(engine: RolloutRole, subject: Subject) -> None:
