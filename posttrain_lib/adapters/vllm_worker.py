@@ -15,6 +15,8 @@ import numpy as np
 
 from posttrain_lib.adapters.vllm_channel import Placed, placed_tensors, serve
 from posttrain_lib.errors import RolloutError
+from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.models.spec import ExpertsConfig
 from posttrain_lib.rl.sync_guard import digest_of
 from posttrain_lib.schema.rollouts import Request
 
@@ -47,7 +49,10 @@ class Worker:
     def on_start(self, folder: str, window: int, slots: int, version: int, options: dict[str, Any]) -> int:
         """Load the folder; the vocabulary's size."""
         import vllm
+        from vllm.platforms import current_platform
 
+        if current_platform.is_cpu():
+            _refuse_experts(folder)
         from posttrain_lib.adapters.vllm_allowed import AllowedTokensProcessor
 
         self._version, self._window = version, window
@@ -173,6 +178,18 @@ class Worker:
 def _name(key: str) -> str:
     """A request's name in vLLM, unlike those of sequences to score."""
     return f"request {key}"
+
+
+def _refuse_experts(folder: str) -> None:
+    """vLLM 0.31 packs experts for a CPU when it loads them, and mixes them up when they come again: log-probabilities
+    were off by 1 after the very weights that it had."""
+    if any(isinstance(layer.mlp, ExpertsConfig) for layer in spec_from_folder(folder).config.layers):
+        raise RolloutError(
+            "vLLM's CPU build does not take new weights of a mixture of experts",
+            where=folder,
+            expected="a dense model, or a GPU",
+            fix="use the embedded engine",
+        )
 
 
 def _reload(worker: Any, weights: list[tuple[str, Any]]) -> None:

@@ -25,9 +25,9 @@ pytestmark = [
 def start(tmp_path: Path) -> Callable[..., Any]:
     from posttrain_lib.adapters.vllm_engine import VllmEngine
 
-    def started(**changes: Any) -> VllmEngine:
+    def started(folder: Path | None = None, **changes: Any) -> VllmEngine:
         return VllmEngine(
-            write_model(tmp_path / "model", head_dim=32),
+            folder or write_model(tmp_path / "model", head_dim=32),
             window=64,
             slots=2,
             options={"dtype": "float32", "enforce_eager": True, **changes},
@@ -60,3 +60,24 @@ def test_an_engine_that_dies_is_an_error_and_not_the_drivers_death(start: Callab
 def test_an_engine_that_does_not_come_up_says_why(start: Callable[..., Any]) -> None:
     with pytest.raises(RolloutError, match=r"exit code 1 at 'start'[\s\S]*no_such_dtype"):
         start(dtype="no_such_dtype")
+
+
+def test_experts_are_refused_on_a_cpu(start: Callable[..., Any], family_folder: Callable[[str], Path]) -> None:
+    """Pushed again they would be other ones; the canaries would stop the run, but only then."""
+    with pytest.raises(RolloutError, match="mixture of experts"):
+        start(family_folder("qwen3_moe"))
+
+
+def test_a_window_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    from posttrain_lib.adapters.vllm_engine import VllmEngine
+
+    with pytest.raises(RolloutError, match=r"got: +65\n.*at most 64"):
+        VllmEngine(
+            write_model(tmp_path / "model", max_position_embeddings=64),
+            window=65,
+            slots=1,
+            options={},
+            environment={},
+            start_seconds=300,
+            call_seconds=100,
+        )
