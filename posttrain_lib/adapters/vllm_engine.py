@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from posttrain_lib.adapters.vllm_channel import Channel
@@ -222,3 +223,33 @@ class VllmEngine:
         self._check_open()
         if self._unusable is not None:
             raise RolloutError("the engine does not work", got=self._unusable, fix="push all weights of a good version")
+
+
+def vllm_engine(
+    folder: str,
+    *,
+    window: int,
+    decode: Decode,
+    device: torch.device,
+    slots: int = 64,
+    options: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    start_seconds: float = 600.0,
+    call_seconds: float = 300.0,
+) -> VllmEngine:
+    """The engine as a run file makes it (``rl.run.ENGINES``); arguments as :class:`VllmEngine`'s.
+
+    On a CPU in float32, as the trainer computes there; elsewhere in vLLM's own choice of dtype, which ``options`` may
+    change.
+    """
+    own: dict[str, Any] = {"dtype": "float32", "enforce_eager": True} if device.type == "cpu" else {}
+    return VllmEngine(
+        folder,
+        window=window,
+        slots=slots,
+        decode=decode,
+        options={**own, **(options or {})},
+        environment={"OMP_NUM_THREADS": str(torch.get_num_threads()), **(environment or {})},
+        start_seconds=start_seconds,
+        call_seconds=call_seconds,
+    )

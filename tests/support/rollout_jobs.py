@@ -31,7 +31,7 @@ ARCHITECTURE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 16,
+    "head_dim": 32,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
     "initializer_range": 0.08,

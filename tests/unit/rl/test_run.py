@@ -190,3 +190,16 @@ def test_a_policy_learns_from_a_teacher_at_every_token(tmp_path: Path) -> None:
     reports, _ = run(job)
     short = [report.figures["reward/short"] for report in reports[1:]]
     assert sum(short[-5:]) / 5 > sum(short[:5]) / 5 + 0.2, short
+
+
+@pytest.mark.slow
+def test_vllm_is_an_engine_like_the_embedded_one(tmp_path: Path) -> None:
+    """Real vLLM in its own process: weights pushed after every update, compared, and sampled from."""
+    pytest.importorskip("vllm")
+    rollouts = {"engine": "vllm", "engine_options": {"options": {"block_size": 32}}}
+    job = rollout_job(tmp_path, updates=20, save_every=20, train={"optimizer": {"lr": 2e-2}}, rollouts=rollouts)
+    reports, _ = run(job)
+    short = [report.figures["reward/short"] for report in reports[1:]]
+    assert sum(short[-5:]) / 5 > sum(short[:5]) / 5 + 0.2, short
+    # vLLM's float32 kernels are others than the trainer's
+    assert all(report.figures["mismatch/kl"] < 1e-5 for report in reports[1:])
