@@ -37,6 +37,7 @@ def check_names(config: RunConfig) -> None:
     check_start(config)
     _check_optimizer(config)
     _check_weights(config)
+    _check_rollouts(config)
     check_evaluation(config)
     _check_compute(config)
 
@@ -180,6 +181,26 @@ def _check_optimizer(config: RunConfig) -> None:
             expected=f"arguments of {wanted.name}: {', '.join(name for name in taken if name != 'params')}",
             fix=f"did you mean {near[0]!r}?" if near else "leave them out",
         )
+
+
+def _check_rollouts(config: RunConfig) -> None:
+    """Graders with their options, advantage rule and engine, by name: none is made."""
+    if config.grpo is None:
+        return
+    from posttrain_lib.rl.advantages import RULES
+    from posttrain_lib.rl.rewards.base import named_grader
+    from posttrain_lib.rl.run import ENGINES
+    from steps.rollouts import specs
+
+    for spec in specs(config.grpo):
+        named_grader(spec)
+    resolve(config.grpo.advantage, RULES, what="advantage rule", where="grpo.advantage")
+    resolve(config.grpo.rollout.engine, ENGINES, what="rollout engine", where="grpo.rollout.engine")
+    warm = config.grpo.warm_start
+    for source in () if warm is None else warm.data.sources:
+        check_fields(source.format, source.fields)
+        if source.path is not None and "://" not in source.path:
+            files_of(source.path)
 
 
 def _check_weights(config: RunConfig) -> None:

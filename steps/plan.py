@@ -28,7 +28,7 @@ _FLOAT32_BYTES = 4
 
 def describe(config: RunConfig) -> str:
     """The resolved plan of a run, from the config, the model's config.json and the names that the config uses."""
-    train, compute = config.train, config.compute
+    train = config.train
     slots = train.rows_per_step * train.row_tokens
     elsewhere = _data_elsewhere(config)
     check_names(_without(config, elsewhere))
@@ -36,18 +36,16 @@ def describe(config: RunConfig) -> str:
     length = f"{train.steps} steps" if train.steps is not None else "until the mixture ends,"
     if train.epochs is not None:
         length = f"{train.epochs:g} epochs"
-    accumulation = train.rows_per_step // (train.micro_batch_rows * compute.mesh_spec().data_degree)
     lines = [
         f"plan of {config.name} ({config.recipe})",
         f"  data       {', '.join(source.name for source in config.data.sources)}; "
         f"examples up to {config.data.max_example_tokens} tokens ({config.data.over_length} longer ones)",
         *_mixture_lines(config),
         *(f"  not here   {name}: its files are not on this machine and were not checked" for name in elsewhere),
-        f"  training   {length} x {slots:,} token slots ({train.rows_per_step} rows of {train.row_tokens}), "
-        f"{compute.workers} device(s), {accumulation} micro-batch(es) each",
+        *_training_lines(config, length),
         f"  optimiser  {train.optimizer.name}, lr {train.optimizer.lr:g}, {train.schedule.name} after "
         f"{train.schedule.warmup_steps} warm-up steps, {train.precision}",
-        f"  evaluation every {train.evaluate_every_steps} steps; checkpoint every {train.checkpoint.every_steps}, "
+        f"  evaluation every {_looks(config)} steps; checkpoint every {train.checkpoint.every_steps}, "
         f"keep {train.checkpoint.keep_last} and the best",
         *([f"  model      {told(config.model.origin)}"] if config.model.origin is not None else []),
         *_task_lines(config),
@@ -55,9 +53,39 @@ def describe(config: RunConfig) -> str:
         f"  export     {config.export.checkpoint} checkpoint, {config.export.dtype} weights, verified in transformers"
         f"{' and vLLM' if config.export.verify_vllm else ''}",
     ]
-    if train.steps is not None:
+    if train.steps is not None and config.grpo is None:
         lines.insert(3, f"  tokens     at most {train.steps * slots:,} in all")
     return "\n".join(lines)
+
+
+def _training_lines(config: RunConfig, length: str) -> list[str]:
+    train, compute, grpo = config.train, config.compute, config.grpo
+    if grpo is None:
+        slots = train.rows_per_step * train.row_tokens
+        accumulation = train.rows_per_step // (train.micro_batch_rows * compute.mesh_spec().data_degree)
+        return [
+            f"  training   {length} x {slots:,} token slots ({train.rows_per_step} rows of {train.row_tokens}), "
+            f"{compute.workers} device(s), {accumulation} micro-batch(es) each"
+        ]
+    ahead = "in turns with training" if not grpo.max_staleness else f"up to {grpo.max_staleness} batches ahead"
+    batches = -(-(train.steps or 0) // grpo.updates_per_batch)
+    graders = ", ".join(f"{term.shown_as} x {term.weight:g}" for term in grpo.rewards)
+    lines = [
+        f"  rollouts   {batches} batches of {grpo.prompts_per_step} prompts x {grpo.group_size} answers of up to "
+        f"{grpo.rollout.max_new_tokens} tokens, engine {grpo.rollout.engine}, {ahead}",
+        f"  reward     {graders}; advantages by {grpo.advantage}",
+        f"  training   {length}, {grpo.updates_per_batch} a batch, rows of up to {train.row_tokens} tokens",
+    ]
+    if grpo.warm_start is not None:
+        warm = grpo.warm_start.train
+        much = f"{warm.steps} steps" if warm.steps is not None else f"{warm.epochs:g} epochs"
+        lines.insert(0, f"  warm start {much} of supervised fine-tuning")
+    return lines
+
+
+def _looks(config: RunConfig) -> int:
+    """Steps between two looks at held-out data."""
+    return config.train.evaluate_every_steps if config.grpo is None else config.grpo.held_out.every_steps
 
 
 def _mixture_lines(config: RunConfig) -> list[str]:

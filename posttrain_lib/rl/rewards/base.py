@@ -69,7 +69,18 @@ def make_grader(spec: RewardSpec) -> Grader:
     """The grader of a spec: its class made with the options, or its function with them filled in.
 
     Raises:
-        ConfigError: no such grader, or options that it does not take; and what its class raises.
+        ConfigError: as :func:`named_grader`; and what its class raises.
+    """
+    named = named_grader(spec)
+    grader: Grader = named(**spec.options) if inspect.isclass(named) else functools.partial(named, **spec.options)
+    return grader
+
+
+def named_grader(spec: RewardSpec) -> Any:
+    """The class or function that a spec names, which takes the spec's options; nothing is made.
+
+    Raises:
+        ConfigError: no such grader, or options that it does not take.
     """
     where = f"rewards: {spec.title}"
     named: Any = resolve(spec.name, REWARDS, what="reward", where=where)
@@ -88,8 +99,7 @@ def make_grader(spec: RewardSpec) -> Grader:
             expected=", ".join(known) or "none",
             fix=f"did you mean '{near[0]}'?" if near else str(error),
         ) from error
-    grader: Grader = named(**spec.options) if is_class else functools.partial(named, **spec.options)
-    return grader
+    return named
 
 
 def checked(said: object) -> Verdict:
