@@ -28,7 +28,7 @@ def seeded(seed: int) -> list[str]:
         f"model.from_scratch.seed={seed}",
         f"train.seed={seed}",
         f"{warm}.train.seed={seed}",
-        "data.sources=[{name: lookups, format: prompts, generate: {of: lookups, rows: 3000, seed: %d}}]" % seed,
+        f"data.sources=[{{name: lookups, format: prompts, generate: {{of: lookups, rows: 3000, seed: {seed}}}}}]",
         f"{warm}.data.sources=[{{name: demonstrations, generate: {{of: lookups, rows: 8000, seed: {seed}}}}}]",
     ]
 
@@ -42,9 +42,8 @@ def run(seed: int, overrides: list[str]) -> dict[str, Any]:
         begun = time.monotonic()
         manifests = run_until("evaluate", config)
         seconds = time.monotonic() - begun
-        reports = [
-            json.loads(line) for line in Path(manifests["train"].outputs["metrics"].uri).read_text().splitlines()
-        ]
+        lines = Path(manifests["train"].outputs["metrics"].uri).read_text(encoding="utf-8").splitlines()
+    reports = [json.loads(line) for line in lines]
     held_out = {report["step"]: report["held_out_figures"]["pass@1"] for report in reports if report["held_out"]}
     rows = {row["metric"]: row for row in manifests["evaluate"].metrics["comparison"] if row["group"] == "all"}
     return {

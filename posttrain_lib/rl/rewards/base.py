@@ -72,8 +72,10 @@ def make_grader(spec: RewardSpec) -> Grader:
         ConfigError: as :func:`named_grader`; and what its class raises.
     """
     named = named_grader(spec)
-    grader: Grader = named(**spec.options) if inspect.isclass(named) else functools.partial(named, **spec.options)
-    return grader
+    if inspect.isclass(named):
+        grader: Grader = named(**spec.options)
+        return grader
+    return functools.partial(named, **spec.options)
 
 
 def named_grader(spec: RewardSpec) -> Any:
