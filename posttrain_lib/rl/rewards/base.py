@@ -72,10 +72,9 @@ def make_grader(spec: RewardSpec) -> Grader:
         ConfigError: as :func:`named_grader`; and what its class raises.
     """
     named = named_grader(spec)
-    if inspect.isclass(named):
-        grader: Grader = named(**spec.options)
-        return grader
-    return functools.partial(named, **spec.options)
+    is_class = inspect.isclass(named)
+    grader: Grader = named(**spec.options) if is_class else functools.partial(named, **spec.options)
+    return grader
 
 
 def named_grader(spec: RewardSpec) -> Any:
