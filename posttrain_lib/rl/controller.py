@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from posttrain_lib.rl.settings import RLSettings
     from posttrain_lib.rl.sync_guard import SyncGuard
     from posttrain_lib.rl.trajectories import Play
+    from posttrain_lib.rl.version_log import VersionLog
     from posttrain_lib.schema.reports import StepReport
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class Controller:
     Args:
         prompts, held_out: what is asked in training, and to look at the policy.
         play: how a prompt is answered. ledger: what became of every prompt.
-        show: gets the answers of each batch that are kept to be read.
+        answers: where those of each batch go that are kept to be read.
     """
 
     def __init__(
@@ -86,10 +87,10 @@ class Controller:
         settings: RLSettings,
         play: Play,
         ledger: Ledger,
-        show: Callable[[list[dict[str, Any]]], None] = lambda answers: None,
+        answers: VersionLog | None = None,
     ) -> None:
         self.prompts, self.held_out = prompts, held_out[: settings.held_out.prompts]
-        self.roles, self.settings, self.play, self.ledger, self.show = roles, settings, play, ledger, show
+        self.roles, self.settings, self.play, self.ledger, self.answers = roles, settings, play, ledger, answers
         self.order = PromptOrder(len(prompts), settings.seed)
         self.curriculum = Curriculum(settings.skip_solved, settings.skip_hopeless)
         self.pump, self.desk = EnginePump(roles.rollout), GradingDesk(roles.reward)
@@ -140,9 +141,14 @@ class Controller:
             self.batch = int(state["batch"])
             self.ledger.load_state(state["ledger"], policy.version)
             self.curriculum.load_state(state["rates"])
+            if self.answers is not None:
+                self.answers.start(policy.version)
             await self._push()
             reports.put_nowait(dataclasses.replace(report, event="resumed"))
         else:
+            self.ledger.begin()
+            if self.answers is not None:
+                self.answers.start(0)
             await self._push()
             reports.put_nowait(dataclasses.replace(first_report(settings.updates), **await self._look()))
         ahead: dict[int, asyncio.Task[list[Group]]] = {}
@@ -252,7 +258,8 @@ class Controller:
         self.batch += 1
         await self._push()
         shown = shown_answers(groups, policy.version, settings.shown)
-        self.show(shown)
+        if self.answers is not None:
+            self.answers.append(shown)
         yield await self._after_batch(dataclasses.replace(report, answers=tuple(shown)), figures)
 
     async def _after_batch(self, report: StepReport, figures: dict[str, float]) -> StepReport:

@@ -11,13 +11,12 @@ checkpoint are cut off when the run goes on from it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from posttrain_lib.errors import CheckpointError
+from posttrain_lib.rl.version_log import VersionLog
 
 Fate = Literal["trained", "dropped", "quarantined", "skipped"]
 FATES: tuple[Fate, ...] = ("trained", "dropped", "quarantined", "skipped")
@@ -41,7 +40,7 @@ class Ledger:
         log: the file of settled visits; None: none is written.
     """
 
-    def __init__(self, log: Path | None = None) -> None:
+    def __init__(self, log: VersionLog | None = None) -> None:
         self.log = log
         self.next = 0
         self.in_flight: set[int] = set()
@@ -87,8 +86,7 @@ class Ledger:
                     for one in self._unwritten
                     if one.fate == fate
                 ]
-            with open(self.log, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.log.append([line])
         self._unwritten = []
 
     def state(self) -> dict[str, Any]:
@@ -97,6 +95,11 @@ class Ledger:
             raise ValueError("visits were settled that no update's line has: a checkpoint would lose them")
         waiting = sorted([*self.in_flight, *self._again])
         return {"next": self.next, "in_flight": waiting, "counts": dict(self.counts)}
+
+    def begin(self) -> None:
+        """A run begins: what an earlier attempt, of which no checkpoint is left, wrote into the log goes."""
+        if self.log is not None:
+            self.log.start(0)
 
     def load_state(self, state: dict[str, Any], version: int) -> None:
         """Go on from a checkpoint of ``version``: what was in flight is issued again, and lines of later updates go.
@@ -107,37 +110,21 @@ class Ledger:
         self.next, self._again = int(state["next"]), list(state["in_flight"])
         self.in_flight, self._unwritten = set(), []
         self.counts = {fate: int(state["counts"][fate]) for fate in FATES}
-        if self.log is not None:
-            self._cut(version)
-
-    def _count(self, one: Settled) -> None:
-        self.counts[one.fate] += 1
-        self._unwritten.append(one)
-
-    def _cut(self, version: int) -> None:
-        assert self.log is not None
-        lines = read_log(self.log) if self.log.exists() else []
-        kept = [line for line in lines if line["version"] <= version]
-        known = sum(len(line[fate]) for line in kept for fate in FATES)
+        if self.log is None:
+            return
+        known = sum(len(line[fate]) for line in self.log.start(version) for fate in FATES)
         if known != sum(self.counts.values()):
             raise CheckpointError(
                 "the ledger's log and the checkpoint tell of different visits",
-                where=self.log,
+                where=self.log.path,
                 got=f"{known} settled visits up to version {version}",
                 expected=f"{sum(self.counts.values())}",
                 fix="the log was changed or lost: start the run anew",
             )
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        fresh = self.log.with_suffix(".tmp")
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(self.log)
 
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """A line for each update. A last line that a kill tore is left out: no checkpoint is of an update behind it."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    whole = [line for line in lines[:-1] if line]
-    return [json.loads(line) for line in whole]
+    def _count(self, one: Settled) -> None:
+        self.counts[one.fate] += 1
+        self._unwritten.append(one)
 
 
 def trained_visits(lines: Iterable[dict[str, Any]], keep: Callable[[int], bool] = lambda version: True) -> list[int]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +26,7 @@ from posttrain_lib.rl.reference import FrozenReference
 from posttrain_lib.rl.rewards.pool import GraderPool
 from posttrain_lib.rl.sync_guard import SyncGuard
 from posttrain_lib.rl.trajectories import Play
+from posttrain_lib.rl.version_log import VersionLog
 from posttrain_lib.schema.reports import TrainResult
 from posttrain_lib.training import pulse
 from posttrain_lib.training.companions import load_frozen
@@ -78,8 +78,8 @@ def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepRepo
                 roles,
                 rollouts.settings,
                 Play(decode),
-                Ledger(work / LEDGER),
-                show=lambda answers: _keep(work / ANSWERS, answers),
+                Ledger(VersionLog(work / LEDGER)),
+                VersionLog(work / ANSWERS),
             )
             first: StepReport | None = None
             for report in controller.run():
@@ -166,12 +166,6 @@ def _prompts(rollouts: RolloutJob, notes: list[str]) -> tuple[list[RolloutPrompt
             )
         found.append(kept)
     return found[0], found[1]
-
-
-def _keep(path: Path, answers: list[dict[str, Any]]) -> None:
-    with open(path, "a", encoding="utf-8") as handle:
-        for answer in answers:
-            handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 
 def _with_notes(report: StepReport, notes: list[str]) -> StepReport:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.errors import CheckpointError
-from posttrain_lib.rl.ledger import FATES, Ledger, Settled, read_log, trained_visits
+from posttrain_lib.rl.ledger import FATES, Ledger, Settled, trained_visits
+from posttrain_lib.rl.version_log import VersionLog, read_log
 
 
 def settle(ledger: Ledger, visits: list[int], fate: str = "trained") -> None:
@@ -52,7 +53,7 @@ def test_random_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
     """Updates of three visits, some dropped; checkpoints now and then; kills anywhere, also in the middle of a line."""
     draw = random.Random(0)
     log = tmp_path / "ledger.jsonl"
-    ledger, version = Ledger(log), 0
+    ledger, version = Ledger(VersionLog(log)), 0
     saved = (ledger.state(), 0)
     for _ in range(400):
         visits = ledger.issue(3)
@@ -60,7 +61,7 @@ def test_random_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
             if draw.random() < 0.5:
                 with open(log, "a", encoding="utf-8") as handle:
                     handle.write('{"version": 99, "tra')
-            ledger, version = Ledger(log), saved[1]
+            ledger, version = Ledger(VersionLog(log)), saved[1]
             ledger.load_state(saved[0], version)
             continue
         fates = [draw.choice(FATES) for _ in visits]
@@ -82,10 +83,25 @@ def test_random_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
 
 def test_a_log_that_was_cut_is_noticed(tmp_path: Path) -> None:
     log = tmp_path / "ledger.jsonl"
-    ledger = Ledger(log)
+    ledger = Ledger(VersionLog(log))
     settle(ledger, ledger.issue(2))
     ledger.close_update(1)
     state = ledger.state()
     log.write_text("", encoding="utf-8")
     with pytest.raises(CheckpointError, match="different visits"):
-        Ledger(log).load_state(state, 1)
+        Ledger(VersionLog(log)).load_state(state, 1)
+
+
+def test_a_run_without_a_checkpoint_begins_with_an_empty_log(tmp_path: Path) -> None:
+    """Killed before its first checkpoint, it had settled visits already."""
+    log = tmp_path / "ledger.jsonl"
+    ledger = Ledger(VersionLog(log))
+    settle(ledger, ledger.issue(2))
+    ledger.close_update(1)
+    again = Ledger(VersionLog(log))
+    again.begin()
+    assert read_log(log) == []
+    settle(again, again.issue(2))
+    again.close_update(1)
+    state = again.state()
+    Ledger(VersionLog(log)).load_state(state, 1)

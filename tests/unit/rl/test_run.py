@@ -12,9 +12,10 @@ import torch
 
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.errors import ConfigError, RolloutError, TrainingError
-from posttrain_lib.rl.ledger import LEDGER, read_log, trained_visits
+from posttrain_lib.rl.ledger import LEDGER, trained_visits
 from posttrain_lib.rl.rewards.base import RewardSpec
 from posttrain_lib.rl.run import ANSWERS, train_on_rollouts
+from posttrain_lib.rl.version_log import read_log
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training import pulse
 from posttrain_lib.training.job import TrainJob
@@ -89,6 +90,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     visits = trained_visits(read_log(tmp_path / "killed" / LEDGER))
     assert visits == trained_visits(read_log(tmp_path / "whole" / LEDGER)) == list(range(16))
+    assert read_log(tmp_path / "killed" / ANSWERS) == read_log(tmp_path / "whole" / ANSWERS)
 
 
 def test_rollouts_ahead_are_never_too_old(tmp_path: Path) -> None:

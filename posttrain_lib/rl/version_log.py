@@ -1,0 +1,38 @@
+"""Lines beside a run that tell what each version of its weights did, and no more than its checkpoints know of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+class VersionLog:
+    """JSON lines with a ``version`` each, in a file of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, version: int) -> list[dict[str, Any]]:
+        """The lines up to a version, from which the run goes on; later ones are cut off. 0: a run begins, with none."""
+        lines = read_log(self.path) if self.path.exists() and version else []
+        kept = [line for line in lines if line["version"] <= version]
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text("".join(map(_text, kept)), encoding="utf-8")
+        fresh.replace(self.path)
+        return kept
+
+    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Add lines."""
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write("".join(map(_text, lines)))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log. A last line that a kill tore is left out: no checkpoint is of a version behind it."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"

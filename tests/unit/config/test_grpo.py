@@ -1,0 +1,73 @@
+"""The grpo section: what it makes of the run, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from posttrain_lib.config import load_run_config
+from posttrain_lib.config.load import build_run_config
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.lineage.source_digest import PROJECT_ROOT
+from posttrain_lib.losses import build_loss
+
+DEFAULT = PROJECT_ROOT / "configs" / "grpo" / "default.yaml"
+
+
+def resolved(*overrides: str) -> Any:
+    return load_run_config(DEFAULT, overrides)
+
+
+def test_the_section_says_the_loss() -> None:
+    config = resolved("grpo.clip_high=0.28", "grpo.aggregate=constant", "grpo.rollout.temperature=0.7")
+    assert config.train.loss == "policy"
+    options = config.train.loss_options
+    assert (options["clip_high"], options["horizon"], options["temperature"]) == (0.28, 12, 0.7)
+    build_loss(config.train.loss, options)
+
+
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+def test_every_correction_of_the_section_is_one_of_the_loss(correction: str) -> None:
+    config = resolved(f"grpo.correction={correction}")
+    build_loss(config.train.loss, config.train.loss_options)
+
+
+def test_the_resolved_config_is_a_config() -> None:
+    config = resolved()
+    assert build_run_config(config.model_dump(mode="json")) == config
+
+
+def test_a_frozen_model_is_there_where_it_is_compared_with() -> None:
+    assert resolved().companion is None
+    assert resolved("grpo.kl_weight=0.1").companion is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("grpo.rewards=[{name: exact, weight: 0}]", "nothing would be learned"),
+        ("grpo.rewards=[{name: exact}, {name: exact}]", "give them titles"),
+        ("grpo.rewards=[]", "rewards"),
+        ("grpo.group_size=1", "compares an answer with others"),
+        ("grpo.reference={path: x}", "where kl_weight is above 0"),
+        ("grpo.teacher={weight: 1.0}", "a teacher needs a path"),
+        ("grpo.teacher={path: x},grpo.kl_weight=0.1", "two frozen models"),
+        ("train.rows_per_step=16", "train.rows_per_step is not for recipe grpo"),
+        ("train.steps=null,train.epochs=1", "needs train.steps"),
+        ("data.max_example_tokens=510", "do not fit into train.row_tokens"),
+        ("data.sources.0.format=messages", "sources"),
+        ("model.backend=hf", "definition of ours"),
+        ("grpo.rollout.temperature=0", "temperature"),
+    ],
+)
+def test_what_cannot_be_is_refused(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        resolved(override)
+    assert said in str(told.value)
+
+
+def test_other_recipes_have_no_such_section() -> None:
+    raw = resolved().model_dump(mode="json")
+    with pytest.raises(ConfigError, match="section grpo is for recipe grpo"):
+        build_run_config({**raw, "recipe": "sft", "train": {"steps": 3, "row_tokens": 512}})
