@@ -18,7 +18,7 @@ class GeneratedConversations(Section):
     of: Literal["events", "lookups"] = Field(
         "events",
         description="events: conversations, every answer right; lookups: questions with one checkable answer (format "
-        "prompts), or demonstrations of which two in five are right (format messages)",
+        "prompts), or demonstrations of which three in ten are right (format messages)",
     )
     pairs: bool = Field(False, description="as pairs of a right and a wrong last answer, for format preference")
 
