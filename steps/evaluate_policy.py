@@ -17,10 +17,10 @@ from steps.base import Manifests, Step, StepContext, StepResult
 from steps.loading import load_base, load_tokenizer, read_prompts
 
 if TYPE_CHECKING:
-    from posttrain_lib.data.chat_tokenizer import ChatTokenizer
     from posttrain_lib.evaluation.bootstrap import Scores
     from posttrain_lib.evaluation.tasks import Task, TaskResult
     from posttrain_lib.models.decoder import Decoder
+    from posttrain_lib.rl.playing import Playing
     from posttrain_lib.rl.prompts import RolloutPrompt
     from posttrain_lib.rl.rewards.pool import GraderPool
     from posttrain_lib.schema.rollouts import Grade
@@ -49,7 +49,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """The evaluation section without its gates, the graders, how answers are drawn, which checkpoint is looked at."""
     assert config.grpo is not None
     of_sft = evaluate.settings(config)
-    grpo = config.grpo.model_dump(mode="json", include={"rewards", "rollout", "held_out"})
+    grpo = config.grpo.model_dump(mode="json", include={"rewards", "rollout", "environment", "held_out"})
     return {**of_sft, "grpo": grpo, "threads": config.compute.threads_per_worker}
 
 
@@ -71,17 +71,18 @@ def body(context: StepContext) -> StepResult:
     assert grpo is not None
     tokenizer, tasks = load_tokenizer(config, context.inputs), evaluate.tasks_of(config)
     evaluate.check_judges(tasks, context.inputs["tokenizer"].uri)
-    room = config.train.row_tokens - grpo.rollout.max_new_tokens
-    asked = fitting(read_rollout_prompts(Path(context.inputs["prompts"].uri)), room)[0][: max(1, grpo.held_out.prompts)]
+    playing = rollouts.playing(context, tokenizer)
+    held_out = playing.asked(read_rollout_prompts(Path(context.inputs["prompts"].uri)))
+    asked = fitting(held_out, rollouts.longest_prompt(config))[0][: max(1, grpo.held_out.prompts)]
     model = load_base(context)
     graders = GraderPool(rollouts.specs(grpo), workers=grpo.grader_processes)
     try:
         context.say("evaluate: the model before training")
-        before = _evaluate(context, model, tokenizer, asked, graders, tasks)
+        before = _evaluate(context, model, playing, asked, graders, tasks)
         state = load_model_state(context.inputs["checkpoint"].uri)
         model.load_state_dict(trained_weights(model, state, config.model.lora))
         context.say("evaluate: the model after training")
-        after = _evaluate(context, model, tokenizer, asked, graders, tasks)
+        after = _evaluate(context, model, playing, asked, graders, tasks)
     finally:
         graders.close()
     metrics: dict[str, Any] = {
@@ -115,7 +116,7 @@ def body(context: StepContext) -> StepResult:
 def _evaluate(
     context: StepContext,
     model: Decoder,
-    tokenizer: ChatTokenizer,
+    playing: Playing,
     prompts: Sequence[RolloutPrompt],
     graders: GraderPool,
     tasks: Mapping[str, Task],
@@ -123,8 +124,8 @@ def _evaluate(
     from posttrain_lib.data.token_store import TokenStore
     from posttrain_lib.evaluation.tasks import Given
 
-    config = context.config
-    texts, grades, ways = _answers(context, model, tokenizer, prompts, graders)
+    config, tokenizer = context.config, playing.tokenizer
+    texts, grades, ways = _answers(context, model, playing, prompts, graders)
     store = TokenStore(Path(context.inputs["held_out"].uri))
     given = Given(
         store, config.train.row_tokens, read_prompts(Path(context.inputs["prompts"].uri)), config.evaluation.seed
@@ -136,7 +137,7 @@ def _evaluate(
 def _answers(
     context: StepContext,
     model: Decoder,
-    tokenizer: ChatTokenizer,
+    playing: Playing,
     prompts: Sequence[RolloutPrompt],
     graders: GraderPool,
 ) -> tuple[list[str], list[Grade], int]:
@@ -146,37 +147,24 @@ def _answers(
     from posttrain_lib.models.families import spec_from_folder
     from posttrain_lib.models.vocabulary import with_padded_vocabulary
     from posttrain_lib.rl.engine.embedded import EmbeddedEngine
-    from posttrain_lib.rl.trajectories import seed_for
-    from posttrain_lib.schema.rollouts import Answer, Completion, Request
+    from posttrain_lib.rl.playing import play_all
+    from posttrain_lib.rl.trajectories import seed_for, to_grade, with_failures
 
-    config, grpo = context.config, context.config.grpo
+    config, grpo, tokenizer = context.config, context.config.grpo, playing.tokenizer
     assert grpo is not None
     spec = with_padded_vocabulary(spec_from_folder(context.inputs["model"].uri), config.model.pad_vocabulary_to)
     engine = EmbeddedEngine(model, spec, window=config.train.row_tokens, slots=64, decode=tokenizer.decode)
     drawn = rollouts.sampling(grpo, tokenizer)
     ways = [dataclasses.replace(drawn, temperature=0.0), *[drawn] * grpo.held_out.samples]
-    engine.submit(
-        [
-            Request(
-                f"{place}/{number}", prompt.token_ids, way, seed_for(config.evaluation.seed, prompt.name, -1, number)
-            )
-            for place, prompt in enumerate(prompts)
-            for number, way in enumerate(ways)
-        ]
-    )
-    done: dict[str, Completion] = {}
-    while engine.unfinished:
-        done.update((completion.key, completion) for completion in engine.step())
+    wanted = [
+        (prompt, way, seed_for(config.evaluation.seed, prompt.name, -1, number))
+        for prompt in prompts
+        for number, way in enumerate(ways)
+    ]
+    trajectories = play_all(engine, playing.play, wanted)
     engine.close()
-    answers = []
-    for place, prompt in enumerate(prompts):
-        for number in range(len(ways)):
-            one = done[f"{place}/{number}"]
-            text = tokenizer.decode(one.token_ids.tolist()).strip()
-            answers.append(
-                Answer(prompt.messages, text, prompt.answer, prompt.extra, len(one.token_ids), one.finish == "stop")
-            )
-    return [answer.text for answer in answers], graders.grade(answers), len(ways)
+    grades = with_failures(trajectories, graders.grade(to_grade(trajectories)))
+    return [one.answer.text for one in trajectories], grades, len(ways)
 
 
 def _scores(grades: Sequence[Grade], ways: int) -> dict[str, Scores]:

@@ -11,7 +11,9 @@ from steps.base import Manifests, StepContext
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+    from posttrain_lib.rl.environments.base import EnvironmentSpec
     from posttrain_lib.rl.job import RolloutJob
+    from posttrain_lib.rl.playing import Playing
     from posttrain_lib.rl.rewards.base import RewardSpec
     from posttrain_lib.rl.settings import RLSettings
     from posttrain_lib.schema.rollouts import Sampling
@@ -88,6 +90,35 @@ def rl_settings(config: RunConfig, tokenizer: ChatTokenizer) -> RLSettings:
     )
 
 
+def environment(config: RunConfig) -> EnvironmentSpec | None:
+    """What answers the policy; None: nothing."""
+    from posttrain_lib.rl.environments.base import EnvironmentSpec
+
+    if config.grpo is None or config.grpo.environment is None:
+        return None
+    found = config.grpo.environment
+    tokens = found.max_tokens or config.train.row_tokens
+    return EnvironmentSpec(found.name, found.options, found.max_turns, tokens, found.deadline_seconds)
+
+
+def playing(context: StepContext, tokenizer: ChatTokenizer) -> Playing:
+    """How prompts are answered."""
+    from posttrain_lib.rl.playing import make_playing
+
+    config, inputs = context.config, context.inputs
+    assert config.grpo is not None
+    template = inputs["chat_template" if "chat_template" in inputs else "tokenizer"].uri
+    return make_playing(tokenizer, environment(config), sampling(config.grpo, tokenizer).stop_ids, template)
+
+
+def longest_prompt(config: RunConfig) -> int:
+    """Tokens of the longest prompt that leaves room for an answer, or an environment's first turn."""
+    assert config.grpo is not None
+    found = environment(config)
+    room = config.train.row_tokens if found is None else found.max_tokens
+    return room - config.grpo.rollout.max_new_tokens
+
+
 def job(context: StepContext, tokenizer: ChatTokenizer) -> RolloutJob | None:
     """The job's rollouts; None for other recipes."""
     from posttrain_lib.rl.job import RolloutJob
@@ -104,7 +135,8 @@ def job(context: StepContext, tokenizer: ChatTokenizer) -> RolloutJob | None:
         template_kwargs=config.data.template_kwargs,
         settings=rl_settings(config, tokenizer),
         rewards=specs(grpo),
-        longest_prompt=config.train.row_tokens - rollout.max_new_tokens,
+        longest_prompt=longest_prompt(config),
+        environment=environment(config),
         engine=rollout.engine,
         engine_options=rollout.options,
         reference=inputs["companion"].uri if grpo.needs_reference else None,

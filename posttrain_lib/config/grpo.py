@@ -48,6 +48,20 @@ class Rollout(Section):
     )
 
 
+class EnvironmentConfig(Section):
+    """What answers the policy within an episode, turn by turn. ``rollout.max_new_tokens`` are then of one turn."""
+
+    name: str = Field(description="a name in posttrain_lib.rl.environments, or module:attribute of a class")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
+    max_turns: int = Field(8, ge=1, description="turns of the policy in an episode")
+    max_tokens: int | None = Field(
+        None, ge=2, description="of a whole episode, prompt included; default: train.row_tokens"
+    )
+    deadline_seconds: float = Field(
+        10.0, gt=0, description="a call of the environment that takes longer is left and costs its episode"
+    )
+
+
 class FrozenPolicy(Section):
     """The model that the policy is held near to; it runs beside it."""
 
@@ -94,6 +108,7 @@ class GRPO(Objective):
             "mask_unfinished",
             "rewards",
             "rollout",
+            "environment",
             "reference",
             "teacher",
             "normalise",
@@ -145,6 +160,7 @@ class GRPO(Objective):
     )
     mask_unfinished: bool = Field(False, description="answers cut off by rollout.max_new_tokens are not learned from")
     rollout: Rollout = Rollout()
+    environment: EnvironmentConfig | None = Field(None, description="default: an answer is one completion")
     reference: FrozenPolicy = FrozenPolicy()
     teacher: RolloutTeacher | None = None
     held_out: HeldOutPrompts = HeldOutPrompts()

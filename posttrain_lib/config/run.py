@@ -180,6 +180,12 @@ class RunConfig(Section):
             raise ValueError(f"recipe grpo asks prompts: give data.sources {other[0]!r} format: prompts")
         if data.on_the_fly:
             raise ValueError("recipe grpo reads prepared prompts: set data.on_the_fly: false")
+        episode = None if self.grpo.environment is None else self.grpo.environment.max_tokens
+        if episode is not None and not rollout.max_new_tokens < episode <= train.row_tokens:
+            raise ValueError(
+                f"grpo.environment.max_tokens ({episode}) must be more than grpo.rollout.max_new_tokens "
+                f"({rollout.max_new_tokens}), and at most train.row_tokens ({train.row_tokens})"
+            )
         if data.max_example_tokens + rollout.max_new_tokens > train.row_tokens:
             raise ValueError(
                 f"a prompt of data.max_example_tokens ({data.max_example_tokens}) and an answer of "

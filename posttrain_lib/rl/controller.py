@@ -40,7 +40,7 @@ from posttrain_lib.rl.ledger import Settled
 from posttrain_lib.rl.prompts import PromptOrder
 from posttrain_lib.rl.pump import EnginePump
 from posttrain_lib.rl.rewards.shaping import normalised
-from posttrain_lib.rl.trajectories import Group, samples_of, seed_for, with_teacher
+from posttrain_lib.rl.trajectories import Group, samples_of, seed_for, to_grade, with_failures, with_teacher
 from posttrain_lib.schema.rollouts import TrainSample
 from posttrain_lib.training import pulse
 from posttrain_lib.training.preemption import preempted
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from posttrain_lib.rl.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole
     from posttrain_lib.rl.settings import RLSettings
     from posttrain_lib.rl.sync_guard import SyncGuard
-    from posttrain_lib.rl.trajectories import Play
+    from posttrain_lib.rl.trajectories import Player
     from posttrain_lib.rl.version_log import VersionLog
     from posttrain_lib.schema.reports import StepReport
 
@@ -85,7 +85,7 @@ class Controller:
         held_out: Sequence[RolloutPrompt],
         roles: Roles,
         settings: RLSettings,
-        play: Play,
+        play: Player,
         ledger: Ledger,
         answers: VersionLog | None = None,
     ) -> None:
@@ -230,7 +230,7 @@ class Controller:
             for number in range(settings.group_size)
         )
         trajectories = await asyncio.gather(*playing)
-        grades = await self.desk.grade([one.answer for one in trajectories])
+        grades = with_failures(trajectories, await self.desk.grade(to_grade(trajectories)))
         return Group(visit, prompt, trajectories, grades)
 
     async def _learn(self, groups: list[Group]) -> Any:
@@ -346,7 +346,7 @@ class Controller:
             for number, way in enumerate(ways)
         ]
         trajectories = await asyncio.gather(*playing)
-        grades = await self.desk.grade([one.answer for one in trajectories])
+        grades = with_failures(trajectories, await self.desk.grade(to_grade(trajectories)))
         return held_out_figures(grades, trajectories, len(ways))
 
     async def _on_policy(self, work: Callable[[], T]) -> T:

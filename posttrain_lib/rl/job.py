@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from posttrain_lib.rl.environments.base import EnvironmentSpec
     from posttrain_lib.rl.rewards.base import RewardSpec
     from posttrain_lib.rl.settings import RLSettings
 
@@ -18,8 +19,9 @@ class RolloutJob:
     ``prompts`` and ``held_out`` are files of step ``prepare_data``. ``tokenizer`` is a folder, ``chat_template`` a file
     that replaces its template, or None. ``engine`` is a name in ``rl.run.ENGINES`` or module:attribute, made with
     ``engine_options``. ``reference`` and ``teacher``: folders of frozen models, which the loss compares with and the
-    policy learns from. ``longest_prompt``: tokens of the longest prompt that is asked. ``trajectory``: what of the run
-    file decides the weights besides the train section. For the bounds see ``config.grpo.Rollout``.
+    policy learns from. ``longest_prompt``: tokens of the longest prompt that is asked. ``environment``: what answers
+    the policy; None: nothing, an answer is one completion. ``trajectory``: what of the run file decides the weights
+    besides the train section. For the bounds see ``config.grpo.Rollout``.
     """
 
     prompts: str
@@ -34,6 +36,7 @@ class RolloutJob:
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     reference: str | None = None
     teacher: str | None = None
+    environment: EnvironmentSpec | None = None
     grader_processes: int = 1
     max_mismatch: float | None = None
     max_canary_difference: float = 0.05

@@ -20,12 +20,12 @@ from posttrain_lib.registry import resolve
 from posttrain_lib.rl.controller import Controller, Roles
 from posttrain_lib.rl.engine.embedded import EmbeddedEngine
 from posttrain_lib.rl.ledger import LEDGER, Ledger
+from posttrain_lib.rl.playing import Playing, make_playing
 from posttrain_lib.rl.policy import PolicyRank
 from posttrain_lib.rl.prompts import fitting, read_prompts
 from posttrain_lib.rl.reference import FrozenReference
 from posttrain_lib.rl.rewards.pool import GraderPool
 from posttrain_lib.rl.sync_guard import SyncGuard
-from posttrain_lib.rl.trajectories import Play
 from posttrain_lib.rl.version_log import VersionLog
 from posttrain_lib.schema.reports import TrainResult
 from posttrain_lib.training import pulse
@@ -69,15 +69,17 @@ def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepRepo
         notes: list[str] = []
         work = Path(job.work_dir)
         work.mkdir(parents=True, exist_ok=True)
-        decode = _tokenizer(rollouts).decode
-        prompts, held_out = _prompts(rollouts, notes)
-        with _roles(job, rollouts, device, decode, prompts, notes.append) as roles:
+        tokenizer = _tokenizer(rollouts)
+        template = rollouts.chat_template or rollouts.tokenizer
+        playing = make_playing(tokenizer, rollouts.environment, rollouts.settings.sampling.stop_ids, template)
+        prompts, held_out = _prompts(rollouts, playing, notes)
+        with _roles(job, rollouts, device, tokenizer.decode, prompts, notes.append) as roles:
             controller = Controller(
                 prompts,
                 held_out,
                 roles,
                 rollouts.settings,
-                Play(decode),
+                playing.play,
                 Ledger(VersionLog(work / LEDGER)),
                 VersionLog(work / ANSWERS),
             )
@@ -147,11 +149,13 @@ def _tokenizer(rollouts: RolloutJob) -> ChatTokenizer:
     )
 
 
-def _prompts(rollouts: RolloutJob, notes: list[str]) -> tuple[list[RolloutPrompt], list[RolloutPrompt]]:
+def _prompts(
+    rollouts: RolloutJob, playing: Playing, notes: list[str]
+) -> tuple[list[RolloutPrompt], list[RolloutPrompt]]:
     """(prompts of training, held-out ones), those that leave room for an answer; the others are told of."""
     found = []
     for path in (rollouts.prompts, rollouts.held_out):
-        kept, long = fitting(read_prompts(Path(path)), rollouts.longest_prompt)
+        kept, long = fitting(playing.asked(read_prompts(Path(path))), rollouts.longest_prompt)
         if long:
             notes.append(
                 f"{len(long)} prompts of more than {rollouts.longest_prompt} tokens are left out: {long[0].name} ..."

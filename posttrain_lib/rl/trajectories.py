@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class Trajectory:
         logprobs   float32 [N]  what the sampler said of them
         versions   int32 [N]    of the weights that each was sampled from
 
-    ``answer`` is what graders see; ``finished``: it ended by itself, not by a limit.
+    ``answer`` is what graders see; ``finished``: it ended by itself, not by a limit. ``failure``: how its environment
+    failed; such a trajectory is not graded.
     """
 
     token_ids: np.ndarray
@@ -39,6 +41,7 @@ class Trajectory:
     versions: np.ndarray
     answer: Answer
     finished: bool
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,18 @@ class Group:
         return signal(self.rewards, np.zeros(len(self.graded), np.int64)).get(0, False)
 
 
+class Player(Protocol):
+    """How a prompt is answered."""
+
+    async def __call__(
+        self, prompt: RolloutPrompt, sampling: Sampling, seed: int, key: str, complete: Complete
+    ) -> Trajectory:
+        """The trajectory of one answer, drawn from ``seed`` alone; the keys of its requests begin with ``key``."""
+
+
 @dataclass(frozen=True)
 class Play:
-    """How a prompt is answered. This one: by one completion.
+    """A :class:`Player` that answers by one completion.
 
     Args:
         decode: of the run's tokenizer.
@@ -108,6 +120,17 @@ def seed_for(run_seed: int, name: str, visit: int, number: int) -> int:
     """The stream of one answer: of the run, the prompt's name, its visit and the answer's number alone."""
     digest = hashlib.sha256(f"{run_seed} {visit} {number} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
+
+
+def to_grade(trajectories: Sequence[Trajectory]) -> list[Answer]:
+    """The answers of those that did not fail."""
+    return [one.answer for one in trajectories if one.failure is None]
+
+
+def with_failures(trajectories: Sequence[Trajectory], grades: Sequence[Grade]) -> list[Grade]:
+    """A grade for each: of what was :func:`to_grade` in order, and the failures of the others in their places."""
+    given = iter(grades)
+    return [next(given) if one.failure is None else Grade(None, failure=one.failure) for one in trajectories]
 
 
 def samples_of(

@@ -1,0 +1,1 @@
+"""Environments: what answers the policy within an episode, turn by turn."""
