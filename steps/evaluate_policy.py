@@ -49,7 +49,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """The evaluation section without its gates, the graders, how answers are drawn, which checkpoint is looked at."""
     assert config.grpo is not None
     of_sft = evaluate.settings(config)
-    grpo = config.grpo.model_dump(mode="json", include={"rewards", "rollout", "environment", "held_out"})
+    grpo = config.grpo.model_dump(mode="json", include={"rewards", "rollout", "environment", "constraint", "held_out"})
     return {**of_sft, "grpo": grpo, "threads": config.compute.threads_per_worker}
 
 

@@ -11,6 +11,7 @@ from steps.base import Manifests, StepContext
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+    from posttrain_lib.rl.constrain import ConstraintSpec
     from posttrain_lib.rl.environments.base import EnvironmentSpec
     from posttrain_lib.rl.job import RolloutJob
     from posttrain_lib.rl.playing import Playing
@@ -101,6 +102,15 @@ def environment(config: RunConfig) -> EnvironmentSpec | None:
     return EnvironmentSpec(found.name, found.options, found.max_turns, tokens, found.deadline_seconds)
 
 
+def constraint(config: RunConfig) -> ConstraintSpec | None:
+    """What may be sampled; None: anything."""
+    from posttrain_lib.rl.constrain import ConstraintSpec
+
+    if config.grpo is None or config.grpo.constraint is None:
+        return None
+    return ConstraintSpec(config.grpo.constraint.name, config.grpo.constraint.options)
+
+
 def playing(context: StepContext, tokenizer: ChatTokenizer) -> Playing:
     """How prompts are answered."""
     from posttrain_lib.rl.playing import make_playing
@@ -108,7 +118,9 @@ def playing(context: StepContext, tokenizer: ChatTokenizer) -> Playing:
     config, inputs = context.config, context.inputs
     assert config.grpo is not None
     template = inputs["chat_template" if "chat_template" in inputs else "tokenizer"].uri
-    return make_playing(tokenizer, environment(config), sampling(config.grpo, tokenizer).stop_ids, template)
+    return make_playing(
+        tokenizer, environment(config), constraint(config), sampling(config.grpo, tokenizer).stop_ids, template
+    )
 
 
 def longest_prompt(config: RunConfig) -> int:
@@ -137,6 +149,7 @@ def job(context: StepContext, tokenizer: ChatTokenizer) -> RolloutJob | None:
         rewards=specs(grpo),
         longest_prompt=longest_prompt(config),
         environment=environment(config),
+        constraint=constraint(config),
         engine=rollout.engine,
         engine_options=rollout.options,
         reference=inputs["companion"].uri if grpo.needs_reference else None,

@@ -62,6 +62,13 @@ class EnvironmentConfig(Section):
     )
 
 
+class ConstraintConfig(Section):
+    """Which tokens may be sampled; the trainer's log-probabilities are then among them, too."""
+
+    name: str = Field(description="a name in posttrain_lib.rl.constrain, or module:attribute of what makes one")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments beside the tokenizer")
+
+
 class FrozenPolicy(Section):
     """The model that the policy is held near to; it runs beside it."""
 
@@ -109,6 +116,7 @@ class GRPO(Objective):
             "rewards",
             "rollout",
             "environment",
+            "constraint",
             "reference",
             "teacher",
             "normalise",
@@ -161,6 +169,7 @@ class GRPO(Objective):
     mask_unfinished: bool = Field(False, description="answers cut off by rollout.max_new_tokens are not learned from")
     rollout: Rollout = Rollout()
     environment: EnvironmentConfig | None = Field(None, description="default: an answer is one completion")
+    constraint: ConstraintConfig | None = Field(None, description="default: any token may be sampled")
     reference: FrozenPolicy = FrozenPolicy()
     teacher: RolloutTeacher | None = None
     held_out: HeldOutPrompts = HeldOutPrompts()

@@ -21,7 +21,8 @@ from posttrain_lib.losses.policy_objectives import (
     token_log_ratio,
 )
 from posttrain_lib.losses.segments import check_whole_documents, supervised_counts
-from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy, token_logprobs
+from posttrain_lib.ops.allowed_logprobs import allowed_logprobs
+from posttrain_lib.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
@@ -46,9 +47,12 @@ class PolicyLoss(Loss):
     says ``rollout_logprobs``, of the trainer (before its first update on them) to the sampler: ``mismatch/kl`` (k3),
     ``mismatch/ratio``, ``mismatch/ratio_squared``, and the extreme ``mismatch/log_ratio_max``.
 
-    Where nothing needs the log-probabilities before the gradient is formed (a first update, without KL, entropy and
-    correction), the head does with three products in place of four; the value is then that of "reinforce", whose
-    gradient is the same.
+    Where the batch says what its tokens were drawn from (``batch.allowed``), log-probabilities and entropies are of the
+    distribution over that.
+
+    Where nothing needs the log-probabilities before the gradient is formed (a first update, without KL, entropy,
+    correction and constraint), the head does with three products in place of four; the value is then that of
+    "reinforce", whose gradient is the same.
 
     Args:
         objective: a key of ``policy_objectives.OBJECTIVES``. ratio: of each "token", or of its whole "sequence" (GSPO).
@@ -168,7 +172,7 @@ class PolicyLoss(Loss):
     def _is_first(self, batch: PackedBatch, head: OutputHead) -> bool:
         """Whether nothing needs a log-probability before the gradient is formed. A soft cap lies between the products
         and the temperature."""
-        plain = not (self.kl_weight or self.entropy_bonus or self.correction)
+        plain = batch.allowed is None and not (self.kl_weight or self.entropy_bonus or self.correction)
         return plain and OLD not in batch.signals and (self.temperature == 1.0 or head.softcap is None)
 
     def _weights(self, batch: PackedBatch) -> Tensor:
@@ -193,11 +197,12 @@ class PolicyLoss(Loss):
     def _terms(
         self, hidden_TD: Tensor, head: OutputHead, batch: PackedBatch, weights_N: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logprobs, entropy = token_logprobs(
+        logprobs, entropy = allowed_logprobs(
             hidden_TD,
             head,
             batch.target_ids,
             batch.supervised_index,
+            batch.allowed,
             temperature=self.temperature,
             with_entropy=self.entropy_bonus > 0,
         )

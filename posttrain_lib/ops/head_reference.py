@@ -44,6 +44,23 @@ def token_logprobs_reference(
     return picked[index_N], entropy[index_N]
 
 
+def allowed_logprobs_reference(
+    hidden_TD: Tensor,
+    head: OutputHead,
+    target_ids_T: Tensor,
+    index_N: Tensor,
+    allowed_NV: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(logprobs_N, entropy_N) of ``ops.allowed_logprobs.allowed_logprobs``; ``allowed_NV`` bool, True where allowed."""
+    logits = logits_reference(hidden_TD, head)[index_N] / temperature
+    logprobs = logits.masked_fill(~allowed_NV, float("-inf")).log_softmax(-1)
+    picked = logprobs.gather(1, target_ids_T[index_N, None]).squeeze(1)
+    entropy = -(logprobs.exp() * logprobs.masked_fill(~allowed_NV, 0)).sum(-1)
+    return picked, entropy
+
+
 def linear_cross_entropy_reference(
     hidden_TD: Tensor, head: OutputHead, target_ids_T: Tensor, loss_weights_T: Tensor, supervised_index_N: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from posttrain_lib.rl.constrain import ConstraintSpec
     from posttrain_lib.rl.environments.base import EnvironmentSpec
     from posttrain_lib.rl.rewards.base import RewardSpec
     from posttrain_lib.rl.settings import RLSettings
@@ -20,8 +21,9 @@ class RolloutJob:
     that replaces its template, or None. ``engine`` is a name in ``rl.run.ENGINES`` or module:attribute, made with
     ``engine_options``. ``reference`` and ``teacher``: folders of frozen models, which the loss compares with and the
     policy learns from. ``longest_prompt``: tokens of the longest prompt that is asked. ``environment``: what answers
-    the policy; None: nothing, an answer is one completion. ``trajectory``: what of the run file decides the weights
-    besides the train section. For the bounds see ``config.grpo.Rollout``.
+    the policy; None: nothing, an answer is one completion. ``constraint``: what may be sampled; None: anything.
+    ``trajectory``: what of the run file decides the weights besides the train section. For the bounds see
+    ``config.grpo.Rollout``.
     """
 
     prompts: str
@@ -37,6 +39,7 @@ class RolloutJob:
     reference: str | None = None
     teacher: str | None = None
     environment: EnvironmentSpec | None = None
+    constraint: ConstraintSpec | None = None
     grader_processes: int = 1
     max_mismatch: float | None = None
     max_canary_difference: float = 0.05

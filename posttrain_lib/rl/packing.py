@@ -19,6 +19,7 @@ from posttrain_lib.data.assemble import Fill, PackedArrays, Segments, assemble
 from posttrain_lib.data.balance import deal_out
 from posttrain_lib.data.packing import Rows, make_packer
 from posttrain_lib.errors import DataError
+from posttrain_lib.rl.allowed_sets import allowed_sets
 from posttrain_lib.schema.batches import PackedBatch
 from posttrain_lib.schema.rollouts import TrainSample
 
@@ -59,7 +60,7 @@ def pack_samples(
     pair_cost: float = 0.0,
     share_prefixes: bool = True,
 ) -> PackedSamples:
-    """This rank's micro-batches of the samples, with their signals.
+    """This rank's micro-batches of the samples, with their signals and what they were drawn from.
 
     Args:
         samples: those of a group stand together.
@@ -69,7 +70,8 @@ def pack_samples(
         share_prefixes: off for models that cannot (``models.spec.can_share_prefixes``).
 
     Raises:
-        DataError: a sample is longer than a row, has nothing to train, or a signal of another length.
+        DataError: a sample is longer than a row, has nothing to train, a signal of another length, or a token that
+            its constraint does not allow.
     """
     lengths = np.array([len(sample.token_ids) for sample in samples], np.int32)
     _check(samples, lengths, row_tokens)
@@ -204,7 +206,11 @@ def _batch(samples: Sequence[TrainSample], lengths: np.ndarray, units: _Units, r
     ordered = [samples[sample] for sample in batch.document_ids if sample >= 0]
     names = sorted({name for sample in ordered for name in sample.signals})
     signals = {name: np.concatenate([sample.signals[name] for sample in ordered]) for name in names}
-    return dataclasses.replace(batch, signals={name: each.astype(np.float32) for name, each in signals.items()})
+    return dataclasses.replace(
+        batch,
+        signals={name: each.astype(np.float32) for name, each in signals.items()},
+        allowed=allowed_sets(ordered),
+    )
 
 
 def _filler(samples: Sequence[TrainSample], segments: Segments) -> Fill:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from posttrain_lib.rl.constrain import make_constrain
 from posttrain_lib.rl.environments.base import environment_maker
 from posttrain_lib.rl.environments.dialogue import Dialogue
 from posttrain_lib.rl.environments.play import PlayEnvironment
@@ -16,6 +17,7 @@ from posttrain_lib.rl.trajectories import Play, Player, Trajectory
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
+    from posttrain_lib.rl.constrain import Constrain, ConstraintSpec
     from posttrain_lib.rl.environments.base import EnvironmentSpec
     from posttrain_lib.rl.prompts import RolloutPrompt
     from posttrain_lib.rl.roles import RolloutRole
@@ -29,31 +31,45 @@ class Playing:
     tokenizer: ChatTokenizer
     play: Player
     tools: Sequence[Mapping[str, Any]] = ()
+    constrain: Constrain | None = None
 
     def asked(self, prompts: Sequence[RolloutPrompt]) -> list[RolloutPrompt]:
-        """The prompts, with the environment's tools shown; DataError as ``environments.tools.with_tools``."""
+        """The prompts, with the environment's tools shown.
+
+        Raises:
+            DataError: as ``environments.tools.with_tools``, or a prompt's row lacks what its constraint is made of.
+        """
+        if self.constrain is not None:
+            for prompt in prompts:
+                self.constrain(prompt)
         return with_tools(prompts, self.tokenizer, self.tools)
 
 
 def make_playing(
-    tokenizer: ChatTokenizer, environment: EnvironmentSpec | None, stop_ids: frozenset[int], template: str
+    tokenizer: ChatTokenizer,
+    environment: EnvironmentSpec | None,
+    constraint: ConstraintSpec | None,
+    stop_ids: frozenset[int],
+    template: str,
 ) -> Playing:
     """Who plays.
 
     Args:
-        environment: None: an answer is one completion.
+        environment: None: an answer is one completion. constraint: None: anything may be sampled.
         stop_ids: tokens that end a turn. template: what the chat template is called in messages.
 
     Raises:
-        ConfigError: the environment cannot be made, or the template cannot be used in several turns.
+        ConfigError: the environment or the constraint cannot be made, or the template cannot be used in several turns.
     """
+    constrain = None if constraint is None else make_constrain(constraint, tokenizer)
     if environment is None:
-        return Playing(tokenizer, Play(tokenizer.decode))
+        return Playing(tokenizer, Play(tokenizer.decode, constrain), constrain=constrain)
     make = environment_maker(environment)
     first = make()
     tools = tuple(first.tools())
     dialogue = Dialogue(tokenizer, first.roles, tools, stop_ids, template)
-    return Playing(tokenizer, PlayEnvironment(make, dialogue, tokenizer.decode, environment), tools)
+    play = PlayEnvironment(make, dialogue, tokenizer.decode, environment, constrain)
+    return Playing(tokenizer, play, tools, constrain)
 
 
 def play_all(

@@ -71,7 +71,8 @@ def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepRepo
         work.mkdir(parents=True, exist_ok=True)
         tokenizer = _tokenizer(rollouts)
         template = rollouts.chat_template or rollouts.tokenizer
-        playing = make_playing(tokenizer, rollouts.environment, rollouts.settings.sampling.stop_ids, template)
+        stop_ids = rollouts.settings.sampling.stop_ids
+        playing = make_playing(tokenizer, rollouts.environment, rollouts.constraint, stop_ids, template)
         prompts, held_out = _prompts(rollouts, playing, notes)
         with _roles(job, rollouts, device, tokenizer.decode, prompts, notes.append) as roles:
             controller = Controller(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.models.spec import can_share_prefixes
-from posttrain_lib.ops.linear_cross_entropy import token_logprobs
+from posttrain_lib.ops.allowed_logprobs import allowed_logprobs
 from posttrain_lib.parallel.context import own_part
 from posttrain_lib.parallel.process_group import gather_objects
 from posttrain_lib.rl.packing import PackedSamples, by_sample, pack_samples
@@ -53,7 +53,8 @@ class Scoring:
 
 @torch.no_grad()
 def score_samples(model: Decoder, mesh: RankMesh, samples: Sequence[TrainSample], scoring: Scoring) -> list[np.ndarray]:
-    """Float32 [N] for each sample: log-probabilities of its trained tokens; the same on every rank.
+    """Float32 [N] for each sample: log-probabilities of its trained tokens, among those that were
+    allowed; the same on every rank.
 
     Raises:
         DataError: a sample does not fit into a row.
@@ -65,7 +66,8 @@ def score_samples(model: Decoder, mesh: RankMesh, samples: Sequence[TrainSample]
 
         def logprobs(hidden_TD: Tensor, head: OutputHead, batch=batch) -> Tensor:
             index = batch.supervised_index
-            return token_logprobs(hidden_TD, head, batch.target_ids, index, temperature=scoring.temperature)[0]
+            targets, temperature = batch.target_ids, scoring.temperature
+            return allowed_logprobs(hidden_TD, head, targets, index, batch.allowed, temperature=temperature)[0]
 
         with autocast(mesh.device, scoring.precision):
             found = model(

@@ -11,9 +11,10 @@ from typing import Protocol
 import numpy as np
 
 from posttrain_lib.losses.policy import ADVANTAGES, ROLLOUT
+from posttrain_lib.rl.constrain import Constrain
 from posttrain_lib.rl.prompts import RolloutPrompt
 from posttrain_lib.rl.rewards.shaping import signal
-from posttrain_lib.schema.rollouts import Answer, Completion, Grade, Request, Sampling, TrainSample
+from posttrain_lib.schema.rollouts import AllowedTokens, Answer, Completion, Grade, Request, Sampling, TrainSample
 
 #: asks the engine
 Complete = Callable[[Request], Awaitable[Completion]]
@@ -31,7 +32,7 @@ class Trajectory:
         versions   int32 [N]    of the weights that each was sampled from
 
     ``answer`` is what graders see; ``finished``: it ended by itself, not by a limit. ``failure``: how its environment
-    failed; such a trajectory is not graded.
+    failed; such a trajectory is not graded. ``allowed``: the constraint that each completion in it was sampled under.
     """
 
     token_ids: np.ndarray
@@ -42,6 +43,7 @@ class Trajectory:
     answer: Answer
     finished: bool
     failure: str | None = None
+    allowed: AllowedTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,18 @@ class Play:
     """A :class:`Player` that answers by one completion.
 
     Args:
-        decode: of the run's tokenizer.
+        decode: of the run's tokenizer. constrain: what a prompt's completion may be; None: anything.
     """
 
     decode: Decode
+    constrain: Constrain | None = None
 
     async def __call__(
         self, prompt: RolloutPrompt, sampling: Sampling, seed: int, key: str, complete: Complete
     ) -> Trajectory:
         """The trajectory of one answer."""
-        done = await complete(Request(key, prompt.token_ids, sampling, seed))
+        allowed = None if self.constrain is None else self.constrain(prompt)
+        done = await complete(Request(key, prompt.token_ids, sampling, seed, allowed))
         sampled, before = len(done.token_ids), len(prompt.token_ids)
         return Trajectory(
             token_ids=np.concatenate([np.asarray(prompt.token_ids, np.int32), done.token_ids.astype(np.int32)]),
@@ -113,6 +117,7 @@ class Play:
                 finished=done.finish == "stop",
             ),
             finished=done.finish == "stop",
+            allowed=allowed,
         )
 
 
@@ -149,7 +154,9 @@ def samples_of(
             if mask_unfinished and not one.finished:
                 continue
             signals = {ADVANTAGES: np.full(len(one.logprobs), advantage, np.float32), ROLLOUT: one.logprobs}
-            samples.append(TrainSample(one.token_ids, one.trained, one.prompt_tokens, group.visit, number, signals))
+            samples.append(
+                TrainSample(one.token_ids, one.trained, one.prompt_tokens, group.visit, number, signals, one.allowed)
+            )
     return samples
 
 

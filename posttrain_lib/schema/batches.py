@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain_lib.schema.allowed_sets import AllowedSets
 from posttrain_lib.schema.shared_prefix import SharedPrefixes
 
 
@@ -31,6 +32,7 @@ class PackedBatch:
                                      where the batch has whole documents alone (see ``schema.shared_prefix``)
         margins          float32 [n] how much better the chosen one of the segment's pair is, in the unit of whoever
                                      judged, NaN where not said; None where no segment has one
+    ``allowed`` says which tokens the supervised ones were drawn from, where that was not the whole vocabulary.
     ``signals`` are arrays that a loss adds to the batch (``losses.base.Loss.signals``).
     ``max_seqlen`` is the longest segment; ``real_tokens`` counts tokens that are not padding, shared ones once.
     ``prefixes`` is what attention needs to know of ``parents``. It is made with the batch, in the loader's thread, so
@@ -51,6 +53,7 @@ class PackedBatch:
     parents: Any = None
     prefixes: SharedPrefixes | None = None
     margins: Any = None
+    allowed: AllowedSets | None = None
     signals: Mapping[str, Any] = field(default_factory=dict)
 
     ARRAYS = (
@@ -80,6 +83,8 @@ class PackedBatch:
         arrays.update({name: convert(array) for name, array in optional.items() if array is not None})
         if self.prefixes is not None:
             arrays.update(prefixes=self.prefixes.map(convert))
+        if self.allowed is not None:
+            arrays.update(allowed=self.allowed.map(convert))
         arrays.update(signals={name: convert(array) for name, array in self.signals.items()})
         return PackedBatch(**arrays, max_seqlen=self.max_seqlen, real_tokens=self.real_tokens)
 

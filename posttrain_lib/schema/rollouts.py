@@ -106,6 +106,8 @@ class TrainSample:
         trained    bool [S]   tokens that the policy sampled; not those of the prompt or an environment
         signals    name -> float32 [N], one number for each trained token in order (see ``losses.policy``)
 
+    ``allowed`` is the constraint that each completion in it was sampled under, if any.
+
     The samples of a ``group`` have their first ``prompt_tokens`` tokens in common, none of them trained. ``index``
     names the sample in messages.
     """
@@ -116,3 +118,4 @@ class TrainSample:
     group: int
     index: int
     signals: Mapping[str, np.ndarray] = field(default_factory=dict)
+    allowed: AllowedTokens | None = None

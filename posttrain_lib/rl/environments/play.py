@@ -18,9 +18,10 @@ from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.rl.environments.base import checked
 from posttrain_lib.rl.environments.calls import CallFailed, within
 from posttrain_lib.rl.trajectories import Complete, Decode, Trajectory, seed_for
-from posttrain_lib.schema.rollouts import Answer, Completion, Request, Sampling
+from posttrain_lib.schema.rollouts import AllowedTokens, Answer, Completion, Request, Sampling
 
 if TYPE_CHECKING:
+    from posttrain_lib.rl.constrain import Constrain
     from posttrain_lib.rl.environments.base import Environment, EnvironmentSpec, Turn
     from posttrain_lib.rl.environments.dialogue import Dialogue
     from posttrain_lib.rl.prompts import RolloutPrompt
@@ -36,19 +37,26 @@ class PlayEnvironment:
 
     Args:
         make: makes the environment of an episode. dialogue: what stands between turns.
-        decode: of the run's tokenizer.
+        decode: of the run's tokenizer. constrain: what each turn of a prompt's episode may be; None: anything.
     """
 
     def __init__(
-        self, make: Callable[[], Environment], dialogue: Dialogue, decode: Decode, spec: EnvironmentSpec
+        self,
+        make: Callable[[], Environment],
+        dialogue: Dialogue,
+        decode: Decode,
+        spec: EnvironmentSpec,
+        constrain: Constrain | None = None,
     ) -> None:
         self._make, self._dialogue, self._decode, self._spec = make, dialogue, decode, spec
+        self._constrain = constrain
 
     async def __call__(
         self, prompt: RolloutPrompt, sampling: Sampling, seed: int, key: str, complete: Complete
     ) -> Trajectory:
         """The trajectory of one episode."""
-        episode = _Episode(prompt, self._decode)
+        allowed = None if self._constrain is None else self._constrain(prompt)
+        episode = _Episode(prompt, self._decode, allowed)
         try:
             environment = await within(self._spec.deadline_seconds, self._make)
             await within(self._spec.deadline_seconds, partial(environment.reset, prompt, seed))
@@ -73,7 +81,7 @@ class PlayEnvironment:
                 return
             way = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
             own_seed = seed if number == 0 else seed_for(seed, episode.prompt.name, 0, number)
-            done = await complete(Request(f"{key}/{number}", tuple(episode.tokens), way, own_seed))
+            done = await complete(Request(f"{key}/{number}", tuple(episode.tokens), way, own_seed, episode.allowed))
             episode.sampled(done)
             if done.finish == "aborted":
                 return
@@ -104,8 +112,8 @@ class PlayEnvironment:
 class _Episode:
     """What has been said so far."""
 
-    def __init__(self, prompt: RolloutPrompt, decode: Decode) -> None:
-        self.prompt, self._decode = prompt, decode
+    def __init__(self, prompt: RolloutPrompt, decode: Decode, allowed: AllowedTokens | None) -> None:
+        self.prompt, self._decode, self.allowed = prompt, decode, allowed
         self.tokens: list[int] = list(prompt.token_ids)
         self.info: dict[str, Any] = {}
         self.finished = False
@@ -147,6 +155,7 @@ class _Episode:
             ),
             finished=self.finished,
             failure=self.failure,
+            allowed=self.allowed,
         )
 
     def _add(self, tokens: Sequence[int], *, trained: bool) -> None:

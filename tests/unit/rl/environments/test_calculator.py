@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -66,6 +69,17 @@ def test_calls_are_answered_and_counted() -> None:
     ]
     last = calculator.step("It is 42.")
     assert last.done and last.info == {"calls": 5, "failed_calls": 4}
+
+
+def test_it_agrees_with_the_sums_in_gsm8k(real_data: Path) -> None:
+    """The data set writes them as <<48/2=24>>; where it rounds, or leaves a sign out, it is right and so are we."""
+    rows = (real_data / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    sums = [found for row in rows for found in re.findall(r"<<([^=<>]+)=([^<>]+)>>", json.loads(row)["answer"])]
+    agree = 0
+    for expression, result in sums:
+        with contextlib.suppress(ValueError):
+            agree += abs(evaluated(expression) - float(result)) <= 0.01 * max(1.0, abs(float(result)))
+    assert len(sums) > 1000 and agree / len(sums) > 0.95
 
 
 def test_the_policys_words_do_not_come_back() -> None:

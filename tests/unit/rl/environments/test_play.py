@@ -87,7 +87,7 @@ HERE = f"{__name__}:"
 
 def playing_of(tokenizer: ChatTokenizer, name: str, **changes: Any) -> Playing:
     spec = EnvironmentSpec(name, **changes)
-    return make_playing(tokenizer, spec, sampling_of(tokenizer, 1).stop_ids, "the template")
+    return make_playing(tokenizer, spec, None, sampling_of(tokenizer, 1).stop_ids, "the template")
 
 
 def scripted_episode(

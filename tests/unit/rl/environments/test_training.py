@@ -31,7 +31,7 @@ ASKER = EnvironmentSpec("tests.unit.rl.environments.test_play:Asker", max_turns=
 def episodes(talker: Path, tokenizer: ChatTokenizer) -> list[Trajectory]:
     """Two of three turns each, of one prompt."""
     sampling = sampling_of(tokenizer, 6)
-    playing = make_playing(tokenizer, ASKER, sampling.stop_ids, "the template")
+    playing = make_playing(tokenizer, ASKER, None, sampling.stop_ids, "the template")
     wanted = [(prompt_of(tokenizer, PROBLEMS[0][0]), sampling, seed) for seed in (1, 2)]
     return play_all(embedded(talker, window=400), playing.play, wanted)
 
