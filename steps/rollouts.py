@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from posttrain_lib.schema.rollouts import Sampling
 
 #: how the run is watched, and how much of it: no weight depends on these
-_HABITS: Any = dict.fromkeys(("held_out", "shown_answers", "grader_processes", "warm_start", "reference"), True)
+_HABITS: Any = dict.fromkeys(
+    ("held_out", "shown_answers", "grader_processes", "warm_start", "reference", "placement"), True
+)
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def rl_settings(config: RunConfig, tokenizer: ChatTokenizer) -> RLSettings:
         sampling=sampling(grpo, tokenizer),
         updates_per_batch=grpo.updates_per_batch,
         max_staleness=grpo.max_staleness,
+        placement=grpo.placed,
         advantage=grpo.advantage,
         normalise=grpo.normalise,
         clip_reward=grpo.clip_reward,

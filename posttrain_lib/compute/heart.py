@@ -31,6 +31,8 @@ from typing import Any
 from posttrain_lib.errors import RETRY_EXIT_CODE
 from posttrain_lib.training import pulse
 
+#: the number of a driver that works besides its ranks, where theirs are told
+DRIVER = -1
 #: on this signal a rank writes its stacks, whatever it does
 STACK_SIGNAL = signal.SIGUSR2
 #: ranks that may write a file in the same second
@@ -163,6 +165,8 @@ class Watchdog:
 
 
 def _ranks(ranks: list[int]) -> str:
+    if ranks == [DRIVER]:
+        return "the driver"
     named = ", ".join(map(str, ranks[:8]))
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"

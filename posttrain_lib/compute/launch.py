@@ -38,6 +38,13 @@ def launch(job: TrainJob, compute: ComputeConfig) -> Events:
         threads=threads_per_worker(compute),
         loader_workers=compute.loader_workers,
     )
+    if launcher == "torchrun" and job.rollouts is not None:
+        raise ConfigError(
+            "rollouts are driven from one process, and torchrun gives each rank a loop of its own",
+            where="compute.launcher",
+            got="torchrun",
+            fix="start the step without torchrun; several devices then run on Ray",
+        )
     if launcher == "torchrun":
         if not under_torchrun():
             raise ConfigError(
@@ -65,6 +72,10 @@ def launch(job: TrainJob, compute: ComputeConfig) -> Events:
         )
     from posttrain_lib.compute.ray_launcher import launch_on_ray
 
+    if job.rollouts is not None:
+        from posttrain_lib.adapters.verl_launch import run_rollouts
+
+        return (yield from launch_on_ray(job, compute, run_rollouts))
     return (yield from launch_on_ray(job, compute))
 
 

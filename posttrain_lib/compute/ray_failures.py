@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from posttrain_lib.compute.heart import read_pulses
 from posttrain_lib.compute.logs import last_lines, logs_folder
 from posttrain_lib.compute.memory import KillEvidence, out_of_memory
 from posttrain_lib.errors import PosttrainError, TrainingError
-from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.training.job import TrainJob
 
 #: after the first failure, how long to listen for the others: the first heard is often only a victim
@@ -35,13 +35,13 @@ def first_cause(
     others: dict[Any, int],
     job: TrainJob,
     evidence: KillEvidence,
-    late: list[StepReport],
+    late: Callable[[Any], None] = lambda answer: None,
 ) -> Exception:
     """What to raise for the rank that failed first in the chain; its traceback is printed before.
 
     A dead rank comes first, then one that raised an error of ours, then one that raised anything but the loss of a
-    peer's connection. ``others`` are the calls of ranks that have not been heard of yet; reports that still come of
-    them go into ``late``.
+    peer's connection. ``others`` are the calls of ranks that have not been heard of yet; ``late`` gets what they still
+    answer.
     """
     deadline = time.monotonic() + _SETTLE_SECONDS
     while others and time.monotonic() < deadline:
@@ -49,7 +49,7 @@ def first_cause(
         for call in ready:
             rank = others.pop(call)
             try:
-                late.extend(ray.get(call)[0])
+                late(ray.get(call))
             except RayError as another:
                 failures.setdefault(rank, another)
     for rank, failure in failures.items():

@@ -16,9 +16,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from posttrain_lib.compute.logs import Tail, log_path, logs_folder, redirect
 from posttrain_lib.compute.memory import KillEvidence
 from posttrain_lib.compute.rank import on_signals, run_rank
 from posttrain_lib.compute.ray_failures import WorkerLostError, first_cause
-from posttrain_lib.compute.ray_placement import START_SECONDS, actor_resources, place, unit_of
+from posttrain_lib.compute.ray_placement import START_SECONDS, actor_resources, free_address, place, unit_of
 from posttrain_lib.compute.ray_session import RaySession, ray_session
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.schema.reports import StepReport, TrainResult
@@ -47,6 +46,9 @@ _CALL_SECONDS = 0.25
 #: calls in line at rank 0
 _CALLS = 2
 
+#: one attempt at a job: (job, compute, session, what a rank reserves, whether it follows on a loss) -> its events
+Attempt = Callable[[TrainJob, "ComputeConfig", RaySession, dict[str, float], bool], "Events"]
+
 
 class TrainingWorker:
     """One rank, as an actor."""
@@ -59,10 +61,7 @@ class TrainingWorker:
 
     def rendezvous(self, private: bool) -> str:
         """A free ``host:port`` of this actor's node, for rank 0 to listen on; loopback if all ranks are on one."""
-        host = "127.0.0.1" if private else ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"{host}:{probe.getsockname()[1]}"
+        return free_address(private=private)
 
     def begin(self, job: TrainJob, stop_signals: list[str]) -> None:
         """Take the orders."""
@@ -97,10 +96,11 @@ class TrainingWorker:
         return reports, self._result
 
 
-def launch_on_ray(job: TrainJob, compute: ComputeConfig) -> Events:
+def launch_on_ray(job: TrainJob, compute: ComputeConfig, attempt_with: Attempt | None = None) -> Events:
     """Run ``job.world`` ranks as actors, restarting them from the last checkpoint when one is lost.
 
-    On a cluster, the job's folders must be on storage that every node sees.
+    On a cluster, the job's folders must be on storage that every node sees. ``attempt_with`` runs the job once on an
+    open session, where its driver does more than listen.
 
     Raises:
         TrainingError: a rank was lost more than ``compute.retries`` times, or ran out of memory; or whatever
@@ -121,7 +121,7 @@ def launch_on_ray(job: TrainJob, compute: ComputeConfig) -> Events:
                 on_signals(compute.stop_signals, lambda name: ask_all_to_stop(work, f"the driver got {name}")),
             ):
                 unit = unit or unit_of(job)  # of the first attempt: what was lost since must not change it
-                return (yield from _run_once(job, compute, session, unit, after_loss=attempt > 0))
+                return (yield from (attempt_with or _run_once)(job, compute, session, unit, attempt > 0))
         except WorkerLostError as lost:
             if attempt == compute.retries:
                 raise TrainingError(
@@ -136,7 +136,7 @@ def launch_on_ray(job: TrainJob, compute: ComputeConfig) -> Events:
 
 
 def _run_once(
-    job: TrainJob, compute: ComputeConfig, session: RaySession, unit: dict[str, float], *, after_loss: bool
+    job: TrainJob, compute: ComputeConfig, session: RaySession, unit: dict[str, float], after_loss: bool
 ) -> Events:
     work = Path(job.work_dir)
     clear(work)
@@ -204,7 +204,7 @@ def _listen(workers: list[Any], job: TrainJob, evidence: KillEvidence, hang_seco
                     reports, ended = ray.get(call)
                 except RayError as error:
                     late: list[StepReport] = []
-                    cause = first_cause({rank: error}, calls, job, evidence, late)
+                    cause = first_cause({rank: error}, calls, job, evidence, lambda answer: late.extend(answer[0]))
                     yield from late
                     raise cause from None
                 _print(words)

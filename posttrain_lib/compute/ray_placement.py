@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import socket
 import time
 from typing import Any
 
@@ -41,6 +42,14 @@ def unit_of(job: TrainJob) -> dict[str, float]:
             fix="lower compute.devices_per_node, or give Ray more GPUs",
         )
     return {"CPU": 1}
+
+
+def free_address(*, private: bool) -> str:
+    """A free ``host:port`` of this actor's node, for rank 0 to listen on; loopback if all ranks are on one."""
+    host = "127.0.0.1" if private else ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
 
 
 class Placement:

@@ -109,6 +109,7 @@ class GRPO(Objective):
             "group_size",
             "updates_per_batch",
             "max_staleness",
+            "placement",
             "advantage",
             "drop_no_signal",
             "max_refills",
@@ -137,7 +138,13 @@ class GRPO(Objective):
     max_staleness: int = Field(
         0, ge=0, description="batches asked for ahead of the one that is learned; 0: rollout and training take turns"
     )
-    advantage: str = Field("grpo", description="a name in posttrain_lib.rl.advantages, or module:attribute")
+    placement: Literal["colocated", "split"] | None = Field(
+        None, description="colocated: the engine has the policy's devices, and sleeps while it learns; split: a device "
+        "of its own where there is one, and no sleep; default: colocated where max_staleness is 0"
+    )  # fmt: skip
+    advantage: str = Field(
+        "grpo", description="a name in posttrain_lib.rl.advantages, verl:<name> of one of verl's, or module:attribute"
+    )
     objective: Literal["clip", "cispo", "reinforce"] = "clip"
     ratio: Literal["token", "sequence"] = Field("token", description="sequence: GSPO")
     clip_low: float = Field(0.2, ge=0, le=1)
@@ -196,6 +203,11 @@ class GRPO(Objective):
         return self.kl_weight > 0
 
     @property
+    def placed(self) -> Literal["colocated", "split"]:
+        """The placement, its default known."""
+        return self.placement or ("split" if self.max_staleness else "colocated")
+
+    @property
     def needs_old(self) -> bool:
         """Whether a batch is learned in several updates, of which later ones look back to the first."""
         return self.updates_per_batch > 1
@@ -213,6 +225,11 @@ class GRPO(Objective):
             raise ValueError("a teacher needs a path: the model that the policy starts as has nothing to teach it")
         if self.reference != FrozenPolicy() and not self.needs_reference:
             raise ValueError("reference is compared with where kl_weight is above 0: set that, or leave reference out")
+        if self.placement == "colocated" and self.max_staleness:
+            raise ValueError(
+                "an engine that sleeps while the policy learns asks nothing ahead: set max_staleness: 0, or placement: "
+                "split"
+            )
         alone = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
         if self.group_size == 1 and self.advantage in alone:
             raise ValueError(

@@ -44,11 +44,12 @@ def _check_on_the_fly(data: DataConfig, train: TrainConfig) -> None:
         raise ValueError(f"data.on_the_fly {problem}")
 
 
-def _check_batch(train: TrainConfig, compute: ComputeConfig) -> list[Problem]:
-    """Rows of a step against the devices that see different ones, and tokens of a row against those that share it."""
+def _check_batch(train: TrainConfig, compute: ComputeConfig, *, by_rows: bool) -> list[Problem]:
+    """Rows of a step, where a step is a number of them, against the devices that see different ones, and tokens of a
+    row against those that share it."""
     problems = []
     groups, rows, each = compute.mesh_spec().data_degree, train.rows_per_step, train.micro_batch_rows
-    if rows % (groups * each):
+    if by_rows and rows % (groups * each):
         fixes = []
         if rows % groups == 0:
             most = max(part for part in range(1, each) if rows // groups % part == 0)
@@ -192,8 +193,15 @@ class RunConfig(Section):
                 f"grpo.rollout.max_new_tokens ({rollout.max_new_tokens}) do not fit into train.row_tokens "
                 f"({train.row_tokens}): raise the last, or lower one of the others"
             )
-        if self.compute.workers > 1 or self.compute.address is not None:
-            raise ValueError("recipe grpo runs in one process: leave compute.devices_per_node, nodes and address out")
+        if self.compute.launcher == "torchrun":
+            raise ValueError("recipe grpo is driven from one process: leave compute.launcher out, or set ray")
+        if self.compute.address is not None and self.compute.address.startswith("ray://"):
+            raise ValueError(
+                "recipe grpo's worker groups (verl) ask Ray where nodes are, which a client cannot: name the head as "
+                "compute.address host:port from a machine of the cluster"
+            )
+        if self.compute.min_devices is not None:
+            raise ValueError("recipe grpo waits for all its devices after a loss: leave compute.min_devices out")
         if self.model.backend == "hf":
             raise ValueError("recipe grpo needs a definition of ours: set model.backend: native")
         return self
@@ -215,7 +223,7 @@ class RunConfig(Section):
                 f"data.max_example_tokens ({data.max_example_tokens}) exceeds train.row_tokens ({train.row_tokens}): "
                 "an example could not fit in a packed row; lower the first or raise the second"
             )
-        if problems := _check_batch(train, self.compute):
+        if problems := _check_batch(train, self.compute, by_rows=self.grpo is None):
             raise Disagreement(problems)
         if self.model.backend == "hf" and train.compile != "none":
             raise ValueError("train.compile is for decoders of our own definition, not for model.backend 'hf'")

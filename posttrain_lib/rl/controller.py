@@ -246,6 +246,9 @@ class Controller:
                 fix="allow longer answers (grpo.max_new_tokens), or leave grpo.mask_unfinished off",
             )
         figures = batch_figures(groups, advantages, self.batch, settings.updates_per_batch)
+        if settings.placement == "colocated":
+            with self.times.part("sleep"):
+                await self.pump.exclusive(self.roles.rollout.sleep)
         samples = await self._with_signals(samples)
         parts = _parts(samples, min(settings.updates_per_batch, settings.updates - policy.version))
         for number, part in enumerate(parts):
@@ -256,6 +259,9 @@ class Controller:
         self.ledger.settle(Settled(group.visit, group.prompt.name, "trained") for group in groups)
         self.ledger.close_update(policy.version)
         self.batch += 1
+        if settings.placement == "colocated":
+            with self.times.part("wake"):
+                await self.pump.exclusive(self.roles.rollout.wake)
         await self._push()
         shown = shown_answers(groups, policy.version, settings.shown)
         if self.answers is not None:

@@ -44,3 +44,8 @@ class RolloutJob:
     max_mismatch: float | None = None
     max_canary_difference: float = 0.05
     trajectory: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def frozen(self) -> str | None:
+        """Folder of the frozen model, whatever it is for: there is one at most."""
+        return self.reference if self.teacher is None else self.teacher

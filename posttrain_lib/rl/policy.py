@@ -31,7 +31,7 @@ from posttrain_lib.optim.schedules import lr_factor, set_lr
 from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.rl.engine.weights import hf_weights
 from posttrain_lib.rl.scoring import Scoring, score_samples
-from posttrain_lib.schema.reports import StepReport
+from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training import pulse
 from posttrain_lib.training.build import load_sharded_model, spec_of
 from posttrain_lib.training.checks import check_divisor
@@ -198,6 +198,20 @@ class PolicyRank:
         self.position.value = controller
         self.state.report = dataclasses.asdict(report)
         self.checkpoints.save(self.state, wait=wait)
+
+    def result(self) -> TrainResult:
+        """What the run came to, once it is saved."""
+        progress, path = self.state.progress, self.checkpoints.path
+        return TrainResult(
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            last_checkpoint=str(path(progress.step)),
+            best_checkpoint=None if progress.best_step is None else str(path(progress.best_step)),
+            best_held_out=progress.best_held_out,
+            first_held_out=progress.first_held_out,
+            stopped_early=False,
+            incidents=progress.incidents,
+        )
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from posttrain_lib.schema.reports import StepReport
+    from posttrain_lib.schema.reports import StepReport, TrainResult
     from posttrain_lib.schema.rollouts import Answer, Completion, Grade, Request, TrainSample
 
 #: weights by their Hugging Face names, of the shapes and dtypes of a saved folder; read once, in order
@@ -95,6 +95,9 @@ class PolicyRole(Protocol):
         """A checkpoint of the policy together with the controller's state, one as old as the other. The report's
         held-out value, where it has one, decides which checkpoint is the best: the lowest. ``wait``: until it is
         there; otherwise it may be written while the next rollouts are made."""
+
+    def result(self) -> TrainResult:
+        """What the run came to: its last checkpoint, which is saved, and its best one."""
 
     def close(self) -> None:
         """Wait for what is being written, and give everything up."""

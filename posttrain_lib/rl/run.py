@@ -15,21 +15,17 @@ from posttrain_lib.errors import DataError
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.parallel.compilation import check_compiler
-from posttrain_lib.parallel.process_group import process_group
 from posttrain_lib.registry import resolve
 from posttrain_lib.rl.controller import Controller, Roles
 from posttrain_lib.rl.engine.embedded import EmbeddedEngine
 from posttrain_lib.rl.ledger import LEDGER, Ledger
 from posttrain_lib.rl.playing import Playing, make_playing
-from posttrain_lib.rl.policy import PolicyRank
 from posttrain_lib.rl.prompts import fitting, read_prompts
-from posttrain_lib.rl.reference import FrozenReference
+from posttrain_lib.rl.ranks import Models, models_here
 from posttrain_lib.rl.rewards.pool import GraderPool
 from posttrain_lib.rl.sync_guard import SyncGuard
 from posttrain_lib.rl.version_log import VersionLog
-from posttrain_lib.schema.reports import TrainResult
 from posttrain_lib.training import pulse
-from posttrain_lib.training.companions import load_frozen
 from posttrain_lib.training.device import pick_device, reproducible
 
 if TYPE_CHECKING:
@@ -37,7 +33,7 @@ if TYPE_CHECKING:
     from posttrain_lib.rl.job import RolloutJob
     from posttrain_lib.rl.prompts import RolloutPrompt
     from posttrain_lib.rl.roles import RolloutRole
-    from posttrain_lib.schema.reports import StepReport
+    from posttrain_lib.schema.reports import StepReport, TrainResult
     from posttrain_lib.training.job import TrainJob
 
 #: answers kept to be read, one a line, in the job's work folder
@@ -51,8 +47,10 @@ ENGINES: dict[str, str] = {
 }
 
 
-def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepReport, None, TrainResult]:
-    """Run a job to its end; see ``training.loop.train``.
+def train_on_rollouts(
+    job: TrainJob, rollouts: RolloutJob, models: Models = models_here
+) -> Generator[StepReport, None, TrainResult]:
+    """Run a job to its end; see ``training.loop.train``. ``models`` makes policy and reference, wherever they run.
 
     Raises:
         ConfigError: an engine, a grader or a loss that cannot be made. DataError: no prompt that fits.
@@ -62,10 +60,7 @@ def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepRepo
     device = pick_device(job.device, job.rank)
     if job.train.compile != "none":
         check_compiler(device)
-    with (
-        reproducible(job.train.seed, job.threads),
-        process_group(job.rank, job.world, job.rendezvous, device),
-    ):
+    with reproducible(job.train.seed, job.threads):
         notes: list[str] = []
         work = Path(job.work_dir)
         work.mkdir(parents=True, exist_ok=True)
@@ -74,7 +69,7 @@ def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepRepo
         stop_ids = rollouts.settings.sampling.stop_ids
         playing = make_playing(tokenizer, rollouts.environment, rollouts.constraint, stop_ids, template)
         prompts, held_out = _prompts(rollouts, playing, notes)
-        with _roles(job, rollouts, device, tokenizer.decode, prompts, notes.append) as roles:
+        with _roles(job, rollouts, models, device, tokenizer.decode, prompts, notes.append) as roles:
             controller = Controller(
                 prompts,
                 held_out,
@@ -84,18 +79,16 @@ def train_on_rollouts(job: TrainJob, rollouts: RolloutJob) -> Generator[StepRepo
                 Ledger(VersionLog(work / LEDGER)),
                 VersionLog(work / ANSWERS),
             )
-            first: StepReport | None = None
             for report in controller.run():
-                first = first or report
                 yield _with_notes(report, notes)
-            assert first is not None and isinstance(roles.policy, PolicyRank)
-            return _result(roles.policy)
+            return roles.policy.result()
 
 
 @contextlib.contextmanager
 def _roles(
     job: TrainJob,
     rollouts: RolloutJob,
+    models: Models,
     device: torch.device,
     decode: Decode,
     prompts: Sequence[RolloutPrompt],
@@ -109,26 +102,32 @@ def _roles(
         closing.callback(graders.close)
         graders.check()
         pulse.beat("policy")
-        policy = PolicyRank(
-            job, device, most_mismatch=rollouts.max_mismatch, trajectory=dict(rollouts.trajectory), say=say
-        )
-        closing.callback(policy.close)
+        policy, frozen = closing.enter_context(models(job, device, say))
         pulse.beat("engine")
         make_engine = resolve(rollouts.engine, ENGINES, what="rollout engine", where="grpo.rollout.engine")
         window = rollouts.longest_prompt + settings.sampling.max_new_tokens
         engine: RolloutRole = make_engine(
-            job.model_folder, window=window, decode=decode, device=device, **rollouts.engine_options
+            job.model_folder,
+            window=window,
+            decode=decode,
+            device=engine_device(device, job.world, settings.placement, say),
+            **rollouts.engine_options,
         )
         closing.callback(engine.close)
-        frozen = [
-            None
-            if folder is None
-            else FrozenReference(load_frozen(job, policy.mesh, folder), policy.mesh, policy.scoring)
-            for folder in (rollouts.reference, rollouts.teacher)
-        ]
         canaries = [prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1][:_CANARIES]
         guard = SyncGuard(canaries, bound=rollouts.max_canary_difference)
-        yield Roles(policy, engine, graders, guard, *frozen)
+        teaches = rollouts.teacher is not None
+        yield Roles(policy, engine, graders, guard, None if teaches else frozen, frozen if teaches else None)
+
+
+def engine_device(device: torch.device, ranks: int, placement: str, say: Callable[[str], None]) -> torch.device:
+    """Where the engine computes: with the policy's first rank, or ("split") on the CUDA device behind its last one."""
+    if placement != "split" or device.type != "cuda":
+        return device
+    if torch.cuda.device_count() <= ranks:
+        say("grpo.placement is split, and there is no device besides the policy's: the engine shares it, and is awake")
+        return device
+    return torch.device("cuda", ranks)
 
 
 def embedded_engine(
@@ -178,17 +177,3 @@ def _with_notes(report: StepReport, notes: list[str]) -> StepReport:
     said, notes[:] = list(notes), []
     return dataclasses.replace(report, event=", ".join([*([report.event] if report.event else []), *said]))
 
-
-def _result(policy: PolicyRank) -> TrainResult:
-    progress = policy.state.progress
-    checkpoints = policy.checkpoints
-    return TrainResult(
-        step=progress.step,
-        tokens_seen=progress.tokens_seen,
-        last_checkpoint=str(checkpoints.path(progress.step)),
-        best_checkpoint=None if progress.best_step is None else str(checkpoints.path(progress.best_step)),
-        best_held_out=progress.best_held_out,
-        first_held_out=progress.first_held_out,
-        stopped_early=False,
-        incidents=progress.incidents,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from posttrain_lib.schema.rollouts import Sampling
 
@@ -24,6 +25,8 @@ class RLSettings:
 
     max_staleness: a batch may be asked for while so many earlier ones are not learned yet; 0 is synchronous. A sample
         is then never of weights more than so many batches old: by when it was asked for, whatever happens after.
+    placement: "colocated", the engine has the policy's devices and sleeps while it learns, which needs a
+        ``max_staleness`` of 0; "split", it goes on beside it.
     sampling: of training's answers. seed: of all that is drawn.
     advantage: a name of ``rl.advantages``. normalise: of ``rl.rewards.shaping``, of rewards before that; clip_reward:
         the bound of their size behind it.
@@ -43,6 +46,7 @@ class RLSettings:
     sampling: Sampling
     updates_per_batch: int = 1
     max_staleness: int = 0
+    placement: Literal["colocated", "split"] = "colocated"
     advantage: str = "grpo"
     normalise: str = "none"
     clip_reward: float | None = None
