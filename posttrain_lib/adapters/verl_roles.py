@@ -44,7 +44,7 @@ _POLL_SECONDS = 0.5
 _CHUNK_BYTES, _CHUNKS_AHEAD = 24 * 2**20, 2
 
 
-class _Group(RayWorkerGroup):  # type: ignore[misc]
+class _Group(RayWorkerGroup):
     """verl's group, without the process that it starts to find an address for a process group of its own."""
 
     def _get_master_addr_port(self, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +98,7 @@ class VerlWorkers:
                     ray.get(call)
                 except RayError as error:
                     self._sound = False
-                    raise first_cause({rank: error}, waiting, self.job, self._evidence) from None
+                    raise first_cause({rank: error}, waiting, self.job, self._evidence, []) from None
                 finally:
                     self._print()
         return ray.get(calls[0])
@@ -134,7 +134,7 @@ class VerlWorkers:
         pool.pgs = self._rooms
         actor = ray.remote(max_restarts=0, max_task_retries=0)(PolicyWorker)
         made = RayClassWithInitArgs(actor, self.job.work_dir)
-        # Named here: verl draws names from the random numbers that a job seeds, so those of two attempts would be alike.
+        # Named here: verl draws names from the random numbers that a job seeds, so two attempts would have the same.
         name = f"policy-{uuid.uuid4().hex}-"
         device = "cuda" if on_gpu else "cpu"
         return _Group(resource_pool=pool, ray_cls_with_init=made, device_name=device, name_prefix=name)

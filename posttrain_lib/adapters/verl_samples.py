@@ -49,7 +49,7 @@ def to_proto(samples: Sequence[TrainSample]) -> DataProto:
 
 def from_proto(proto: DataProto) -> list[TrainSample]:
     """The samples again, each array of its own length."""
-    arrays: dict[str, np.ndarray] = {name: proto.batch[name].numpy() for name in proto.batch.keys()}
+    arrays: dict[str, np.ndarray] = {name: tensor.numpy() for name, tensor in proto.batch.items()}
     samples = []
     for row in range(len(proto)):
         tokens = int(arrays["attention_mask"][row].sum())

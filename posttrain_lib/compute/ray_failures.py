@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def first_cause(
     others: dict[Any, int],
     job: TrainJob,
     evidence: KillEvidence,
-    late: Callable[[Any], None] = lambda answer: None,
+    late: list[Any],
 ) -> Exception:
     """What to raise for the rank that failed first in the chain; its traceback is printed before.
 
@@ -49,7 +48,7 @@ def first_cause(
         for call in ready:
             rank = others.pop(call)
             try:
-                late(ray.get(call))
+                late.append(ray.get(call))
             except RayError as another:
                 failures.setdefault(rank, another)
     for rank, failure in failures.items():

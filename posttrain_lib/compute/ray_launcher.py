@@ -203,9 +203,10 @@ def _listen(workers: list[Any], job: TrainJob, evidence: KillEvidence, hang_seco
                 try:
                     reports, ended = ray.get(call)
                 except RayError as error:
-                    late: list[StepReport] = []
-                    cause = first_cause({rank: error}, calls, job, evidence, lambda answer: late.extend(answer[0]))
-                    yield from late
+                    late: list[tuple[list[StepReport], TrainResult | None]] = []
+                    cause = first_cause({rank: error}, calls, job, evidence, late)
+                    for reports, _ in late:
+                        yield from reports
                     raise cause from None
                 _print(words)
                 yield from reports

@@ -36,14 +36,33 @@ RULES: dict[str, str] = {
 }
 
 
+#: beginning of a name -> what makes the rule of what follows on it
+FAMILIES: dict[str, str] = {"verl": "posttrain_lib.adapters.verl_algorithms:advantage_rule"}
+
+
+def rule_of(name: str) -> Rule:
+    """The rule called ``name``; one of another library's by ``library:name``, or a user's own by ``module:attribute``.
+
+    Raises:
+        ConfigError: no such rule, or one that needs more than there is.
+    """
+    family, _, rest = name.partition(":")
+    if family in FAMILIES and rest:
+        make = resolve(family, FAMILIES, what="advantage rules", where="grpo.advantage")
+        made: Rule = make(rest)
+        return made
+    found: Rule = resolve(name, RULES, what="advantage rule", where="grpo.advantage")
+    return found
+
+
 def advantages_of(name: str, rewards: Floats, groups: Integers, tokens: Integers) -> Floats:
-    """Float64 [B] by the rule called ``name``, or a user's own given as ``module:attribute``.
+    """Float64 [B] by the rule called ``name`` (:func:`rule_of`).
 
     Raises:
         ConfigError: no such rule, or what it gave is not one finite number a completion.
         DataError: a reward is not finite; graders' failures are to be sorted out before.
     """
-    rule = resolve(name, RULES, what="advantage rule", where="rl.advantage")
+    rule = rule_of(name)
     rewards = np.asarray(rewards, dtype=np.float64)
     if not np.isfinite(rewards).all():
         place = int(np.flatnonzero(~np.isfinite(rewards))[0])
@@ -57,7 +76,7 @@ def advantages_of(name: str, rewards: Floats, groups: Integers, tokens: Integers
     if found.shape != rewards.shape or not np.isfinite(found).all():
         raise ConfigError(
             "the advantage rule gave something else than one finite number a completion",
-            where="rl.advantage",
+            where="grpo.advantage",
             got=f"{name}: shape {found.shape}, {int((~np.isfinite(found)).sum())} not finite",
             expected=f"shape {rewards.shape}",
         )

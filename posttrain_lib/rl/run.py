@@ -16,6 +16,7 @@ from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.parallel.compilation import check_compiler
 from posttrain_lib.registry import resolve
+from posttrain_lib.rl.advantages import rule_of
 from posttrain_lib.rl.controller import Controller, Roles
 from posttrain_lib.rl.engine.embedded import EmbeddedEngine
 from posttrain_lib.rl.ledger import LEDGER, Ledger
@@ -96,6 +97,7 @@ def _roles(
 ) -> Iterator[Roles]:
     """Every role, made; and given up at the end, the last made first. What is cheap to refuse comes first."""
     settings = rollouts.settings
+    rule_of(settings.advantage)
     with contextlib.ExitStack() as closing:
         pulse.beat("graders")
         graders = GraderPool(rollouts.rewards, workers=rollouts.grader_processes)
@@ -176,4 +178,3 @@ def _with_notes(report: StepReport, notes: list[str]) -> StepReport:
     """The report with what a person should read, once."""
     said, notes[:] = list(notes), []
     return dataclasses.replace(report, event=", ".join([*([report.event] if report.event else []), *said]))
-

@@ -154,10 +154,12 @@ def test_two_actors_learn_as_one_process(folder: Path, own_ray: None) -> None:
 def test_a_sample_that_does_not_fit_is_named(made: Made, folder: Path, request: pytest.FixtureRequest) -> None:
     long = random_samples(0, groups=1, group_size=1, reference=True)[0]
     many = np.arange(40, dtype=np.int32)
-    long = dataclasses.replace(long, token_ids=many, trained=many > 38, signals={n: v[:1] for n, v in long.signals.items()})
-    with made(job_in(folder, request.node.name)) as (policy, _):
-        with pytest.raises(DataError, match="does not fit into a packed row"):
-            policy.update([long])
+    long = dataclasses.replace(
+        long, token_ids=many, trained=many > 38, signals={n: v[:1] for n, v in long.signals.items()}
+    )
+    job = job_in(folder, request.node.name)
+    with made(job) as (policy, _), pytest.raises(DataError, match="does not fit into a packed row"):
+        policy.update([long])
 
 
 class FailsOnRankOne(PolicyLoss):
