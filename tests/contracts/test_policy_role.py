@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from posttrain_lib.compute.processes import descendants
 from posttrain_lib.compute.ray_failures import WorkerLostError
 from posttrain_lib.compute.ray_session import ray_session
 from posttrain_lib.errors import DataError, TrainingError
@@ -27,7 +26,7 @@ from posttrain_lib.rl.ranks import models_here
 from posttrain_lib.schema.mesh import MeshSpec
 from posttrain_lib.training.device import reproducible
 from tests.support.launched import wait_for
-from tests.support.policy_jobs import policy_job, random_samples
+from tests.support.policy_jobs import actors, policy_job, random_samples
 
 if TYPE_CHECKING:
     from posttrain_lib.rl.roles import PolicyRole, ReferenceRole
@@ -181,16 +180,6 @@ def test_what_one_rank_raises_is_told_with_its_rank(
         policy.update(random_samples(0))
     assert "one rank's own trouble" in str(caught.value) and caught.value.where.startswith("rank 1")
     assert "--- rank 1 failed" in capfd.readouterr().err
-
-
-def actors() -> list[int]:
-    """Processes below this one that are ranks."""
-    found = []
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            if b"PolicyWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
 
 
 def test_a_lost_actor_is_said_and_none_is_left(folder: Path, own_ray: None) -> None:

@@ -5,98 +5,27 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from posttrain_lib.compute.launch import launch
 from posttrain_lib.compute.processes import SESSION_FILE
 from posttrain_lib.config.compute import ComputeConfig
-from posttrain_lib.embedded.conversations import generate_rows
-from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.rl.job import RolloutJob
-from posttrain_lib.rl.rewards.base import RewardSpec
-from posttrain_lib.rl.settings import HeldOut, RLSettings
-from posttrain_lib.schema.reports import StepReport, TrainResult
-from posttrain_lib.schema.rollouts import Answer, Sampling
-from posttrain_lib.training.job import TrainJob
-from tests.contracts.test_policy_role import actors
-from tests.oracles.tiny_job import tiny_config, write_model
-from tests.support.launched import Family, wait_for
+from posttrain_lib.schema.reports import StepReport
+from tests.distributed.test_launch_cluster import Nodes, cluster  # noqa: F401  (a fixture)
+from tests.support.launched import Family, start, wait_for
+from tests.support.policy_jobs import actors
+from tests.support.driven_rollouts import drain, job_in, write_inputs
 
 ON_TWO = ComputeConfig(devices_per_node=2, device="cpu", threads_per_worker=1)
 
 
-def even(answer: Answer) -> float:
-    """Half of all answers are better than the rest."""
-    return float(len(answer.text) % 2)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its tokenizer, and prompts."""
-    folder = tmp_path_factory.mktemp("rollouts")
-    write_model(folder / "model", vocab_size=320)
-    rows = list(generate_rows(50, 0))
-    build_tokenizer((turn["content"] for row in rows for turn in row["messages"]), 320, folder / "model")
-    for name, count in (("train", 12), ("held_out", 2)):
-        lines = [
-            {
-                "prompt_ids": [5 + number, 6, 7, 8],
-                "messages": [{"role": "user", "content": "?"}],
-                "answer": None,
-                "source": name,
-                "row_id": str(number),
-            }
-            for number in range(count)
-        ]
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def job_in(folder: Path, work: str, updates: int = 3, reference: bool = True) -> TrainJob:
-    train = tiny_config(
-        steps=updates,
-        loss="policy",
-        loss_options={"kl_weight": 0.05} if reference else {},
-        optimizer={"lr": 1e-3},
-        checkpoint={"every_steps": 1},
-    )
-    rollouts = RolloutJob(
-        prompts=str(folder / "train"),
-        held_out=str(folder / "held_out"),
-        tokenizer=str(folder / "model"),
-        settings=RLSettings(
-            updates=updates,
-            prompts_per_batch=2,
-            group_size=4,
-            sampling=Sampling(8),
-            advantage="verl:grpo",
-            save_every=1,
-            held_out=HeldOut(prompts=2, every_steps=2),
-        ),
-        rewards=(RewardSpec("tests.distributed.test_rollouts_on_ray:even", "even"),),
-        longest_prompt=16,
-        reference=str(folder / "model") if reference else None,
-        max_mismatch=1e-3,
-    )
-    stores = {"train_store": "", "held_out_store": ""}
-    return TrainJob(str(folder / "model"), work_dir=str(folder / work), train=train, rollouts=rollouts, **stores)
-
-
-def drain(
-    job: TrainJob, compute: ComputeConfig, watch: Callable[[StepReport], None] = lambda report: None
-) -> tuple[list[StepReport], TrainResult]:
-    events, reports = launch(job, compute), []
-    while True:
-        try:
-            reports.append(next(events))
-        except StopIteration as end:
-            return reports, end.value
-        watch(reports[-1])
+    return write_inputs(tmp_path_factory.mktemp("rollouts"))
 
 
 @pytest.mark.slow
@@ -138,3 +67,14 @@ def test_torchrun_is_refused(folder: Path) -> None:
     compute: dict[str, Any] = {**vars(ON_TWO), "launcher": "torchrun"}
     with pytest.raises(ConfigError, match="driven from one process"):
         drain(job_in(folder, "torchrun"), ComputeConfig(**compute))
+
+
+@pytest.mark.slow
+def test_a_cluster_by_its_address(folder: Path, cluster: Nodes, tmp_path: Path) -> None:  # noqa: F811
+    compute = {"nodes": 2, "address": cluster.address, "device": "cpu", "threads_per_worker": 1}
+    program = [sys.executable, "-m", "tests.support.driven_rollouts", str(folder), "cluster", json.dumps(compute)]
+    with start(program, tmp_path / "output") as driver:
+        assert driver.wait(timeout=280) == 0, (tmp_path / "output").read_text()
+    steps = [line.split()[0] for line in (tmp_path / "output").read_text().splitlines() if "0x" in line]
+    assert steps == ["0", "1", "2", "3"]
+    assert sorted(path.name for path in (folder / "cluster/logs").iterdir()) == ["rank-0.log", "rank-1.log"]

@@ -1,12 +1,15 @@
-"""A tiny policy and samples for it."""
+"""A tiny policy, samples for it, and the processes that play it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from posttrain_lib.compute.processes import descendants
 from posttrain_lib.losses.policy import ADVANTAGES, REFERENCE, ROLLOUT
 from posttrain_lib.rl.job import RolloutJob
 from posttrain_lib.rl.settings import RLSettings
@@ -57,3 +60,13 @@ def random_samples(seed: int, groups: int = 3, group_size: int = 3, reference: b
             trained = np.arange(len(tokens)) >= len(prompt)
             samples.append(TrainSample(tokens, trained, len(prompt), group, index, signals))
     return samples
+
+
+def actors() -> list[int]:
+    """Processes below this one that are ranks."""
+    found = []
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if b"PolicyWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
