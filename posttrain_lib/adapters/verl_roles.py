@@ -219,7 +219,7 @@ def verl_models(workers: VerlWorkers) -> Iterator[tuple[VerlPolicy, VerlReferenc
     rollouts = workers.job.rollouts
     assert rollouts is not None, "a job of rollouts"
     with contextlib.closing(VerlPolicy(workers)) as policy:
-        yield policy, None if rollouts.reference is None else VerlReference(workers)
+        yield policy, None if rollouts.frozen is None else VerlReference(workers)
 
 
 def _logprobs(workers: VerlWorkers, method: str, samples: Sequence[TrainSample], *options: Any) -> list[np.ndarray]:

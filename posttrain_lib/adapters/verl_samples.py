@@ -60,15 +60,11 @@ def from_proto(proto: DataProto) -> list[TrainSample]:
             for name, values in arrays.items()
             if name.startswith(_SIGNAL)
         }
-        samples.append(
-            TrainSample(
-                token_ids=arrays["input_ids"][row, :tokens],
-                trained=trained,
-                signals=signals,
-                **{name: int(arrays[name][row]) for name in _NUMBERS},
-                **{name: proto.non_tensor_batch[name][row] for name in _others()},
-            )
-        )
+        others: dict[str, Any] = {
+            **{name: int(arrays[name][row]) for name in _NUMBERS},
+            **{name: proto.non_tensor_batch[name][row] for name in _others()},
+        }
+        samples.append(TrainSample(arrays["input_ids"][row, :tokens], trained, signals=signals, **others))
     return samples
 
 

@@ -16,9 +16,9 @@ from posttrain_lib.config.compute import ComputeConfig
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.schema.reports import StepReport
 from tests.distributed.test_launch_cluster import Nodes, cluster  # noqa: F401  (a fixture)
+from tests.support.driven_rollouts import drain, job_in, write_inputs
 from tests.support.launched import Family, start, wait_for
 from tests.support.policy_jobs import actors
-from tests.support.driven_rollouts import drain, job_in, write_inputs
 
 ON_TWO = ComputeConfig(devices_per_node=2, device="cpu", threads_per_worker=1)
 
