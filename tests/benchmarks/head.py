@@ -115,7 +115,7 @@ def compare(runs: dict[str, Callable[[], Any]], mine: list[Tensor], theirs: list
 def main() -> None:
     """All cases, some minutes."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--peers", type=Path, required=True, help="folder that holds torchtitan and trl")
+    parser.add_argument("--peers", type=Path, required=True, help="folder that holds torchtitan")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", action="append", help="one of the cases; several may be named (default: all)")
     options = parser.parse_args()

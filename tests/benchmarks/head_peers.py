@@ -1,6 +1,7 @@
 """The peers of the head's benchmark: torchtitan's chunked loss and TRL's, as their trainers call them.
 
-Both are pinned in infra/locks/peers.txt, which says how to install them into a folder of their own.
+TRL is of the project's environment, for tests; torchtitan is pinned in infra/locks/peers.txt, which says how to install
+it into a folder of its own.
 """
 
 from __future__ import annotations

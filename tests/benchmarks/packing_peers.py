@@ -1,7 +1,7 @@
 """The peers of the packing benchmark: TRL's offline packing and grain's streaming first fit.
 
-Both are pinned in infra/locks/peers.txt, which says how to install them into a folder of their own. Nothing of it goes
-before the project's own packages: the folder comes last on the path.
+TRL is of the project's environment, for tests; grain is pinned in infra/locks/peers.txt, which says how to install it
+into a folder of its own. Nothing of it goes before the project's own packages: the folder comes last on the path.
 """
 
 from __future__ import annotations

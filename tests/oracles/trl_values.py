@@ -2,8 +2,7 @@
 
     ./infra/env python -m tests.oracles.trl_values tests/unit/losses/trl_values.json
 
-needs trl 1.16 beside the project's environment (``PYTHONPATH=<folder that holds trl>``); the tests need the JSON
-alone. Model and reference are ``tiny_job.write_model``'s with the seeds in the JSON, run by transformers in float64.
+The tests need the JSON alone. Model and reference are ``tiny_job.write_model``'s with the seeds in the JSON, run by transformers in float64.
 Batches go through each trainer's own collator and its ``compute_loss``; where a trainer wants a data set to begin with,
 it gets one of a few words, which is not used.
 """
