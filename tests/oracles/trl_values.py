@@ -2,9 +2,9 @@
 
     ./infra/env python -m tests.oracles.trl_values tests/unit/losses/trl_values.json
 
-The tests need the JSON alone. Model and reference are ``tiny_job.write_model``'s with the seeds in the JSON, run by transformers in float64.
-Batches go through each trainer's own collator and its ``compute_loss``; where a trainer wants a data set to begin with,
-it gets one of a few words, which is not used.
+The tests need the JSON alone. Model and reference are ``tiny_job.write_model``'s with the seeds in the JSON, run by
+transformers in float64. Batches go through each trainer's own collator and its ``compute_loss``; where a trainer wants
+a data set to begin with, it gets one of a few words, which is not used.
 """
 
 from __future__ import annotations
