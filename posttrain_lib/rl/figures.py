@@ -92,7 +92,8 @@ def held_out_figures(grades: Sequence[Grade], trajectories: Sequence[Trajectory]
 
 
 def shown_answers(groups: Sequence[Group], version: int, count: int) -> list[dict[str, Any]]:
-    """The best, the worst and one answer in between of the batch's first groups, to be read by a person."""
+    """The best, the worst and one answer in between of the batch's first groups, to be read by a person; of episodes
+    their ``turns``, too."""
     shown = []
     for group in groups[:count]:
         ranked = sorted(group.graded, key=lambda number: group.grades[number].reward or 0.0)
@@ -111,6 +112,7 @@ def shown_answers(groups: Sequence[Group], version: int, count: int) -> list[dic
                     "parts": dict(grade.parts),
                     "tokens": one.answer.tokens,
                     "finished": one.finished,
+                    "turns": one.answer.extra.get("turns"),
                 }
             )
     return shown

@@ -62,7 +62,8 @@ class Dialogue:
         """Ids of what follows a turn that ended with this token.
 
         Where that was no stop token (the turn was cut off by its limit, or ended by a stop string), the end of the turn
-        is among them: serving would send it, and the policy has not said it.
+        is among them: serving would send it, and the policy has not said it. Where it was another stop token than the
+        template's own, it stays: what was sampled is what is learned.
 
         Raises:
             RefusedRow: the template refuses the messages, or they spell a control token.

@@ -32,8 +32,8 @@ class PlayEnvironment:
 
     A turn has at most ``sampling.max_new_tokens`` tokens, an episode ``spec.max_turns`` turns and ``spec.max_tokens``
     tokens in all. The answer that graders see is the policy's last turn; the transcript behind the prompt is its
-    ``extra["turns"]``, what the environment said of the episode its ``extra["environment"]``. An environment that
-    fails ends its episode, and the trajectory says how (``Trajectory.failure``).
+    ``extra["turns"]``, what the environment said of the episode its ``extra["environment"]``, whatever fields of these
+    names the row has. An environment that fails ends its episode, and the trajectory says how (``Trajectory.failure``).
 
     Args:
         make: makes the environment of an episode. dialogue: what stands between turns.

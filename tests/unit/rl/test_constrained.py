@@ -145,7 +145,7 @@ def test_the_loop_runs_with_the_mask_and_is_stopped_without(
 ) -> None:
     """A calculator that is called; the bound of the mismatch is the run's own."""
     options: dict[str, Any] = {
-        "environment": CALCULATOR,
+        "environment": EnvironmentSpec("calculator", max_turns=2, max_tokens=600),
         "constraint": ConstraintSpec("trie", {"entries": [*CALLS, "48"]}),
         "new_tokens": 100,
         "row_tokens": 600,

@@ -86,6 +86,9 @@ def test_the_whole_loop_runs(talker: Path, tokenizer: ChatTokenizer, tmp_path: P
     assert reports[-1].figures["reward/failed"] == 0.0
     kept = [json.loads(line) for line in (tmp_path / "job" / "rollouts.jsonl").read_text().splitlines()]
     assert kept and all(6 < row["tokens"] <= 18 for row in kept)
+    assert {tuple(turn["role"] for turn in row["turns"]) for row in kept} == {
+        ("assistant", "user") * 2 + ("assistant",)
+    }
 
 
 def test_failures_are_counted_and_the_run_goes_on(talker: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
