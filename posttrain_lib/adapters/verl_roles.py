@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 #: of weights that are on their way at once, in chunks of so many bytes: less than the smallest object store of Ray
-_CHUNK_BYTES, _CHUNKS_AHEAD = 24 * 2**20, 2
+_CHUNK_BYTES, _CHUNKS_AHEAD = 16 * 2**20, 2
 
 
 class _Group(RayWorkerGroup):

@@ -137,7 +137,8 @@ def test_a_policy_of_one_process(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_actors_learn_as_one_process(folder: Path, own_ray: None) -> None:
+def test_two_actors_learn_as_one_process(folder: Path, own_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain_lib.adapters.verl_roles._CHUNK_BYTES", 1500)  # less than a tensor, and no multiple
     alone, both = watched(here, job_in(folder, "one")), watched(on_actors, job_in(folder, "two"))
     for left, right in zip([*alone.logprobs, alone.of_reference], [*both.logprobs, both.of_reference], strict=True):
         np.testing.assert_allclose(np.concatenate(left), np.concatenate(right), **NEAR)

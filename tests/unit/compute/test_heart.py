@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain_lib.compute.heart import Heart, Watchdog, ask_all_to_stop, clear, ranks_folder, read_pulses
+from posttrain_lib.compute.heart import DRIVER, Heart, Watchdog, ask_all_to_stop, clear, ranks_folder, read_pulses
 from posttrain_lib.errors import RETRY_EXIT_CODE
 from posttrain_lib.training import pulse
 
@@ -103,3 +103,16 @@ def test_a_hung_driver_that_is_a_rank_ends_itself_and_may_be_tried_again(tmp_pat
     assert done.returncode == RETRY_EXIT_CODE
     assert "no rank has moved" in done.stderr
     assert "time.sleep(600)" in done.stderr or 'File "<string>", line 8' in done.stderr
+
+
+def test_a_driver_that_works_too_is_called_so(tmp_path: Path) -> None:
+    clear(tmp_path)
+    with Heart(tmp_path, DRIVER, 1):
+        pulse.beat("rollouts", 4)
+        wait_for(lambda: DRIVER in read_pulses(tmp_path))
+        dog, said = Watchdog(tmp_path, 0.5), None
+        deadline = time.monotonic() + 60
+        while said is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            said = dog.check()
+    assert said is not None and "the driver at step 4, rollouts" in said
