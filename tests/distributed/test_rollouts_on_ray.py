@@ -78,3 +78,15 @@ def test_a_cluster_by_its_address(folder: Path, cluster: Nodes, tmp_path: Path) 
     steps = [line.split()[0] for line in (tmp_path / "output").read_text().splitlines() if "0x" in line]
     assert steps == ["0", "1", "2", "3"]
     assert sorted(path.name for path in (folder / "cluster/logs").iterdir()) == ["rank-0.log", "rank-1.log"]
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_actor(folder: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "tests.support.rollout_jobs", str(folder), "orphans", ON_TWO.model_dump_json()]
+    with start(program, tmp_path / "output") as driver:
+        log = folder / "orphans/ranks/rank-1.json"
+        wait_for(lambda: log.exists() and json.loads(log.read_text())["step"] >= 1, 200, "the first update")
+        family = Family(driver.pid)
+        driver.kill()
+    wait_for(lambda: not family.alive(), 60, "the watcher to end what is left")
+    wait_for(lambda: not (folder / "orphans" / SESSION_FILE).exists(), 30, "its record to be taken away")
