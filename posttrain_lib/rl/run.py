@@ -133,7 +133,7 @@ def engine_device(device: torch.device, ranks: int, placement: str, say: Callabl
 
 
 def embedded_engine(
-    folder: str, *, window: int, decode: Decode, device: torch.device, slots: int = 64
+    folder: str, *, window: int, decode: Decode, device: torch.device, slots: int = 128
 ) -> EmbeddedEngine:
     """The engine over our own definition of the model in ``folder``; its weights come with the first push.
 
