@@ -170,7 +170,7 @@ def _answers(
 def _scores(grades: Sequence[Grade], ways: int) -> dict[str, Scores]:
     """By metric, of each prompt; a failed grading is wrong and worth nothing."""
     from posttrain_lib.evaluation.bootstrap import Scores
-    from posttrain_lib.evaluation.tasks.pass_at_k import pass_at_k
+    from posttrain_lib.evaluation.pass_rate import pass_at_k
 
     greedy = grades[::ways]
     found = {}

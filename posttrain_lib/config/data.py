@@ -48,7 +48,7 @@ class Source(Section):
             raise ValueError("generate.pairs: true goes with format: preference, and the one needs the other")
         if self.generate is not None:
             made = {"events": ("messages", "preference"), "lookups": ("messages", "prompts")}[self.generate.of]
-            if self.format not in made:
+            if self.format not in made and self.format in ("messages", "preference", "prompts"):
                 raise ValueError(f"generate.of: {self.generate.of} makes rows of format {' or '.join(made)}")
         return self
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_lib.evaluation.tasks.pass_at_k import pass_at_k
+from posttrain_lib.evaluation.pass_rate import pass_at_k
 from posttrain_lib.rl.trajectories import Group, Trajectory
 from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.schema.rollouts import Grade

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from posttrain_lib.errors import RolloutError
+from posttrain_lib.training import pulse
 
 if TYPE_CHECKING:
     from posttrain_lib.rl.roles import RolloutRole
@@ -81,5 +82,6 @@ class EnginePump:
         found: list[Completion] = []
         while not found and self.engine.unfinished and time.perf_counter() - begun < _ROUND_SECONDS:
             found = self.engine.step()
+        pulse.beat("rollouts")  # a batch may take longer than a rank may be silent
         self.busy_seconds += time.perf_counter() - begun
         return found

@@ -116,8 +116,9 @@ def _roles(
             **rollouts.engine_options,
         )
         closing.callback(engine.close)
-        canaries = [prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1][:_CANARIES]
-        guard = SyncGuard(canaries, bound=rollouts.max_canary_difference)
+        # One token alone has nothing before it that would make it likely.
+        canaries = [prompt.token_ids if len(prompt.token_ids) > 1 else prompt.token_ids * 2 for prompt in prompts]
+        guard = SyncGuard(canaries[:_CANARIES], bound=rollouts.max_canary_difference)
         teaches = rollouts.teacher is not None
         yield Roles(policy, engine, graders, guard, None if teaches else frozen, frozen if teaches else None)
 

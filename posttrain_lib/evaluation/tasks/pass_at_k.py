@@ -10,6 +10,7 @@ import numpy as np
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.evaluation.answers import Verifier, extractor, matches
 from posttrain_lib.evaluation.bootstrap import Scores
+from posttrain_lib.evaluation.pass_rate import pass_at_k
 from posttrain_lib.evaluation.tasks.base import Given, Task, TaskResult
 from posttrain_lib.evaluation.tasks.prompts import Prompts, completions_of
 from posttrain_lib.registry import resolve
@@ -17,20 +18,6 @@ from posttrain_lib.registry import resolve
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
     from posttrain_lib.models.decoder import Decoder
-
-
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The share of sets of k of the ``samples`` that hold one of the ``right`` ones: the unbiased estimate of the
-    chance that one of k is right, ``1 - C(n-c, k) / C(n, k)`` (Chen et al. 2021, equation 1).
-
-    Raises:
-        ValueError: not 1 <= k <= samples, or not 0 <= right <= samples.
-    """
-    if not 1 <= k <= samples or not 0 <= right <= samples:
-        raise ValueError(f"pass@{k} of {samples} samples, {right} of them right")
-    if samples - right < k:
-        return 1.0
-    return float(1.0 - np.prod(1.0 - k / np.arange(samples - right + 1, samples + 1)))
 
 
 class PassAtK(Task):

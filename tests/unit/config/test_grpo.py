@@ -11,6 +11,7 @@ from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.losses import build_loss
+from steps.pipeline import resolve
 
 DEFAULT = PROJECT_ROOT / "configs" / "grpo" / "default.yaml"
 
@@ -71,3 +72,15 @@ def test_other_recipes_have_no_such_section() -> None:
     raw = resolved().model_dump(mode="json")
     with pytest.raises(ConfigError, match="section grpo is for recipe grpo"):
         build_run_config({**raw, "recipe": "sft", "train": {"steps": 3, "row_tokens": 512}})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "option", "value"),
+    [("grpo", "grpo.kl_weight=0.25", "kl_weight", 0.25), ("dpo", "dpo.beta=0.3", "beta", 0.3)],
+)
+def test_an_override_of_a_resolved_config_reaches_the_loss(
+    recipe: str, override: str, option: str, value: float
+) -> None:
+    """As a flow has it: its parser resolves the run file, and --set comes after."""
+    config = load_run_config(PROJECT_ROOT / "configs" / recipe / "default.yaml").model_dump(mode="json")
+    assert resolve(config, override)["train"]["loss_options"][option] == value

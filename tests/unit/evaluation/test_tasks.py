@@ -18,8 +18,8 @@ from posttrain_lib.data.probes import stop_ids
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import ConfigError, DataError, ModelError
 from posttrain_lib.evaluation.generation import greedy_generate
+from posttrain_lib.evaluation.pass_rate import pass_at_k
 from posttrain_lib.evaluation.tasks import TASKS, Given, Task, TaskResult, build_task
-from posttrain_lib.evaluation.tasks.pass_at_k import pass_at_k
 from posttrain_lib.losses.sft import SFTLoss
 from posttrain_lib.models.decoder import Decoder
 from tests.oracles.tiny_job import SOURCES, write_model, write_store
