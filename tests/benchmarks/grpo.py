@@ -53,8 +53,9 @@ def prepare(store: Path, config: Any) -> Start:
 def run(name: str, setup: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """One process: what it says, the load it met, and its rate."""
     system, staleness = SYSTEMS[name]
+    grpo = {**setup["config"]["grpo"], "max_staleness": staleness}
     path = scratch / "setup.json"
-    path.write_text(json.dumps({**setup, "max_staleness": staleness}), encoding="utf-8")
+    path.write_text(json.dumps({**setup, "config": {**setup["config"], "grpo": grpo}}), encoding="utf-8")
     begins = load()
     command = [sys.executable, "-m", "tests.benchmarks.grpo_systems", system, str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(setup["threads"])}
@@ -62,7 +63,6 @@ def run(name: str, setup: dict[str, Any], scratch: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"grpo: {name} failed\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    grpo = setup["config"]["grpo"]
     samples = grpo["prompts_per_step"] * grpo["group_size"]
     rate = samples * (len(found["seconds"]) - 1) / sum(found["seconds"][1:])
     return {"system": name, "seed": setup["seed"], "load": begins, "samples_per_second": round(rate, 1), **found}
@@ -82,7 +82,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     rises = [one["memory_mib"]["peak"] - one["memory_mib"]["imports"] for one in runs]
     found = {
         "samples_per_second": median(one["samples_per_second"] for one in runs),
-        "seconds_to_learn": median(_seconds_to_learn(one) for one in runs),
+        "seconds_to_learn": [_seconds_to_learn(one) for one in runs],
         "peak_memory_mib": median(peaks),
         "peak_above_imports_mib": round(median(rises), 1),
         "completion_tokens": round(mean(mean(one["tokens"]) for one in runs), 2),
@@ -96,10 +96,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _seconds_to_learn(one: dict[str, Any]) -> float:
-    """Clock until the reward is learned; infinite where it is not."""
+def _seconds_to_learn(one: dict[str, Any]) -> float | None:
+    """Clock until the reward is learned; None where it is not."""
     updates = curve(one["rewards"])[f"updates_to_{LEARNED}"]
-    return round(sum(one["seconds"][:updates]), 2) if updates else float("inf")
+    return round(sum(one["seconds"][:updates]), 2) if updates else None
 
 
 def comparison(found: dict[str, dict[str, Any]]) -> dict[str, Any]:

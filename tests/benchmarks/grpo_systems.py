@@ -47,7 +47,6 @@ class Setup:
     held_out: str
     seed: int
     threads: int
-    max_staleness: int = 0
 
 
 def run_ours(setup: Setup, config: RunConfig, work: Path) -> dict[str, Any]:
@@ -63,8 +62,10 @@ def run_ours(setup: Setup, config: RunConfig, work: Path) -> dict[str, Any]:
         train=config.train,
         device="cpu",
         threads=setup.threads,
+        rollouts=_rollout_job(setup, config),
     )
-    updates = [report for report in train_on_rollouts(job, _rollout_job(setup, config)) if report.step]
+    assert job.rollouts is not None
+    updates = [report for report in train_on_rollouts(job, job.rollouts) if report.step]
     figures = [report.figures for report in updates]
     return {
         "rewards": [each["reward/mean"] for each in figures],
@@ -89,11 +90,9 @@ def _rollout_job(setup: Setup, config: RunConfig) -> RolloutJob:
         prompts=setup.prompts,
         held_out=setup.held_out,
         tokenizer=setup.model,
-        settings=dataclasses.replace(
-            settings, save_every=_NEVER, shown=0, held_out=HeldOut(0, 0, _NEVER), max_staleness=setup.max_staleness
-        ),
+        settings=dataclasses.replace(settings, save_every=_NEVER, shown=0, held_out=HeldOut(0, 0, _NEVER)),
         rewards=rollouts.specs(grpo),
-        longest_prompt=config.train.row_tokens - grpo.rollout.max_new_tokens,
+        longest_prompt=rollouts.longest_prompt(config),
         max_mismatch=grpo.rollout.max_mismatch,
         max_canary_difference=grpo.rollout.max_canary_difference,
     )
