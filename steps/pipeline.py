@@ -108,8 +108,7 @@ def without_derived(raw: dict[str, Any]) -> dict[str, Any]:
         ConfigError: it is no config.
     """
     config = build_run_config(raw)
-    section = getattr(config, config.recipe, None)
-    if section is None or section.loss() != (config.train.loss, config.train.loss_options):
+    if config.section is None or config.section.loss() != (config.train.loss, config.train.loss_options):
         return raw
     kept = {name: value for name, value in raw["train"].items() if name not in ("loss", "loss_options")}
     return {**raw, "train": kept}

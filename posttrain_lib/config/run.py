@@ -13,7 +13,7 @@ from posttrain_lib.config.evaluation import EvaluationConfig
 from posttrain_lib.config.export import ExportConfig
 from posttrain_lib.config.grpo import GRPO, FrozenPolicy
 from posttrain_lib.config.model import ModelConfig
-from posttrain_lib.config.objectives import DPO, Distill, Reference, Reward, Teacher
+from posttrain_lib.config.objectives import DPO, Distill, Objective, Reference, Reward, Teacher
 from posttrain_lib.config.tracking import Tracker
 from posttrain_lib.config.train import TrainConfig
 
@@ -103,7 +103,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _loss_of_the_recipe(self) -> RunConfig:
         """The recipe's section says which loss it is; ``train.loss`` may name a loss of one's own in its place."""
-        sections = {"dpo": self.dpo, "reward": self.reward, "distill": self.distill, "grpo": self.grpo}
+        sections = self._sections()
         if foreign := [name for name, found in sections.items() if found is not None and name != self.recipe]:
             raise ValueError(f"section {foreign[0]} is for recipe {foreign[0]}, and this one is {self.recipe}")
         if self.recipe == "sft":
@@ -133,6 +133,15 @@ class RunConfig(Section):
                 f"{self.train.loss!r}: give its options in train.loss_options, and leave {self.recipe}.{unread[0]} out"
             )
         return self
+
+    def _sections(self) -> dict[str, Objective | None]:
+        """What recipes have as their own, by recipe."""
+        return {"dpo": self.dpo, "reward": self.reward, "distill": self.distill, "grpo": self.grpo}
+
+    @property
+    def section(self) -> Objective | None:
+        """The recipe's own; SFT has none."""
+        return self._sections().get(self.recipe)
 
     @property
     def companion(self) -> Reference | Teacher | FrozenPolicy | None:

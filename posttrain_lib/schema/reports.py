@@ -67,6 +67,9 @@ class StepReport:
     checkpoint_stall_seconds: float = 0.0
     answers: tuple[dict[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answers", tuple(self.answers))  # a list, where it was read back from JSON
+
     @property
     def fill(self) -> float:
         """Share of the row slots that hold real tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,4 +95,4 @@ def train_tiny(
         longest_prompt=row_tokens - new_tokens,
         **rollouts,
     )
-    return list(train_on_rollouts(job, wanted))
+    return list(train_on_rollouts(dataclasses.replace(job, rollouts=wanted), wanted))

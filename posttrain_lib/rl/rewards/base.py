@@ -7,7 +7,8 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,18 @@ class RewardSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     deadline_seconds: float = 10.0
     memory_gib: float | None = 4.0
+
+
+class Cheap(ABC):
+    """Base of a grader that costs less than a message to its process: it is asked for several answers at once."""
+
+    @abstractmethod
+    def __call__(self, answer: Answer) -> float | Verdict:
+        """A grade of one answer."""
+
+    def grade_many(self, answers: Sequence[Answer]) -> list[float | Verdict]:
+        """One for each answer, in order."""
+        return [self(answer) for answer in answers]
 
 
 def make_grader(spec: RewardSpec) -> Grader:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from posttrain_lib.evaluation.answers import extractor
-from posttrain_lib.rl.rewards.base import Verdict, expected_of
+from posttrain_lib.rl.rewards.base import Cheap, Verdict, expected_of
 from posttrain_lib.schema.rollouts import Answer
 
 
-class Exact:
+class Exact(Cheap):
     """1 where the same answer is found in the completion and in the row's answer, else 0.
 
     Args:

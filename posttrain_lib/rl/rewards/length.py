@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from posttrain_lib.errors import ConfigError
+from posttrain_lib.rl.rewards.base import Cheap
 from posttrain_lib.schema.rollouts import Answer
 
 
-class Overlong:
+class Overlong(Cheap):
     """Soft punishment of overlong completions (DAPO, Yu et al. 2025, equation 13): 0 up to ``max_tokens - cache``
     tokens, from there linearly down to -1 at ``max_tokens``, and -1 beyond.
 
@@ -34,7 +35,7 @@ class Overlong:
         return -min(max(over, 0) / self._cache, 1.0)
 
 
-class Length:
+class Length(Cheap):
     """A price of every token behind the first ``free`` ones: a value of 0 or less, times the reward's weight.
 
     Args:

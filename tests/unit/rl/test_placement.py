@@ -24,6 +24,7 @@ from posttrain_lib.rl.run import engine_device
 from posttrain_lib.rl.settings import HeldOut, RLSettings
 from posttrain_lib.rl.sync_guard import SyncGuard
 from posttrain_lib.rl.trajectories import Play
+from posttrain_lib.rl.version_log import VersionLog
 from posttrain_lib.schema.rollouts import Answer, Grade, Request, Sampling
 from tests.support.policy_jobs import policy_job
 
@@ -99,7 +100,7 @@ def told_in_a_run(folder: Path, placement: Literal["colocated", "split"], stalen
         guard = SyncGuard([(1, 2, 3, 4)], bound=1e-3)
         roles = Roles(policy, engine, ByLength(), guard)
         controller = Controller(
-            prompts, [], roles, settings, Play(lambda ids: "x" * sum(ids)), Ledger(folder / "ledger")
+            prompts, [], roles, settings, Play(lambda ids: "x" * sum(ids)), Ledger(VersionLog(folder / "ledger"))
         )
         assert [report.step for report in controller.run()] == [0, 1, 2, 3, 4]
     return told

@@ -96,14 +96,14 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
 def test_rollouts_ahead_are_never_too_old(tmp_path: Path) -> None:
     # What is stale is of another policy: the mismatch is then no fault.
     rollouts = {"engine_options": {"slots": 8}, "max_mismatch": None}
-    reports, _ = run(rollout_job(tmp_path, max_staleness=2, updates=8, rollouts=rollouts))
+    reports, _ = run(rollout_job(tmp_path, max_staleness=2, updates=8, placement="split", rollouts=rollouts))
     stale = [report.figures["rollout/staleness_max"] for report in reports[1:]]
     assert max(stale) <= 2 and max(stale) > 0
     assert sorted(trained_visits(read_log(tmp_path / "work" / LEDGER))) == list(range(32))
 
 
 def test_groups_without_signal_are_replaced(tmp_path: Path) -> None:
-    job = rollout_job(tmp_path, drop_no_signal=True, group_size=2, max_refills=20)
+    job = rollout_job(tmp_path, drop_no_signal=True, max_refills=20)
     reports, _ = run(job)
     assert all(report.figures["rollout/no_signal"] == 0 for report in reports[1:])
     lines = read_log(tmp_path / "work" / LEDGER)
