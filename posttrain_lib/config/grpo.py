@@ -223,6 +223,11 @@ class GRPO(Objective):
             raise ValueError("a teacher and a reference (kl_weight) are two frozen models: leave one of them out")
         if self.teacher is not None and self.teacher.path is None:
             raise ValueError("a teacher needs a path: the model that the policy starts as has nothing to teach it")
+        if self.updates_per_batch > self.prompts_per_step:
+            raise ValueError(
+                f"updates_per_batch ({self.updates_per_batch}) is above prompts_per_step ({self.prompts_per_step}): an "
+                "update learns from whole groups"
+            )
         if self.reference != FrozenPolicy() and not self.needs_reference:
             raise ValueError("reference is compared with where kl_weight is above 0: set that, or leave reference out")
         if self.placement == "colocated" and self.max_staleness:

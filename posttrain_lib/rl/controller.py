@@ -243,7 +243,7 @@ class Controller:
                 "every answer of the batch was cut off, and such are not learned from",
                 where=f"batch {self.batch}",
                 got=f"{settings.sampling.max_new_tokens} tokens at most",
-                fix="allow longer answers (grpo.max_new_tokens), or leave grpo.mask_unfinished off",
+                fix="allow longer answers (grpo.rollout.max_new_tokens), or leave grpo.mask_unfinished off",
             )
         figures = batch_figures(groups, advantages, self.batch, settings.updates_per_batch)
         if settings.placement == "colocated":
@@ -287,7 +287,10 @@ class Controller:
             report, figures={**report.figures, **figures, **counts, **times}, event=", ".join(events), **looked
         )
         if saves:
-            await self._on_policy(lambda: policy.save(self.state(), report, wait=over or stopping))
+            # Batches ahead may have settled visits since; and they go on while the checkpoint is written.
+            self.ledger.close_update(policy.version)
+            state = self.state()
+            await self._on_policy(lambda: policy.save(state, report, wait=over or stopping))
         return report
 
     def _passed(self, every: int) -> bool:

@@ -77,8 +77,8 @@ class Ledger:
             self._count(one)
 
     def close_update(self, version: int) -> None:
-        """Write the line of the update that made ``version``: what was settled since the one before."""
-        if self.log is not None:
+        """Write the line of the update that made ``version``: what was settled since the line before, if anything."""
+        if self.log is not None and self._unwritten:
             line: dict[str, Any] = {"version": version}
             for fate in FATES:
                 line[fate] = [

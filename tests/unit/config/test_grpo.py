@@ -50,6 +50,7 @@ def test_a_frozen_model_is_there_where_it_is_compared_with() -> None:
         ("grpo.rewards=[{name: exact, weight: 0}]", "nothing would be learned"),
         ("grpo.rewards=[{name: exact}, {name: exact}]", "give them titles"),
         ("grpo.rewards=[]", "rewards"),
+        ("grpo.updates_per_batch=17", "learns from whole groups"),
         ("grpo.group_size=1", "compares an answer with others"),
         ("grpo.reference={path: x}", "where kl_weight is above 0"),
         ("grpo.teacher={weight: 1.0}", "a teacher needs a path"),

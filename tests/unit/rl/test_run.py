@@ -12,9 +12,10 @@ import torch
 
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.errors import ConfigError, RolloutError, TrainingError
-from posttrain_lib.rl.ledger import LEDGER, trained_visits
+from posttrain_lib.rl.ledger import FATES, LEDGER, trained_visits
 from posttrain_lib.rl.rewards.base import RewardSpec
 from posttrain_lib.rl.run import ANSWERS, train_on_rollouts
+from posttrain_lib.rl.settings import HeldOut
 from posttrain_lib.rl.version_log import read_log
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training import pulse
@@ -100,6 +101,19 @@ def test_rollouts_ahead_are_never_too_old(tmp_path: Path) -> None:
     stale = [report.figures["rollout/staleness_max"] for report in reports[1:]]
     assert max(stale) <= 2 and max(stale) > 0
     assert sorted(trained_visits(read_log(tmp_path / "work" / LEDGER))) == list(range(32))
+
+
+def test_a_checkpoint_knows_of_what_batches_ahead_have_settled(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"max_staleness": 1, "placement": "split", "drop_no_signal": True, "max_refills": 20,
+                               "save_every": 1, "held_out": HeldOut(4, 0, 1), "updates": 6,
+                               "rollouts": {"max_mismatch": None}}  # fmt: skip
+    job = rollout_job(tmp_path, **changes)
+    killed_after(job, 3)
+    pulse.begin()
+    run(job)
+    lines = read_log(tmp_path / "work" / LEDGER)
+    settled = sorted(visit[0] for line in lines for fate in FATES for visit in line[fate])
+    assert len(settled) == len(set(settled)) and len(trained_visits(lines)) == 24
 
 
 def test_groups_without_signal_are_replaced(tmp_path: Path) -> None:
