@@ -54,7 +54,8 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     """
     match = summary["exact_match"] or {}
     worse = " (training made it worse)" if summary["held_out_after"] > summary["held_out_before"] else ""
-    print(f"held-out loss {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}{worse}")
+    name = held_out_name(run_config["recipe"])
+    print(f"{name} {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}{worse}")
     if summary["data_end"]:
         print(summary["data_end"])
     for row in [row for row in summary.get("comparison", []) if row["task"] == "held_out" and "/" in row["metric"]][:2]:
@@ -132,7 +133,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "recipe": run_config["recipe"].upper(),
         "started_from": _started_from(manifests),
         "lacks": manifests["train"].metrics.get("lacks", []),
-        "headline": _headline(manifests),
+        "headline": _headline(run_config["recipe"], manifests),
         "data_end": manifests["train"].metrics["data_end"],
         "reports": reports,
         "performance": _performance_table(manifests["train"].metrics),
@@ -160,10 +161,16 @@ def _plain(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def _headline(manifests: Manifests) -> list[list[str]]:
+def held_out_name(recipe: str) -> str:
+    """What a recipe's held-out value is, the lower the better."""
+    return "share of held-out prompts answered wrong" if recipe == "grpo" else "held-out loss"
+
+
+def _headline(recipe: str, manifests: Manifests) -> list[list[str]]:
     evaluation = manifests["evaluate"].metrics
     before, after = evaluation["held_out_before"], evaluation["held_out_after"]
-    rows = [[f"held-out loss, {name}", f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in before]
+    called = held_out_name(recipe)
+    rows = [[f"{called}, {name}", f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in before]
     match = evaluation.get("exact_match")
     if match:
         rows.append(["exact match on held-out prompts", f"{match['before']:.3f}", f"{match['after']:.3f}"])

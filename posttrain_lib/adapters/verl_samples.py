@@ -21,6 +21,7 @@ from torch import Tensor
 from verl import DataProto
 
 from posttrain_lib.errors import DataError
+from posttrain_lib.rl.packing import check_signals
 from posttrain_lib.schema.rollouts import TrainSample
 
 _NUMBERS = ("prompt_tokens", "group", "index")
@@ -90,12 +91,4 @@ def _check_signals(sample: TrainSample, names: list[str]) -> None:
     where = f"sample {sample.index} of group {sample.group}"
     if sorted(sample.signals) != names:
         raise DataError("the samples have different signals", where=where, got=sorted(sample.signals), expected=names)
-    trained = int(sample.trained.sum())
-    for name, values in sample.signals.items():
-        if values.shape != (trained,):
-            raise DataError(
-                "a signal is not one number a trained token",
-                where=f"{where}, {name}",
-                got=values.shape,
-                expected=(trained,),
-            )
+    check_signals(sample)

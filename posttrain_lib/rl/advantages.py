@@ -15,8 +15,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain_lib.errors import ConfigError, DataError
+from posttrain_lib.errors import ConfigError
 from posttrain_lib.registry import resolve
+from posttrain_lib.rl.rewards.shaping import finite
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -63,15 +64,7 @@ def advantages_of(name: str, rewards: Floats, groups: Integers, tokens: Integers
         DataError: a reward is not finite; graders' failures are to be sorted out before.
     """
     rule = rule_of(name)
-    rewards = np.asarray(rewards, dtype=np.float64)
-    if not np.isfinite(rewards).all():
-        place = int(np.flatnonzero(~np.isfinite(rewards))[0])
-        raise DataError(
-            "a completion's reward is no number",
-            where=f"completion {place} of {len(rewards)}",
-            got=float(rewards[place]),
-            fix="leave samples out whose grading failed",
-        )
+    rewards = finite(rewards)
     found = np.asarray(rule(rewards, np.asarray(groups), np.asarray(tokens)), dtype=np.float64)
     if found.shape != rewards.shape or not np.isfinite(found).all():
         raise ConfigError(

@@ -35,12 +35,13 @@ from posttrain_lib.losses.policy import OLD, REFERENCE
 from posttrain_lib.rl.advantages import advantages_of
 from posttrain_lib.rl.curriculum import Curriculum
 from posttrain_lib.rl.desk import GradingDesk
-from posttrain_lib.rl.figures import Times, batch_figures, first_report, held_out_figures, shown_answers
+from posttrain_lib.rl.figures import Times, batch_figures, held_out_figures, shown_answers
 from posttrain_lib.rl.ledger import Settled
 from posttrain_lib.rl.prompts import PromptOrder
 from posttrain_lib.rl.pump import EnginePump
 from posttrain_lib.rl.rewards.shaping import normalised
 from posttrain_lib.rl.trajectories import Group, samples_of, seed_for, to_grade, with_failures, with_teacher
+from posttrain_lib.schema.reports import first_report
 from posttrain_lib.schema.rollouts import TrainSample
 from posttrain_lib.training import pulse
 from posttrain_lib.training.preemption import preempted

@@ -12,7 +12,6 @@ import numpy as np
 
 from posttrain_lib.evaluation.pass_rate import pass_at_k
 from posttrain_lib.rl.trajectories import Group, Trajectory
-from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.schema.rollouts import Grade
 
 
@@ -116,26 +115,6 @@ def shown_answers(groups: Sequence[Group], version: int, count: int) -> list[dic
                 }
             )
     return shown
-
-
-def first_report(total_steps: int) -> StepReport:
-    """Of the policy before its first update: nothing is trained yet."""
-    return StepReport(
-        step=0,
-        total_steps=total_steps,
-        loss=None,
-        lr=0.0,
-        grad_norm=0.0,
-        trained_weight=0.0,
-        real_tokens=0,
-        slot_tokens=0,
-        tokens_seen=0,
-        step_seconds=0.0,
-        data_wait_seconds=0.0,
-        model_flops=0.0,
-        mfu=None,
-        peak_memory_gib=0.0,
-    )
 
 
 class Times:

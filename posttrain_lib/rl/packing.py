@@ -136,14 +136,24 @@ def _check(samples: Sequence[TrainSample], lengths: np.ndarray, row_tokens: int)
                 got=f"{trained} trained tokens, a prompt of {sample.prompt_tokens}",
                 expected="at least one, and none in the prompt or at the very beginning",
             )
-        for name, values in sample.signals.items():
-            if values.shape != (trained,):
-                raise DataError(
-                    "a signal is not one number a trained token",
-                    where=f"{where}, {name}",
-                    got=values.shape,
-                    expected=(trained,),
-                )
+        check_signals(sample)
+
+
+def check_signals(sample: TrainSample) -> None:
+    """Every signal is one number a trained token.
+
+    Raises:
+        DataError: one is not, by name.
+    """
+    trained = trained_in_order(sample)
+    for name, values in sample.signals.items():
+        if values.shape != (trained,):
+            raise DataError(
+                "a signal is not one number a trained token",
+                where=f"sample {sample.index} of group {sample.group}, {name}",
+                got=values.shape,
+                expected=(trained,),
+            )
 
 
 def _units(samples: Sequence[TrainSample], lengths: np.ndarray, row_tokens: int, share: bool) -> _Units:

@@ -86,6 +86,24 @@ class StepReport:
         return self.trained_tokens / max(1e-9, self.step_seconds)
 
 
+def first_report(total_steps: int, **fields: Any) -> StepReport:
+    """Of a model before its first step: nothing is trained yet. ``fields`` as those of :class:`StepReport`."""
+    nothing: dict[str, Any] = {
+        "lr": 0.0,
+        "grad_norm": 0.0,
+        "trained_weight": 0.0,
+        "real_tokens": 0,
+        "slot_tokens": 0,
+        "tokens_seen": 0,
+        "step_seconds": 0.0,
+        "data_wait_seconds": 0.0,
+        "model_flops": 0.0,
+        "mfu": None,
+        "peak_memory_gib": 0.0,
+    }
+    return StepReport(step=0, total_steps=total_steps, loss=None, **{**nothing, **fields})
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a finished job returns: which checkpoints stand, and how it ended.

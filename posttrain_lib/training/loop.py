@@ -38,7 +38,7 @@ from posttrain_lib.parallel.compilation import check_compiler
 from posttrain_lib.parallel.context import check_context
 from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.parallel.process_group import global_max, process_group
-from posttrain_lib.schema.reports import StepReport, TrainResult
+from posttrain_lib.schema.reports import StepReport, TrainResult, first_report
 from posttrain_lib.training import pulse
 from posttrain_lib.training.build import build_loader, live_feed, load_sharded_model, planned_steps, spec_of
 from posttrain_lib.training.checks import (
@@ -223,20 +223,8 @@ class Trainer:
         progress = self.state.progress
         held_out = self._held_out()
         progress.first_held_out = progress.patience_held_out = held_out.losses["all"]
-        report = StepReport(
-            step=0,
-            total_steps=self.total_steps,
-            loss=None,
-            lr=0.0,
-            grad_norm=0.0,
-            trained_weight=0.0,
-            real_tokens=0,
-            slot_tokens=0,
-            tokens_seen=0,
-            step_seconds=0.0,
-            data_wait_seconds=0.0,
-            model_flops=0.0,
-            mfu=None,
+        report = first_report(
+            self.total_steps,
             peak_memory_gib=max(global_max([peak_memory_gib(self.device)])),
             held_out=held_out.losses,
             held_out_figures=held_out.figures,

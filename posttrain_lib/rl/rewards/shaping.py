@@ -37,7 +37,7 @@ def normalised(name: str, rewards: Floats, groups: Integers, *, clip: float | No
     rule: Normalisation = resolve(name, NORMALISATIONS, what="normalisation of rewards", where="rewards.normalise")
     if clip is not None and not clip > 0:
         raise ConfigError("rewards are held within a bound above 0", where="rewards.clip", got=clip)
-    rewards = _finite(rewards)
+    rewards = finite(rewards)
     found = rule(rewards, np.asarray(groups))
     return found if clip is None else np.clip(found, -clip, clip)
 
@@ -67,7 +67,7 @@ def signal(rewards: Floats, groups: Integers) -> dict[int, bool]:
     Raises:
         DataError: a reward is not finite.
     """
-    rewards, groups = _finite(rewards), np.asarray(groups)
+    rewards, groups = finite(rewards), np.asarray(groups)
     parts = {int(group): rewards[groups == group] for group in np.unique(groups)}
     return {group: bool(part.min() < part.max()) for group, part in parts.items()}
 
@@ -84,7 +84,12 @@ def _standard(values: Floats) -> Floats:
     return np.zeros_like(values) if deviation < _ROUNDING else centred / deviation
 
 
-def _finite(rewards: Floats) -> Floats:
+def finite(rewards: Floats) -> Floats:
+    """Float64 [B], themselves.
+
+    Raises:
+        DataError: one is no finite number; graders' failures are to be sorted out before.
+    """
     rewards = np.asarray(rewards, dtype=np.float64)
     if not np.isfinite(rewards).all():
         place = int(np.flatnonzero(~np.isfinite(rewards))[0])
