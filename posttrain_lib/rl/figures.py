@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -91,12 +92,13 @@ def held_out_figures(grades: Sequence[Grade], trajectories: Sequence[Trajectory]
 
 
 def shown_answers(groups: Sequence[Group], version: int, count: int) -> list[dict[str, Any]]:
-    """The best, the worst and one answer in between of the batch's first groups, to be read by a person; of episodes
+    """The best, the worst and a random answer of the batch's first groups, to be read by a person; of episodes
     their ``turns``, too."""
     shown = []
     for group in groups[:count]:
         ranked = sorted(group.graded, key=lambda number: group.grades[number].reward or 0.0)
-        places = {"worst": 0, "middle": len(ranked) // 2, "best": len(ranked) - 1}
+        drawn = random.Random(f"{version}/{group.visit}").randrange(len(ranked))  # the same again after a resume
+        places = {"worst": 0, "random": drawn, "best": len(ranked) - 1}
         for kind, place in places.items():
             one, grade = group.trajectories[ranked[place]], group.grades[ranked[place]]
             shown.append(
