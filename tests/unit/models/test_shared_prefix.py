@@ -165,4 +165,7 @@ def test_the_loss_of_completions_that_share_a_prompt(name, precision, tiny_folde
     assert float((nll_shared - nll_plain).abs().max() / nll_plain.max()) <= limit
     for name_, expected in gradients_plain.items():
         error = (gradients_shared[name_] - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
-        assert float(error) <= limit, name_
+        # A bias of all keys moves a query's scores alike, but for what rotation makes of it: its gradient is what is
+        # left of sums that cancel, and their rounding is no smaller for that (0.033 on one CPU, below 0.03 on others).
+        cancels = precision is not None and name_.endswith("k_proj.bias")
+        assert float(error) <= (2 * limit if cancels else limit), name_
