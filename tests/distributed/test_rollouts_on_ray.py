@@ -82,7 +82,7 @@ def test_a_cluster_by_its_address(folder: Path, cluster: Nodes, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_no_actor(folder: Path, tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "tests.support.rollout_jobs", str(folder), "orphans", ON_TWO.model_dump_json()]
+    program = [sys.executable, "-m", "tests.support.driven_rollouts", str(folder), "orphans", ON_TWO.model_dump_json()]
     with start(program, tmp_path / "output") as driver:
         log = folder / "orphans/ranks/rank-1.json"
         wait_for(lambda: log.exists() and json.loads(log.read_text())["step"] >= 1, 200, "the first update")
