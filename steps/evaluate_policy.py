@@ -170,7 +170,7 @@ def _answers(
 def _scores(grades: Sequence[Grade], ways: int) -> dict[str, Scores]:
     """By metric, of each prompt; a failed grading is wrong and worth nothing."""
     from posttrain_lib.evaluation.bootstrap import Scores
-    from posttrain_lib.evaluation.pass_rate import pass_at_k
+    from posttrain_lib.rl.figures import sampled_pass_rates
 
     greedy = grades[::ways]
     found = {}
@@ -179,12 +179,9 @@ def _scores(grades: Sequence[Grade], ways: int) -> dict[str, Scores]:
     found["reward"] = Scores(np.array([grade.reward or 0.0 for grade in greedy]))
     for title in dict.fromkeys(name for grade in greedy for name in grade.parts):
         found[f"reward/{title}"] = Scores(np.array([grade.parts.get(title, 0.0) for grade in greedy]))
-    samples = ways - 1
-    if samples and "pass@1" in found:
-        right = [sum(bool(g.correct) for g in grades[i + 1 : i + ways]) for i in range(0, len(grades), ways)]
-        for k in sorted({1, samples}):
-            values = np.array([pass_at_k(samples, count, k) for count in right])
-            found[f"sampled_pass@{k}"] = Scores(values, unit="share")
+    if "pass@1" in found:
+        rates = sampled_pass_rates(grades, ways)
+        found |= {name: Scores(values, unit="share") for name, values in rates.items()}
     return found
 
 

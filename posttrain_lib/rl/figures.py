@@ -79,16 +79,20 @@ def held_out_figures(grades: Sequence[Grade], trajectories: Sequence[Trajectory]
     if all(grade.correct is None for grade in greedy):
         return {"held_out": {"all": -figures["reward"]}, "held_out_figures": figures}
     figures = {"pass@1": float(np.mean([bool(grade.correct) for grade in greedy])), **figures}
-    samples = ways - 1
-    if samples:
-        right = [
-            sum(bool(grade.correct) for grade in grades[first + 1 : first + ways])
-            for first in range(0, len(grades), ways)
-        ]
-        for k in sorted({1, samples} if samples > 1 else {1}):
-            name = f"sampled_pass@{k}"
-            figures[name] = float(np.mean([pass_at_k(samples, count, k) for count in right]))
+    figures |= {name: float(rates.mean()) for name, rates in sampled_pass_rates(grades, ways).items()}
     return {"held_out": {"all": 1.0 - figures["pass@1"]}, "held_out_figures": figures}
+
+
+def sampled_pass_rates(grades: Sequence[Grade], ways: int) -> dict[str, np.ndarray]:
+    """``sampled_pass@k`` of each prompt, float64 [prompts], for k of 1 and of all that were drawn.
+
+    Of ``ways`` answers to each prompt in a row the first is greedy and left out. A failed grading is wrong. Empty where
+    none were drawn.
+    """
+    drawn = ways - 1
+    right = [sum(bool(grade.correct) for grade in grades[i + 1 : i + ways]) for i in range(0, len(grades), ways)]
+    ks = sorted({1, drawn}) if drawn else []
+    return {f"sampled_pass@{k}": np.array([pass_at_k(drawn, count, k) for count in right]) for k in ks}
 
 
 def shown_answers(groups: Sequence[Group], version: int, count: int) -> list[dict[str, Any]]:

@@ -125,8 +125,3 @@ class Ledger:
     def _count(self, one: Settled) -> None:
         self.counts[one.fate] += 1
         self._unwritten.append(one)
-
-
-def trained_visits(lines: Iterable[dict[str, Any]], keep: Callable[[int], bool] = lambda version: True) -> list[int]:
-    """Visits that a log says were trained, in order."""
-    return [int(visit[0]) for line in lines if keep(line["version"]) for visit in line["trained"]]

@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
-from posttrain_lib.rl.ledger import FATES, trained_visits
+from posttrain_lib.rl.ledger import FATES
 from posttrain_lib.rl.version_log import read_log
 from tests.flows.test_sft_flow import ROOT, environment
+from tests.support.ledgers import trained_visits
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.errors import CheckpointError
-from posttrain_lib.rl.ledger import FATES, Ledger, Settled, trained_visits
+from posttrain_lib.rl.ledger import FATES, Ledger, Settled
 from posttrain_lib.rl.version_log import VersionLog, read_log
+from tests.support.ledgers import trained_visits
 
 
 def settle(ledger: Ledger, visits: list[int], fate: str = "trained") -> None:

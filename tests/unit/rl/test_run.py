@@ -12,7 +12,7 @@ import torch
 
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.errors import ConfigError, RolloutError, TrainingError
-from posttrain_lib.rl.ledger import FATES, LEDGER, trained_visits
+from posttrain_lib.rl.ledger import FATES, LEDGER
 from posttrain_lib.rl.rewards.base import RewardSpec
 from posttrain_lib.rl.run import ANSWERS, train_on_rollouts
 from posttrain_lib.rl.settings import HeldOut
@@ -20,6 +20,7 @@ from posttrain_lib.rl.version_log import read_log
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.training import pulse
 from posttrain_lib.training.job import TrainJob
+from tests.support.ledgers import trained_visits
 from tests.support.rollout_jobs import rollout_job, write_teacher
 
 
