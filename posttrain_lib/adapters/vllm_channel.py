@@ -1,20 +1,18 @@
 """A process that answers calls, and tensors to it: how the vLLM engine is driven from outside.
 
-Calls and answers are pickled through a pipe. Tensors go through anonymous memory that both processes have open: a copy
-into it, none out of it. 500 MB took 0.1 s on one core, and 1.5 s as pickled bytes. The process ends with its driver,
-for then its end of the pipe does.
+Calls and answers are pickled through a pipe, each message with its answer; tensors go through memory that both
+processes have open (``rl.shared_tensors``). The process ends with its driver, for then its end of the pipe does.
 """
 
 from __future__ import annotations
 
-import mmap
+import contextlib
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,34 +22,35 @@ from torch import Tensor
 
 from posttrain_lib.adapters.vllm_process import SHOWN_LINES, variables
 from posttrain_lib.errors import RolloutError
+from posttrain_lib.rl.shared_tensors import Bucket, DeviceMemory, HostMemory, SharedTensors
 
 #: bytes of the process's output that are looked at for its last lines
 _TAIL = 1 << 16
-#: tensors begin at multiples of this in the shared memory; any dtype's alignment
-_ALIGNMENT = 64
 #: seconds that a process gets to end by itself
 _GRACE = 10
 
 
-@dataclass(frozen=True)
-class Placed:
-    """Where a tensor lies in the shared memory: ``offset`` bytes from its beginning."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
+#: what answers a bucket, so that the next may be put where it lay
+TAKEN = "taken"
+#: in a bucket's place: there will be no more
+_BROKEN_OFF = "broken off"
 
 
 class Channel:
     """The driver's end. One call at a time; after a failure every further call fails with the same words."""
 
-    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
-        """Start ``python -m module CALLS MEMORY``, two file descriptors; see :func:`serve`."""
+    def __init__(self, module: str, environment: Mapping[str, str], device: torch.device | None = None) -> None:
+        """Start ``python -m module CALLS MEMORY``, two file descriptors; see :class:`Inbox`.
+
+        Args:
+            device: the CUDA device that the process computes on, by this process's number: tensors go through its
+                memory. None: through the host's.
+        """
         self._calls, theirs = Pipe()
-        self._memory = os.memfd_create("weights")
+        self._host = HostMemory()
+        self._memory = self._host if device is None else DeviceMemory(device)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the channel
-        descriptors = (theirs.fileno(), self._memory)
+        descriptors = (theirs.fileno(), self._host.descriptor)
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, descriptors)],
             env=variables(environment),
@@ -75,12 +74,34 @@ class Channel:
             RolloutError: its own, where it answers with one; it died, before or now; or it did not answer in time, and
                 was ended.
         """
-        message = pickle.dumps((what, arguments))
+        return self._asked((what, arguments), what, seconds)
+
+    def push(self, what: str, weights: Iterable[tuple[str, Tensor]], *arguments: Any, seconds: float) -> Any:
+        """As :meth:`call`, with tensors before the other arguments: the process gets their first bucket, and reads them
+        all by :meth:`Inbox.tensors`. ``seconds``: for each bucket.
+
+        Raises:
+            RolloutError: as :meth:`call`. What iterating raises: the process is told.
+        """
+        buckets = self._memory.buckets(weights)
+        answer = self.call(what, next(buckets), *arguments, seconds=seconds)
+        while answer == TAKEN:
+            try:
+                bucket = next(buckets, None)
+            except BaseException:
+                with contextlib.suppress(RolloutError):  # the process says that it was broken off
+                    self._asked(_BROKEN_OFF, what, seconds)
+                raise
+            answer = self._asked(bucket, what, seconds)
+        return answer
+
+    def _asked(self, message: Any, what: str, seconds: float) -> Any:
+        sent = pickle.dumps(message)
         if self._failed is None:
             # Stays where an exception from outside, such as an interrupt, leaves an answer in the pipe.
             self._failed = f"a call was broken off: {what!r}"
             try:
-                self._calls.send_bytes(message)
+                self._calls.send_bytes(sent)
                 if self._calls.poll(seconds):
                     answer = self._calls.recv()
                     self._failed = None
@@ -99,18 +120,6 @@ class Channel:
             fix="see its last lines; start a new engine, and push the weights to it",
         )
 
-    def place(self, weights: Iterable[tuple[str, Tensor]]) -> list[Placed]:
-        """Copy tensors into the shared memory, over those of before; it stays as large as the most that it held."""
-        placed, offset = [], 0
-        for name, tensor in weights:
-            data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-            placed.append(Placed(name, tensor.dtype, tuple(tensor.shape), offset))
-            end = offset + len(data)
-            while offset < end:  # one call writes two gigabytes at most
-                offset += os.pwrite(self._memory, data[len(data) - (end - offset) :], offset)
-            offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        return placed
-
     def close(self) -> None:
         """End the process and give the memory back."""
         self._failed = self._failed or "it was closed"
@@ -120,7 +129,7 @@ class Channel:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        os.close(self._memory)
+        self._host.close()
         self._log.close()
 
     def _last_lines(self) -> list[str]:
@@ -131,30 +140,41 @@ class Channel:
         return tail.decode(errors="replace").splitlines()[-SHOWN_LINES:]
 
 
-def serve(calls: int, answers: Callable[[str, tuple[Any, ...]], Any]) -> None:
-    """The process's end: answer calls until the driver's end closes. A RolloutError is an answer, too; any other
-    exception ends the process.
+class Inbox:
+    """The process's end."""
 
-    Args:
-        calls: the file descriptor that the process was started with.
-        answers: (what, arguments) -> answer.
-    """
-    connection = Connection(calls)
-    while True:
-        try:
-            what, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer = answers(what, arguments)
-        except RolloutError as error:
-            answer = error
-        connection.send(answer)
+    def __init__(self, calls: int, memory: int) -> None:
+        """The file descriptors that the process was started with."""
+        self._calls = Connection(calls)
+        self._shared = SharedTensors(memory)
 
+    def serve(self, answers: Callable[[str, tuple[Any, ...]], Any]) -> None:
+        """Answer calls until the driver's end closes. A RolloutError is an answer, too; any other exception ends the
+        process.
 
-def placed_tensors(memory: int, placed: Iterable[Placed]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that :meth:`Channel.place` put into the shared memory: views of it, until the next are put there."""
-    view = mmap.mmap(memory, 0)
-    for each in placed:
-        count = torch.Size(each.shape).numel()
-        yield each.name, torch.frombuffer(view, dtype=each.dtype, count=count, offset=each.offset).view(each.shape)
+        Args:
+            answers: (what, arguments) -> answer.
+        """
+        while True:
+            try:
+                what, arguments = self._calls.recv()
+            except EOFError:
+                return
+            try:
+                answer = answers(what, arguments)
+            except RolloutError as error:
+                answer = error
+            self._calls.send(answer)
+
+    def tensors(self, first: Bucket) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of a :meth:`Channel.push`, of which the call brought the first bucket; to be read to their end.
+
+        Views of the shared memory: on a device until the next is asked for, on the host until the next push.
+        """
+        bucket = first
+        while bucket is not None:
+            yield from self._shared.of(bucket)
+            self._calls.send(TAKEN)
+            bucket = self._calls.recv()
+            if bucket == _BROKEN_OFF:
+                raise RolloutError("the tensors of a push were broken off", fix="push all of them again")

@@ -9,6 +9,7 @@ with the new weights, and a seed draws other tokens. Its workers are in its proc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class VllmEngine:
         environment: Mapping[str, str],
         start_seconds: float,
         call_seconds: float,
+        device: torch.device | None = None,
     ) -> None:
         """Start the process and load a folder.
 
@@ -61,6 +63,7 @@ class VllmEngine:
                 enable_sleep_mode.
             environment: of the process, above ``vllm_process``'s own: OMP_NUM_THREADS, VLLM_CPU_KVCACHE_SPACE.
             start_seconds: within which the engine must stand. call_seconds: within which it must answer a call.
+            device: the CUDA device that it is to compute on; None: it has none.
 
         Raises:
             RolloutError: it does not come up.
@@ -82,7 +85,8 @@ class VllmEngine:
         self._ended: dict[str, Completion] = {}  # not given back yet: their step met a constraint's end
         self._unusable: str | None = None
         self._closed = False
-        self._channel = Channel("posttrain_lib.adapters.vllm_worker", {**_ONE_MORE, **environment})
+        seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": visible_number(device)}
+        self._channel = Channel("posttrain_lib.adapters.vllm_worker", {**_ONE_MORE, **seen, **environment}, device)
         try:
             started = (str(folder), window, slots, version, dict(options))
             self._vocab_size: int = self._channel.call("start", *started, seconds=start_seconds)
@@ -154,7 +158,8 @@ class VllmEngine:
         """See ``rl.roles.RolloutRole.push``. After an error the engine refuses to work until a push succeeds."""
         self._check_open()
         self._unusable = f"the push of version {version} failed"
-        digest: str = self._call("push", self._channel.place(checked(weights, self._shapes)), version)
+        checked_weights = checked(weights, self._shapes)
+        digest: str = self._channel.push("push", checked_weights, version, seconds=self._seconds)
         self.version, self._unusable = version, None
         return digest
 
@@ -252,4 +257,13 @@ def vllm_engine(
         environment={"OMP_NUM_THREADS": str(torch.get_num_threads()), **(environment or {})},
         start_seconds=start_seconds,
         call_seconds=call_seconds,
+        device=device if device.type == "cuda" else None,
     )
+
+
+def visible_number(device: torch.device) -> str:
+    """What CUDA_VISIBLE_DEVICES is for a process that shall see this CUDA device alone: this process's own list may
+    have given the device another number."""
+    number = torch.cuda.current_device() if device.index is None else device.index
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return str(number) if visible is None else visible.split(",")[number].strip()

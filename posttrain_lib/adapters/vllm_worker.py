@@ -7,17 +7,18 @@ the driver's matter: here they are sampled.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from posttrain_lib.adapters.vllm_channel import Placed, placed_tensors, serve
+from posttrain_lib.adapters.vllm_channel import Inbox
 from posttrain_lib.errors import RolloutError
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.spec import ExpertsConfig
-from posttrain_lib.rl.sync_guard import digest_of
+from posttrain_lib.rl.shared_tensors import Bucket
+from posttrain_lib.rl.sync_guard import Digest
 from posttrain_lib.schema.rollouts import Request
 
 
@@ -35,8 +36,8 @@ class Sampled:
 class Worker:
     """A vLLM engine in this process."""
 
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
         self._engine: Any = None
         self._version = 0
         self._window = 0
@@ -108,18 +109,20 @@ class Worker:
         self._engine.abort_request([_name(key) for key in keys])
         self._sampled = [each for each in self._sampled if each.key not in keys]
 
-    def on_push(self, placed: Sequence[Placed], version: int) -> str:
-        """Load what lies in the shared memory; its digest.
+    def on_push(self, first: Bucket, version: int) -> str:
+        """Load the tensors of a push; their digest.
 
         What the old weights left in the cache goes, or later prompts would find it there: requests on their way are
         computed again from their tokens.
         """
-        weights = list(placed_tensors(self._memory, placed))
-        digest = digest_of(weights)
-        self._engine.collective_rpc(_reload, args=(weights,))
+        received = Digest()
+        weights = received.through(self._inbox.tensors(first))
+        # vLLM keeps the tensors of a layer until it has them all; on a device others lie in their place by then
+        kept = ((name, value.clone() if value.is_cuda else value) for name, value in weights)
+        self._engine.collective_rpc(_reload, args=(kept,))
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._version = version
-        return digest
+        return received.text()
 
     def on_logprobs(self, sequences: Sequence[Sequence[int]], begins: Sequence[int]) -> list[np.ndarray]:
         """Of given tokens, at temperature 1; what else runs goes on meanwhile.
@@ -192,14 +195,14 @@ def _refuse_experts(folder: str) -> None:
         )
 
 
-def _reload(worker: Any, weights: list[tuple[str, Any]]) -> None:
+def _reload(worker: Any, weights: Iterator[tuple[str, Any]]) -> None:
     """In vLLM's worker. ``model.load_weights`` alone does not do on a CPU: layers were packed after loading.
 
     Nor does vLLM 0.31 pack a tied head again, for no weight comes under its name: it would go on with the old one.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    worker.model_runner.reload_weights(weights_iterator=iter(weights))
+    worker.model_runner.reload_weights(weights_iterator=weights)
     for module in worker.get_model().modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
@@ -209,4 +212,5 @@ if __name__ == "__main__":
     # Under its own name, for the driver knows no class of this __main__.
     from posttrain_lib.adapters import vllm_worker
 
-    serve(int(sys.argv[1]), vllm_worker.Worker(int(sys.argv[2])).answer)
+    inbox = Inbox(*map(int, sys.argv[1:]))
+    inbox.serve(vllm_worker.Worker(inbox).answer)

@@ -43,8 +43,11 @@ class Rollout(Section):
         gt=0,
         description="KL a token between engine and trainer above which the run stops, staleness included; null: never",
     )
-    max_canary_difference: float = Field(
-        0.05, gt=0, description="between engine's and trainer's log-probs of fixed tokens, checked at every push"
+    max_canary_difference: float | None = Field(
+        None,
+        gt=0,
+        description="between engine's and trainer's log-probs of fixed tokens, checked at every push; "
+        "null: 0.05, and 0.5 where train.precision is bf16",
     )
 
 

@@ -42,7 +42,7 @@ class RolloutJob:
     constraint: ConstraintSpec | None = None
     grader_processes: int = 1
     max_mismatch: float | None = None
-    max_canary_difference: float = 0.05
+    max_canary_difference: float | None = None
     trajectory: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
-from posttrain_lib.errors import DataError
+from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.parallel.compilation import check_compiler
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 ANSWERS = "rollouts.jsonl"
 #: prompts that engine and trainer are compared on at every push
 _CANARIES = 4
+#: largest difference of one of their log-probabilities, by the trainer's precision: bfloat16 rounds logits of 16 by 0.06
+_CANARY_BOUNDS = {"fp32": 0.05, "bf16": 0.5}
+_ENGINE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 ENGINES: dict[str, str] = {
     "embedded": "posttrain_lib.rl.run:embedded_engine",
@@ -118,7 +121,8 @@ def _roles(
         closing.callback(engine.close)
         # One token alone has nothing before it that would make it likely.
         canaries = [prompt.token_ids if len(prompt.token_ids) > 1 else prompt.token_ids * 2 for prompt in prompts]
-        guard = SyncGuard(canaries[:_CANARIES], bound=rollouts.max_canary_difference)
+        bound = rollouts.max_canary_difference or _CANARY_BOUNDS[job.train.precision]
+        guard = SyncGuard(canaries[:_CANARIES], bound=bound)
         teaches = rollouts.teacher is not None
         yield Roles(policy, engine, graders, guard, None if teaches else frozen, frozen if teaches else None)
 
@@ -134,15 +138,26 @@ def engine_device(device: torch.device, ranks: int, placement: str, say: Callabl
 
 
 def embedded_engine(
-    folder: str, *, window: int, decode: Decode, device: torch.device, slots: int = 128
+    folder: str, *, window: int, decode: Decode, device: torch.device, slots: int = 128, dtype: str = "float32"
 ) -> EmbeddedEngine:
     """The engine over our own definition of the model in ``folder``; its weights come with the first push.
 
     Args:
         window: most tokens of a prompt and its answer. slots: answers that are written at once.
+        dtype: of its weights and arithmetic: float32, or bfloat16.
+
+    Raises:
+        ConfigError: another dtype.
     """
+    if dtype not in _ENGINE_DTYPES:
+        raise ConfigError(
+            "the embedded engine does not compute in this dtype",
+            where="grpo.rollout.options.dtype",
+            got=dtype,
+            expected=", ".join(_ENGINE_DTYPES),
+        )
     spec = spec_from_folder(folder)
-    model = build_model(spec, device=device).eval().requires_grad_(False)
+    model = build_model(spec, dtype=_ENGINE_DTYPES[dtype], device=device).eval().requires_grad_(False)
     return EmbeddedEngine(model, spec, window=window, slots=slots, decode=decode)
 
 

@@ -17,6 +17,7 @@ from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.rl.constraints import Trie
+from posttrain_lib.rl.engine.embedded import EmbeddedEngine
 from posttrain_lib.rl.engine.weights import hf_weights, take_weights
 from posttrain_lib.rl.roles import RolloutRole
 from posttrain_lib.rl.sync_guard import SyncGuard, digest_of
@@ -71,8 +72,17 @@ def vllm_engine(folder: Path, **options: Any) -> RolloutRole:
     )
 
 
+def on_cuda(folder: Path, **options: Any) -> RolloutRole:
+    """The embedded engine on a CUDA device, in float32."""
+    host, spec = loaded(folder, torch.float32, pad_to=64)
+    model = build_model(spec, device=torch.device("cuda"))
+    model.load_state_dict(host.state_dict())
+    return EmbeddedEngine(model, spec, **options)
+
+
 ENGINES: dict[str, Callable[..., RolloutRole]] = {
     "embedded": lambda folder, **options: embedded(folder, torch.float32, pad_to=64, **options),
+    "embedded, CUDA": on_cuda,
     "vllm": vllm_engine,
 }
 VLLM = [
@@ -81,7 +91,16 @@ VLLM = [
 ]
 
 
-@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=VLLM)])
+CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+@pytest.fixture(
+    scope="module",
+    params=["embedded", pytest.param("embedded, CUDA", marks=CUDA), pytest.param("vllm", marks=VLLM)],
+)
 def subject(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
     policy, spec = loaded(folder, torch.float32)
     engine = ENGINES[request.param](folder, window=WINDOW, slots=3, decode=text_of)

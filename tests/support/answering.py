@@ -7,8 +7,10 @@ import signal
 import sys
 from typing import Any
 
-from posttrain_lib.adapters.vllm_channel import placed_tensors, serve
+from posttrain_lib.adapters.vllm_channel import Inbox
 from posttrain_lib.errors import RolloutError
+
+INBOX = Inbox(*map(int, sys.argv[1:]))
 
 
 def answer(what: str, arguments: tuple[Any, ...]) -> Any:
@@ -16,9 +18,12 @@ def answer(what: str, arguments: tuple[Any, ...]) -> Any:
     if what == "digest":
         from posttrain_lib.rl.sync_guard import digest_of
 
-        return digest_of(placed_tensors(int(sys.argv[2]), arguments[0]))
+        return digest_of(INBOX.tensors(arguments[0]))
     if what == "size":
         return os.fstat(int(sys.argv[2])).st_size
+    if what == "half":
+        next(INBOX.tensors(arguments[0]))
+        raise RolloutError("enough", where="in the midst")
     if what == "refuse":
         raise RolloutError("refused", where="here")
     if what == "crash":
@@ -32,4 +37,4 @@ def answer(what: str, arguments: tuple[Any, ...]) -> Any:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), answer)
+    INBOX.serve(answer)

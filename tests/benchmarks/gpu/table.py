@@ -32,6 +32,13 @@ COLUMNS: dict[str, dict[str, str]] = {
         "fill": "fill",
         "steps": "timed_steps",
     },
+    "push": {
+        "push ms": "median_ms/push",
+        "bare ms": "median_ms/bare",
+        "copy ms": "median_ms/copy",
+        "GiB": "gib",
+        "GiB/s": "push_gib_per_s",
+    },
     "vocabulary": {"best": "best_pad", "64/best": "default_over_best", "odd/64": "unpadded_over_default"},
     "attention": {
         "ours ms": "times/ours/median_ms",

@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -70,12 +70,26 @@ def test_tensors_arrive_as_they_are(channel: Channel) -> None:
         "half": torch.randn(5, 3).half(),
         "large": torch.randn(1000, 100, dtype=torch.float64),
     }
-    placed = channel.place(weights.items())
-    assert channel.call("digest", placed, seconds=LONG) == digest_of(weights.items())
+    assert channel.push("digest", weights.items(), seconds=LONG) == digest_of(weights.items())
     size = channel.call("size", seconds=LONG)
     changed = {name: tensor + 1 for name, tensor in weights.items()}
-    assert channel.call("digest", channel.place(changed.items()), seconds=LONG) == digest_of(changed.items())
+    assert channel.push("digest", changed.items(), seconds=LONG) == digest_of(changed.items())
     assert channel.call("size", seconds=LONG) == size
+
+
+def broken(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """They end with an error of the driver's."""
+    yield from weights
+    raise ValueError("no more")
+
+
+def test_a_push_that_ends_in_an_error_harms_no_later_one(channel: Channel) -> None:
+    weights = {"a": torch.ones(3), "b": torch.zeros(2)}
+    with pytest.raises(RolloutError, match="enough"):
+        channel.push("half", weights.items(), seconds=LONG)
+    with pytest.raises(ValueError, match="no more"):
+        channel.push("digest", broken(weights.items()), seconds=LONG)
+    assert channel.push("digest", weights.items(), seconds=LONG) == digest_of(weights.items())
 
 
 @pytest.mark.parametrize(
