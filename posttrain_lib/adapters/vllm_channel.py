@@ -74,7 +74,8 @@ class Channel:
             RolloutError: its own, where it answers with one; it died, before or now; or it did not answer in time, and
                 was ended.
         """
-        return self._asked((what, arguments), what, seconds)
+        self._send((what, arguments), what)
+        return self._answer(what, seconds)
 
     def push(self, what: str, weights: Iterable[tuple[str, Tensor]], *arguments: Any, seconds: float) -> Any:
         """As :meth:`call`, with tensors before the other arguments: the process gets their first bucket, and reads them
@@ -84,35 +85,50 @@ class Channel:
             RolloutError: as :meth:`call`. What iterating raises: the process is told.
         """
         buckets = self._memory.buckets(weights)
-        answer = self.call(what, next(buckets), *arguments, seconds=seconds)
-        while answer == TAKEN:
+        self._send((what, (next(buckets), *arguments)), what)
+        while True:
             try:
-                bucket = next(buckets, None)
+                following = next(buckets, None)  # while the process reads the one before
             except BaseException:
                 with contextlib.suppress(RolloutError):  # the process says that it was broken off
-                    self._asked(_BROKEN_OFF, what, seconds)
+                    self._answer(what, seconds)
+                    self._send(_BROKEN_OFF, what)
+                    self._answer(what, seconds)
                 raise
-            answer = self._asked(bucket, what, seconds)
-        return answer
+            answer = self._answer(what, seconds)
+            if answer != TAKEN:
+                return answer
+            self._send(following, what)
 
-    def _asked(self, message: Any, what: str, seconds: float) -> Any:
+    def _send(self, message: Any, what: str) -> None:
         sent = pickle.dumps(message)
+        self._check_alive()
+        # Stays where an exception from outside, such as an interrupt, leaves an answer in the pipe.
+        self._failed = f"a call was broken off: {what!r}"
+        try:
+            self._calls.send_bytes(sent)
+        except OSError:
+            self._failed = f"died with exit code {self._process.wait()} at {what!r}"
+            self._check_alive()
+
+    def _answer(self, what: str, seconds: float) -> Any:
+        try:
+            if self._calls.poll(seconds):
+                answer = self._calls.recv()
+                self._failed = None
+                if isinstance(answer, RolloutError):
+                    raise answer
+                return answer
+            self._process.kill()
+            self._process.wait()
+            self._failed = f"no answer to {what!r} in {seconds:g} s"
+        except (EOFError, OSError):
+            self._failed = f"died with exit code {self._process.wait()} at {what!r}"
+        return self._check_alive()
+
+    def _check_alive(self) -> None:
         if self._failed is None:
-            # Stays where an exception from outside, such as an interrupt, leaves an answer in the pipe.
-            self._failed = f"a call was broken off: {what!r}"
-            try:
-                self._calls.send_bytes(sent)
-                if self._calls.poll(seconds):
-                    answer = self._calls.recv()
-                    self._failed = None
-                    if isinstance(answer, RolloutError):
-                        raise answer
-                    return answer
-                self._process.kill()
-                self._process.wait()
-                self._failed = f"no answer to {what!r} in {seconds:g} s"
-            except (EOFError, OSError):
-                self._failed = f"died with exit code {self._process.wait()} at {what!r}"
+            return
         raise RolloutError(
             "the rollout engine's process does not answer any more",
             where=f"process {self.pid}",
@@ -169,7 +185,7 @@ class Inbox:
     def tensors(self, first: Bucket) -> Iterator[tuple[str, Tensor]]:
         """All tensors of a :meth:`Channel.push`, of which the call brought the first bucket; to be read to their end.
 
-        Views of the shared memory: on a device until the next is asked for, on the host until the next push.
+        Views of the shared memory: on a device until the end of their bucket, on the host until the next push.
         """
         bucket = first
         while bucket is not None:

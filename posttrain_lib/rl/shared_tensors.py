@@ -3,11 +3,13 @@
     tensors --buckets--> Bucket, Bucket --a pipe--> SharedTensors --> views, until the next bucket
 
 On the host a bucket holds everything: 500 MB took 0.1 s on one core, and 1.5 s as pickled bytes. On a CUDA device it is
-as much as fits a buffer of bounded size, which the other process opens once, by its CUDA IPC handle.
+as much as fits a buffer of bounded size, which the other process opens once, by its CUDA IPC handle; there are two.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -20,7 +22,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 #: tensors begin at multiples of this; any dtype's alignment
 _ALIGNMENT = 64
-#: bytes of a buffer on a device, unless a tensor is larger
+#: bytes of a buffer on a device; more only where a tensor has more
 _BUFFER = 1 << 29
 #: the place of the device's number among the arguments of ``rebuild_cuda_tensor``
 _DEVICE_ARGUMENT = 6
@@ -38,14 +40,23 @@ class Placed:
     @property
     def size(self) -> int:
         """Bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, memory: Tensor) -> Tensor:
+        """The tensor, in uint8 [n]."""
+        return memory[self.offset : self.offset + self.size].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that are in the memory at once; ``handle``: how to open a device's buffer, where it is a new one."""
+    """Tensors that are in the memory at once.
+
+    Attributes:
+        buffer: which of a device's; None: the host's memory. handle: how to open it, where it is a new one.
+    """
 
     placed: tuple[Placed, ...] = ()
+    buffer: int | None = None
     handle: tuple[Any, ...] | None = None
 
 
@@ -73,63 +84,70 @@ class HostMemory:
 
 
 class DeviceMemory:
-    """The sender's end of a buffer on a CUDA device, which may be another than the tensors'."""
+    """The sender's end of two buffers on a CUDA device, which may be another than the tensors': one is filled while the
+    other is read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._make(_BUFFER)
+        self._buffers: list[_Buffer] = [_Buffer(device, _BUFFER), _Buffer(device, _BUFFER)]
 
     def buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-        """As many as it takes; what one holds must be read before the next is asked for."""
-        placed: list[Placed] = []
-        offset = 0
+        """As many as it takes; when one is asked for, the last but one must have been read."""
+        waiting: list[tuple[Placed, Tensor]] = []
+        end, number = 0, 0
         for name, tensor in weights:
-            data = _bytes_of(tensor)
-            if offset + len(data) > len(self._buffer):
-                if placed:
-                    yield self._bucket(placed)
-                    placed, offset = [], 0
-                if len(data) > len(self._buffer):
-                    self._make(len(data))
-            self._buffer[offset : offset + len(data)].copy_(data)
-            placed.append(Placed(name, tensor.dtype, tuple(tensor.shape), offset))
-            offset = _aligned(offset + len(data))
-        yield self._bucket(placed)
+            placed = Placed(name, tensor.dtype, tuple(tensor.shape), end)
+            if waiting and end + placed.size > _BUFFER:
+                yield self._bucket(number, waiting)
+                waiting, end, number = [], 0, number + 1
+                placed = dataclasses.replace(placed, offset=0)
+            waiting.append((placed, tensor))
+            end = _aligned(placed.offset + placed.size)
+        yield self._bucket(number, waiting)
 
-    def _make(self, size: int) -> None:
-        self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        self._is_new = True
-
-    def _bucket(self, placed: list[Placed]) -> Bucket:
+    def _bucket(self, number: int, waiting: list[tuple[Placed, Tensor]]) -> Bucket:
+        place = number % 2
+        size = sum(_aligned(placed.size) for placed, _ in waiting)
+        if size > len(self._buffers[place].data):
+            self._buffers[place] = _Buffer(self._device, size)
+        buffer = self._buffers[place]
+        views = [placed.view(buffer.data) for placed, _ in waiting]
+        if views:
+            torch._foreach_copy_(views, [tensor.detach() for _, tensor in waiting])
         torch.cuda.synchronize(self._device)  # the other process knows nothing of this one's streams
-        handle = reduce_tensor(self._buffer)[1] if self._is_new else None
-        self._is_new = False
-        return Bucket(tuple(placed), handle)
+        handle = None if buffer.is_told else reduce_tensor(buffer.data)[1]
+        buffer.is_told = True
+        return Bucket(tuple(placed for placed, _ in waiting), place, handle)
+
+
+class _Buffer:
+    """Memory on a device; ``is_told``: whether the other process has its handle."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.data = torch.empty(size, dtype=torch.uint8, device=device)
+        self.is_told = False
 
 
 class SharedTensors:
     """The receiver's end of either memory."""
 
     def __init__(self, descriptor: int) -> None:
-        """``descriptor``: the host memory's, for buckets without a device."""
+        """``descriptor``: the host memory's."""
         self._descriptor = descriptor
-        self._buffer: Tensor | None = None
+        self._buffers: dict[int, Tensor] = {}
 
     def of(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """Views of what the bucket holds; at the end of the iteration all work that was asked of them is done."""
+        if bucket.buffer is None:
+            if bucket.placed:
+                data = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
+                yield from ((each.name, each.view(data)) for each in bucket.placed)
+            return
         if bucket.handle is not None:
-            self._buffer = _opened(bucket.handle)
-        if self._buffer is not None:
-            for each in bucket.placed:
-                part = self._buffer[each.offset : each.offset + each.size]
-                yield each.name, part.view(each.dtype).view(each.shape)
-            torch.cuda.synchronize(self._buffer.device)
-        elif bucket.placed:
-            view = mmap.mmap(self._descriptor, 0)
-            for each in bucket.placed:
-                count = torch.Size(each.shape).numel()
-                tensor = torch.frombuffer(view, dtype=each.dtype, count=count, offset=each.offset)
-                yield each.name, tensor.view(each.shape)
+            self._buffers[bucket.buffer] = _opened(bucket.handle)
+        data = self._buffers[bucket.buffer]
+        yield from ((each.name, each.view(data)) for each in bucket.placed)
+        torch.cuda.synchronize(data.device)
 
 
 def _opened(handle: tuple[Any, ...]) -> Tensor:

@@ -51,7 +51,7 @@ def take_weights(model: Decoder, spec: ModelSpec, weights: Iterable[tuple[str, T
         for name, value in checked(weights, stored_shapes(spec.pieces)):
             for piece in pieces[name]:
                 part = value[piece.their_index]
-                parameters[piece.ours][piece.our_index] = part.mT if piece.transposed else part
+                parameters[piece.ours][piece.our_index].copy_(part.mT if piece.transposed else part)
         for name in VOCABULARY_WEIGHTS:
             if name in parameters:
                 parameters[name][spec.config.vocab_size :] = 0
