@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 ANSWERS = "rollouts.jsonl"
 #: prompts that engine and trainer are compared on at every push
 _CANARIES = 4
-#: largest difference of one of their log-probabilities, by the trainer's precision: bfloat16 rounds logits of 16 by 0.06
+#: largest difference of one of their log-probabilities, by precision: bfloat16 rounds logits of 16 by 0.06
 _CANARY_BOUNDS = {"fp32": 0.05, "bf16": 0.5}
 _ENGINE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

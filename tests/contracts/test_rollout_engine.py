@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -13,29 +14,63 @@ import torch
 
 from posttrain_lib.adapters import vllm_process
 from posttrain_lib.errors import RolloutError
-from posttrain_lib.evaluation.generation import greedy_generate, token_logprobs
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.rl.constraints import Trie
 from posttrain_lib.rl.engine.embedded import EmbeddedEngine
 from posttrain_lib.rl.engine.weights import hf_weights, take_weights
-from posttrain_lib.rl.roles import RolloutRole
+from posttrain_lib.rl.roles import RolloutRole, Weights
 from posttrain_lib.rl.sync_guard import SyncGuard, digest_of
 from posttrain_lib.schema.rollouts import Request
 from tests.oracles.tiny_job import write_model
 from tests.support.engines import drained, embedded, loaded, request
+from tests.support.table_roles import Table, TableEngine
 
 WINDOW, VOCABULARY = 64, 70
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 9], [40, 41, 42, 43], [9, 9], [63, 0, 63]]
 
 
+class Trainer(Protocol):
+    """A model outside the engine."""
+
+    def weights(self) -> Weights:
+        """What is pushed."""
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of a whole sequence: float64 [T, V]."""
+
+    def holding(self, weights: Weights) -> Trainer:
+        """Another one with these weights."""
+
+
+@dataclass
+class DecoderTrainer:
+    """Our own definition, in float32."""
+
+    model: Decoder
+    spec: ModelSpec
+
+    def weights(self) -> Weights:
+        return hf_weights(self.model, self.spec)
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        length = len(tokens)
+        with torch.no_grad():
+            boundaries = torch.tensor([0, length], dtype=torch.int32)
+            return self.model(torch.tensor(tokens), torch.arange(length), boundaries, length).double()
+
+    def holding(self, weights: Weights) -> DecoderTrainer:
+        other = build_model(self.spec)
+        take_weights(other, self.spec, weights)
+        return DecoderTrainer(other, self.spec)
+
+
 @dataclass
 class Subject:
-    """An engine, the trainer's float32 model of the same weights, and how near their log-probabilities are."""
+    """An engine, the trainer with the same weights, and how near their log-probabilities are."""
 
     engine: RolloutRole
-    policy: Decoder
-    spec: ModelSpec
+    trainer: Trainer
     bound: float
 
 
@@ -80,11 +115,6 @@ def on_cuda(folder: Path, **options: Any) -> RolloutRole:
     return EmbeddedEngine(model, spec, **options)
 
 
-ENGINES: dict[str, Callable[..., RolloutRole]] = {
-    "embedded": lambda folder, **options: embedded(folder, torch.float32, pad_to=64, **options),
-    "embedded, CUDA": on_cuda,
-    "vllm": vllm_engine,
-}
 VLLM = [
     pytest.mark.slow,
     pytest.mark.skipif(not vllm_process.is_available(), reason="vLLM is not installed"),
@@ -99,12 +129,21 @@ CUDA = [
 
 @pytest.fixture(
     scope="module",
-    params=["embedded", pytest.param("embedded, CUDA", marks=CUDA), pytest.param("vllm", marks=VLLM)],
+    params=["fake", "embedded", pytest.param("embedded, CUDA", marks=CUDA), pytest.param("vllm", marks=VLLM)],
 )
 def subject(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
-    policy, spec = loaded(folder, torch.float32)
-    engine = ENGINES[request.param](folder, window=WINDOW, slots=3, decode=text_of)
-    yield Subject(engine, policy, spec, BOUND)
+    options: dict[str, Any] = {"window": WINDOW, "slots": 3, "decode": text_of}
+    trainer: Trainer = DecoderTrainer(*loaded(folder, torch.float32))
+    if request.param == "fake":
+        trainer = Table.random(VOCABULARY)
+        engine: RolloutRole = TableEngine(trainer, **options)
+    elif request.param == "embedded":
+        engine = embedded(folder, torch.float32, pad_to=64, **options)
+    elif request.param == "embedded, CUDA":
+        engine = on_cuda(folder, **options)
+    else:
+        engine = vllm_engine(folder, **options)
+    yield Subject(engine, trainer, BOUND)
     engine.close()
 
 
@@ -112,21 +151,27 @@ def subject(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
 def engine(subject: Subject) -> RolloutRole:
     """An engine with the folder's weights and nothing to do."""
     subject.engine.abort()
-    subject.engine.push(hf_weights(subject.policy, subject.spec), 0)
+    subject.engine.push(subject.trainer.weights(), 0)
     return subject.engine
 
 
-def changed(policy: Decoder, spec: ModelSpec, size: float = 0.3) -> list[tuple[str, torch.Tensor]]:
+def changed(trainer: Trainer, size: float = 0.3) -> list[tuple[str, torch.Tensor]]:
     """Weights after an update that nobody can overlook."""
-    return [(name, value + size * torch.randn(value.shape)) for name, value in hf_weights(policy, spec)]
+    return [(name, value + size * torch.randn(value.shape)) for name, value in trainer.weights()]
 
 
-def whole_logits(policy: Decoder, tokens: list[int]) -> torch.Tensor:
-    """The trainer's, of a whole sequence: float64 [T, V]."""
-    length = len(tokens)
-    with torch.no_grad():
-        boundaries = torch.tensor([0, length], dtype=torch.int32)
-        return policy(torch.tensor(tokens), torch.arange(length), boundaries, length).double()
+def said_by(trainer: Trainer, tokens: Sequence[int], begin: int, temperature: float = 1.0) -> np.ndarray:
+    """Log-probabilities of the tokens from ``begin`` on."""
+    table = (trainer.logits(tokens) / temperature).log_softmax(-1)
+    return np.array([float(table[place - 1, tokens[place]]) for place in range(begin, len(tokens))])
+
+
+def greedy(trainer: Trainer, prompt: Sequence[int], count: int) -> list[int]:
+    """So many tokens, each the likeliest."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(trainer.logits(tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
 
 
 def group(**options: object) -> list[Request]:
@@ -134,7 +179,7 @@ def group(**options: object) -> list[Request]:
 
 
 def test_greedy_is_the_trainers_and_the_same_again(engine: RolloutRole, subject: Subject) -> None:
-    expected = greedy_generate(subject.policy, PROMPTS, 12, [])
+    expected = [greedy(subject.trainer, prompt, 12) for prompt in PROMPTS]
     for _ in range(2):
         found = drained(engine, group(temperature=0.0))
         assert [found[str(n)].token_ids.tolist() for n in range(len(PROMPTS))] == expected
@@ -147,12 +192,11 @@ def test_log_probabilities_are_the_trainers(engine: RolloutRole, subject: Subjec
     found = drained(engine, group(temperature=temperature))
     for n, prompt in enumerate(PROMPTS):
         whole = [*prompt, *found[str(n)].token_ids.tolist()]
-        table = (whole_logits(subject.policy, whole) / temperature).log_softmax(-1)
-        expected = [float(table[place - 1, whole[place]]) for place in range(len(prompt), len(whole))]
+        expected = said_by(subject.trainer, whole, len(prompt), temperature)
         assert np.abs(found[str(n)].logprobs - expected).max() < subject.bound
         assert found[str(n)].logprobs.dtype == np.float32
         scored = engine.logprobs([whole], [len(prompt)])[0]
-        assert np.abs(scored - token_logprobs(subject.policy, [whole], [len(prompt)])[0]).max() < subject.bound
+        assert np.abs(scored - said_by(subject.trainer, whole, len(prompt))).max() < subject.bound
 
 
 def test_a_sequence_as_long_as_the_window_is_scored(engine: RolloutRole, subject: Subject) -> None:
@@ -163,8 +207,7 @@ def test_a_sequence_as_long_as_the_window_is_scored(engine: RolloutRole, subject
     sequences = [[n % VOCABULARY for n in range(WINDOW)], [5, 6]]
     for found, own, begin in zip(engine.logprobs(sequences, [1, 2]), sequences, (1, 2), strict=True):
         assert len(found) == len(own) - begin
-        wanted = token_logprobs(subject.policy, [own], [begin])[0]
-        assert np.abs(found - wanted).max(initial=0.0) < subject.bound
+        assert np.abs(found - said_by(subject.trainer, own, begin)).max(initial=0.0) < subject.bound
     after = drained(engine)
     assert all(after[key].token_ids.tolist() == expected[key].token_ids.tolist() for key in expected)
 
@@ -217,7 +260,7 @@ def test_every_constrained_completion_is_in_the_catalogue(
         completion = found[each.key]
         tokens = completion.token_ids.tolist()
         assert completion.finish == "stop" and tuple(tokens[:-1]) in catalogue and tokens[-1] == 69
-        logits = whole_logits(subject.policy, [*each.prompt_ids, *tokens])[1:-1] / (temperature or 1.0)
+        logits = subject.trainer.logits([*each.prompt_ids, *tokens])[1:-1] / (temperature or 1.0)
         expected = [
             float(row[trie.after(tokens[:place])].log_softmax(-1)[trie.after(tokens[:place]).tolist().index(token)])
             for place, (row, token) in enumerate(zip(logits, tokens, strict=True))
@@ -288,21 +331,20 @@ def test_abort_gives_what_there_is(engine: RolloutRole) -> None:
 def test_a_push_is_seen_at_once_and_stamped(engine: RolloutRole, subject: Subject) -> None:
     """In every layer and in the tied head. Old keys in a prefix cache would be seen too: the prompts are those of
     before, and one is longer than a block."""
-    policy, spec = subject.policy, subject.spec
+    trainer = subject.trainer
     requests = [*group(), request("long", [n % 7 for n in range(50)], 12)]
     before = drained(engine, requests)
-    weights = changed(policy, spec)
+    weights = changed(trainer)
     assert engine.push(weights, 7) == digest_of(weights) and engine.version == 7
     after = drained(engine, requests)
-    other = build_model(spec)
-    take_weights(other, spec, weights)
+    other = trainer.holding(weights)
     for each in requests:
-        for completion, model, version in ((before[each.key], policy, 0), (after[each.key], other, 7)):
+        for completion, model, version in ((before[each.key], trainer, 0), (after[each.key], other, 7)):
             assert set(completion.versions.tolist()) == {version}
             whole = [*each.prompt_ids, *completion.token_ids.tolist()]
-            wanted = token_logprobs(model, [whole], [len(each.prompt_ids)])[0]
+            wanted = said_by(model, whole, len(each.prompt_ids))
             assert np.abs(completion.logprobs - wanted).max() < subject.bound
-    engine.push(hf_weights(policy, spec), 8)
+    engine.push(trainer.weights(), 8)
     again = drained(engine, requests)
     assert all(before[key].token_ids.tolist() == again[key].token_ids.tolist() for key in before)
 
@@ -313,7 +355,7 @@ def test_a_push_meets_requests_on_their_way(engine: RolloutRole, subject: Subjec
     engine.submit(group(temperature=0.0))
     for _ in range(5):
         engine.step()
-    engine.push(changed(subject.policy, subject.spec), 1)
+    engine.push(changed(subject.trainer), 1)
     found = drained(engine)
     assert {each.finish for each in found.values()} == {"length"}
     mixed = 0
@@ -327,28 +369,28 @@ def test_a_push_meets_requests_on_their_way(engine: RolloutRole, subject: Subjec
 
 
 def test_the_guard_passes_good_pushes(engine: RolloutRole, subject: Subject) -> None:
-    guard, other = SyncGuard([[1, 2, 3, 4], [40] * 9], bound=subject.bound), build_model(subject.spec)
-
-    def score(sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        return [np.array(values) for values in token_logprobs(other, sequences)]
-
+    guard = SyncGuard([[1, 2, 3, 4], [40] * 9], bound=subject.bound)
     for version in (1, 2):
-        weights = changed(subject.policy, subject.spec)
-        take_weights(other, subject.spec, weights)
+        weights = changed(subject.trainer)
+        other = subject.trainer.holding(weights)
+
+        def score(sequences: Sequence[Sequence[int]], other: Trainer = other) -> list[np.ndarray]:
+            return [said_by(other, sequence, 1) for sequence in sequences]
+
         assert guard.push(engine, weights, version, score).version == version
         with pytest.raises(RolloutError, match="canary"):
-            guard.push(engine, hf_weights(subject.policy, subject.spec), version, score)
+            guard.push(engine, subject.trainer.weights(), version, score)
 
 
 def test_weights_of_another_model_are_refused(engine: RolloutRole, subject: Subject) -> None:
-    weights = list(hf_weights(subject.policy, subject.spec))
-    norm = "model.norm.weight"
+    weights = list(subject.trainer.weights())
+    last, _ = weights[-1]
     for wrong in (
-        [pair for pair in weights if pair[0] != norm],
+        weights[:-1],
         [*weights, ("model.extra.weight", torch.ones(3))],
-        [(name, torch.ones(17) if name == norm else value) for name, value in weights],
+        [*weights[:-1], (last, torch.ones(17))],
     ):
-        with pytest.raises(RolloutError, match=r"norm\.weight|extra\.weight"):
+        with pytest.raises(RolloutError, match=rf"{re.escape(last)}|extra\.weight"):
             engine.push(wrong, 1)
         with pytest.raises(RolloutError, match="version 1 failed"):
             engine.step()

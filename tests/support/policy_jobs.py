@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ def random_samples(seed: int, groups: int = 3, group_size: int = 3, reference: b
             trained = np.arange(len(tokens)) >= len(prompt)
             samples.append(TrainSample(tokens, trained, len(prompt), group, index, signals))
     return samples
+
+
+def too_long_sample() -> TrainSample:
+    """Of 40 tokens, one of them trained."""
+    whole = random_samples(0, groups=1, group_size=1, reference=True)[0]
+    tokens = np.arange(40, dtype=np.int32)
+    signals = {name: values[:1] for name, values in whole.signals.items()}
+    return dataclasses.replace(whole, token_ids=tokens, trained=tokens > 38, signals=signals)
 
 
 def actors() -> list[int]:

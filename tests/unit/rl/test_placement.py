@@ -11,25 +11,24 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.config.grpo import GRPO
-from posttrain_lib.models.decoder import build_model
-from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.rl.controller import Controller, Roles
-from posttrain_lib.rl.engine.embedded import EmbeddedEngine
 from posttrain_lib.rl.ledger import Ledger
 from posttrain_lib.rl.prompts import RolloutPrompt
-from posttrain_lib.rl.ranks import models_here
 from posttrain_lib.rl.run import engine_device
 from posttrain_lib.rl.settings import HeldOut, RLSettings
 from posttrain_lib.rl.sync_guard import SyncGuard
 from posttrain_lib.rl.trajectories import Play
 from posttrain_lib.rl.version_log import VersionLog
-from posttrain_lib.schema.rollouts import Answer, Grade, Request, Sampling
+from posttrain_lib.schema.reports import StepReport
+from posttrain_lib.schema.rollouts import Answer, Grade, Request, Sampling, TrainSample
+from posttrain_lib.training.job import TrainJob
+from tests.oracles.tiny_job import VOCABULARY
 from tests.support.policy_jobs import policy_job
+from tests.support.table_roles import Table, TableEngine, TablePolicy
 
 
-class Told(EmbeddedEngine):
+class Told(TableEngine):
     """Keeps what it is told, one word for any number of requests in a row."""
 
     def __init__(self, told: list[str], *args: Any, **options: Any) -> None:
@@ -54,6 +53,23 @@ class Told(EmbeddedEngine):
         super().wake()
 
 
+class ToldPolicy(TablePolicy):
+    """The same, of what the engine must not be awake for."""
+
+    def __init__(self, told: list[str], job: TrainJob) -> None:
+        super().__init__(job)
+        self.told = told
+
+    def update(self, samples: Sequence[TrainSample]) -> StepReport:
+        self.told.append("update")
+        return super().update(samples)
+
+    def logprobs(self, samples: Sequence[TrainSample], *, temperature: float | None = None) -> list[np.ndarray]:
+        if temperature is None:  # not the canaries of a push
+            self.told.append("old")
+        return super().logprobs(samples, temperature=temperature)
+
+
 class ByLength:
     """By the length of what an answer decodes to, so that answers differ."""
 
@@ -67,11 +83,9 @@ class ByLength:
 def told_in_a_run(folder: Path, placement: Literal["colocated", "split"], staleness: int) -> list[str]:
     """Two batches of two updates each, no held-out look."""
     told: list[str] = []
-    job = policy_job(folder)
-    spec = spec_from_folder(Path(job.model_folder))
-    model = build_model(spec).eval().requires_grad_(False)
-    load_hf_weights(model, spec, Path(job.model_folder))
-    engine = Told(told, model, spec, window=32, slots=4, decode=lambda ids: "x" * sum(ids))
+    model = Table.random(VOCABULARY)
+    job = policy_job(model.write(folder / "model").parent)
+    engine = Told(told, model, window=32, slots=4, decode=lambda ids: "x" * sum(ids))
     settings = RLSettings(
         updates=4,
         updates_per_batch=2,
@@ -84,25 +98,12 @@ def told_in_a_run(folder: Path, placement: Literal["colocated", "split"], stalen
         held_out=HeldOut(prompts=0),
     )
     prompts = [RolloutPrompt((1, 2, 3 + number), ({"content": "?"},), None, "s", str(number)) for number in range(8)]
-    with models_here(job, torch.device("cpu"), print) as (policy, _):
-        update, logprobs = policy.update, policy.logprobs
-
-        def learn(samples: Any) -> Any:
-            told.append("update")
-            return update(samples)
-
-        def say(samples: Any, *, temperature: float | None = None) -> list[np.ndarray]:
-            if temperature is None:  # not the canaries of a push
-                told.append("old")
-            return logprobs(samples, temperature=temperature)
-
-        policy.update, policy.logprobs = learn, say  # type: ignore[method-assign]
-        guard = SyncGuard([(1, 2, 3, 4)], bound=1e-3)
-        roles = Roles(policy, engine, ByLength(), guard)
-        controller = Controller(
-            prompts, [], roles, settings, Play(lambda ids: "x" * sum(ids)), Ledger(VersionLog(folder / "ledger"))
-        )
-        assert [report.step for report in controller.run()] == [0, 1, 2, 3, 4]
+    guard = SyncGuard([(1, 2, 3, 4)], bound=1e-3)
+    roles = Roles(ToldPolicy(told, job), engine, ByLength(), guard)
+    controller = Controller(
+        prompts, [], roles, settings, Play(lambda ids: "x" * sum(ids)), Ledger(VersionLog(folder / "ledger"))
+    )
+    assert [report.step for report in controller.run()] == [0, 1, 2, 3, 4]
     return told
 
 

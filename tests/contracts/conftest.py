@@ -1,0 +1,31 @@
+"""What contract tests of models share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from posttrain_lib.compute.ray_session import ray_session
+from tests.support.played_models import Player, player
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where jobs have their folders."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def own_ray(models: Path) -> Iterator[None]:
+    with ray_session(models / "ray", None, 2):
+        yield
+
+
+@pytest.fixture(params=["fake", "here", pytest.param("actors", marks=pytest.mark.slow)])
+def played(request: pytest.FixtureRequest, models: Path) -> Player:
+    """Policy and reference of each kind."""
+    if request.param == "actors":
+        request.getfixturevalue("own_ray")
+    return player(request.param, models)

@@ -1,0 +1,250 @@
+"""The controller over roles that fail, are late or lie: the fakes that keep the contracts, with one fault each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain_lib.errors import PosttrainError, RolloutError, TrainingError
+from posttrain_lib.rl.controller import Controller, Roles
+from posttrain_lib.rl.ledger import LEDGER, Ledger
+from posttrain_lib.rl.prompts import RolloutPrompt
+from posttrain_lib.rl.roles import Weights
+from posttrain_lib.rl.settings import HeldOut, RLSettings
+from posttrain_lib.rl.sync_guard import SyncGuard
+from posttrain_lib.rl.trajectories import Play
+from posttrain_lib.rl.version_log import VersionLog, read_log
+from posttrain_lib.schema.reports import StepReport
+from posttrain_lib.schema.rollouts import Answer, Completion, Grade, Request, Sampling, TrainSample
+from posttrain_lib.training import pulse
+from tests.support.ledgers import trained_visits
+from tests.support.policy_jobs import policy_job
+from tests.support.table_roles import Table, TableEngine, TablePolicy, TableReference
+
+VOCABULARY, WINDOW, UPDATES, PROMPTS, GROUP, TOKENS = 16, 32, 6, 2, 4, 5
+
+
+class Evens:
+    """The share of even ids, which a table learns to say within a few updates."""
+
+    def grade(self, answers: Sequence[Answer]) -> list[Grade]:
+        return [Grade(float(np.mean([ord(sign) % 2 == 0 for sign in answer.text]))) for answer in answers]
+
+    def close(self) -> None:
+        pass
+
+
+def letters(ids: Sequence[int]) -> str:
+    """A letter for each id, even where the id is."""
+    return "".join(chr(64 + each) for each in ids)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_pulse() -> Iterator[None]:
+    pulse.begin()
+    yield
+    pulse.begin()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Table.random(VOCABULARY).write(tmp_path / "model")
+    return tmp_path
+
+
+def policy_in(folder: Path, work: str = "work", kind: type[TablePolicy] = TablePolicy) -> TablePolicy:
+    return kind(policy_job(folder, work, steps=UPDATES, optimizer={"lr": 3.0}))
+
+
+def engine_in(folder: Path, kind: type[TableEngine] = TableEngine, **options: Any) -> TableEngine:
+    return kind(Table.read(folder / "model"), window=WINDOW, slots=5, decode=letters, **options)
+
+
+def settings_of(**changes: Any) -> RLSettings:
+    fields: dict[str, Any] = {
+        "updates": UPDATES,
+        "prompts_per_batch": PROMPTS,
+        "group_size": GROUP,
+        "sampling": Sampling(TOKENS),
+        "save_every": 2,
+        "held_out": HeldOut(prompts=2, every_steps=3),
+        "needs_old": True,
+    }
+    return RLSettings(**{**fields, **changes})
+
+
+def run(
+    folder: Path, engine: TableEngine, policy: TablePolicy, settings: RLSettings | None = None, **roles: Any
+) -> list[StepReport]:
+    """To the end, or to what is raised."""
+    prompts = [RolloutPrompt((1, 2, 3 + number), ({"content": "?"},), None, "s", str(number)) for number in range(8)]
+    guard = SyncGuard([(1, 2, 3, 4)], bound=1e-6)
+    controller = Controller(
+        prompts,
+        prompts[:2],
+        Roles(policy, engine, Evens(), guard, **roles),
+        settings or settings_of(),
+        Play(letters),
+        Ledger(VersionLog(folder / LEDGER)),
+    )
+    return list(controller.run())
+
+
+def weights(policy: TablePolicy) -> list[torch.Tensor]:
+    return [value for _, value in policy.weights()]
+
+
+def same(left: TablePolicy, right: TablePolicy) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(weights(left), weights(right), strict=True))
+
+
+def visits_in(folder: Path) -> list[int]:
+    return sorted(trained_visits(read_log(folder / LEDGER)))
+
+
+EVERY_VISIT = list(range(UPDATES * PROMPTS))
+
+
+def test_a_table_learns_what_is_rewarded(folder: Path) -> None:
+    policy = policy_in(folder)
+    reports = run(folder, engine_in(folder), policy, settings_of(updates=30, prompts_per_batch=8))
+    rewards = [report.figures["reward/mean"] for report in reports[1:]]
+    assert policy.version == 30 and sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15, rewards
+
+
+class Mortal(TableEngine):
+    """Dies in the call of that number, of whatever kind, and stays dead."""
+
+    def __init__(self, *args: Any, lives: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lives = lives
+
+    def _check_there(self) -> None:
+        self.lives -= 1
+        if self.lives < 0:
+            raise RolloutError("the rollout engine's process does not answer any more", where="process 7")
+        super()._check_there()
+
+
+def died(folder: Path, lives: int, **changes: Any) -> bool:
+    """Whether it did before the run's end."""
+    with contextlib.suppress(RolloutError):
+        run(folder, engine_in(folder, Mortal, lives=lives), policy_in(folder), settings_of(**changes))
+        return False
+    return True
+
+
+def test_an_engine_that_dies_ends_the_run_by_name(folder: Path) -> None:
+    with pytest.raises(RolloutError, match=r"does not answer any more\n.*process 7"):
+        run(folder, engine_in(folder, Mortal, lives=50), policy_in(folder))
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_staleness": 2, "placement": "split"}], ids=["in turns", "ahead"])
+def test_wherever_it_dies_the_next_run_trains_each_visit_once(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """And in turns, to the bits of a run in which nothing died."""
+    model = Table.random(VOCABULARY)
+    model.write(tmp_path / "whole" / "model")
+    whole = policy_in(tmp_path / "whole")
+    run(tmp_path / "whole", engine_in(tmp_path / "whole"), whole, settings_of(**changes))
+    for lives in range(0, 1000, 7):
+        folder = tmp_path / str(lives)
+        model.write(folder / "model")
+        if not died(folder, lives, **changes):
+            break
+        policy = policy_in(folder)
+        reports = run(folder, engine_in(folder), policy, settings_of(**changes))
+        assert [report.step for report in reports][-1] == UPDATES
+        assert visits_in(folder) == EVERY_VISIT
+        assert changes or same(policy, whole)
+    assert 60 < lives < 990, "it died in every part of a run, and in the end did not"
+
+
+class Late(TableEngine):
+    """Gives nothing in two steps of three."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.steps = 0
+
+    def step(self) -> list[Completion]:
+        self.steps += 1
+        return [] if self.steps % 3 else super().step()
+
+
+def test_a_late_engine_changes_no_bit(folder: Path) -> None:
+    prompt, late = policy_in(folder, "prompt"), policy_in(folder, "late")
+    run(folder, engine_in(folder), prompt)
+    run(folder, engine_in(folder, Late), late)
+    assert same(prompt, late)
+
+
+def test_behind_a_late_engine_nothing_is_too_old(folder: Path) -> None:
+    reports = run(folder, engine_in(folder, Late), policy_in(folder), settings_of(max_staleness=1, placement="split"))
+    stale = [report.figures["rollout/staleness_max"] for report in reports[1:]]
+    assert max(stale) == 1 and visits_in(folder) == EVERY_VISIT
+
+
+class Talkative(TableEngine):
+    """Gives a completion that nobody asked for."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        super().submit([*requests, *(Request("own", (1,), Sampling(1), 0) for _ in range(self.unfinished == 0))])
+
+
+class Stubborn(TableEngine):
+    """Reads new weights and keeps those of its first push."""
+
+    def push(self, weights: Weights, version: int) -> str:
+        kept = list(self.model.weights())
+        received = super().push(weights, version)
+        if version:
+            self.model = Table.holding(kept)
+        return received
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(Talkative, "that nobody asked for"), (Stubborn, "does not have the trainer's weights")]
+)
+def test_an_engine_that_lies_ends_the_run(kind: type[TableEngine], said: str, folder: Path) -> None:
+    with pytest.raises(RolloutError, match=said):
+        run(folder, engine_in(folder, kind), policy_in(folder))
+
+
+class Refusing(TablePolicy):
+    """Takes three updates."""
+
+    def update(self, samples: Sequence[TrainSample]) -> StepReport:
+        if self.version == 3:
+            raise TrainingError("the loss is not finite")
+        return super().update(samples)
+
+
+class Unreadable(TableReference):
+    """Cannot score."""
+
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        raise TrainingError("a rank died")
+
+
+def test_what_a_policy_raises_ends_the_run_and_the_next_goes_on(folder: Path) -> None:
+    whole = policy_in(folder, "whole")
+    run(folder, engine_in(folder), whole)
+    with pytest.raises(TrainingError, match="not finite"):
+        run(folder, engine_in(folder), policy_in(folder, kind=Refusing))
+    policy = policy_in(folder)
+    reports = run(folder, engine_in(folder), policy)
+    assert (reports[0].step, reports[0].event) == (2, "resumed") and visits_in(folder) == EVERY_VISIT
+    assert same(policy, whole)
+
+
+@pytest.mark.parametrize("role", ["reference", "teacher"])
+def test_what_a_frozen_model_raises_ends_the_run(role: str, folder: Path) -> None:
+    frozen = Unreadable(Table.read(folder / "model"), 32)
+    with pytest.raises(PosttrainError, match="a rank died"):
+        run(folder, engine_in(folder), policy_in(folder), **{role: frozen})
