@@ -20,6 +20,7 @@ from posttrain_lib.schema.examples import ParsedRow
 
 FORMATS: dict[str, str] = {
     "alpaca": "posttrain_lib.data.formats.alpaca:parse",
+    "calculations": "posttrain_lib.rl.environments.calculations:parse",
     "messages": "posttrain_lib.data.formats.messages:parse",
     "preference": "posttrain_lib.data.formats.preference:parse",
     "prompt_completion": "posttrain_lib.data.formats.prompt_completion:parse",

@@ -22,6 +22,7 @@ from steps import foresight
 #: a row of each format
 ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "Who?", "output": "Tom."},
+    "calculations": {"prompt": "How many?", "solution": "1+2=<<1+2=3>>3"},
     "messages": {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Tom."}]},
     "preference": {"prompt": "Who?", "chosen": "Tom.", "rejected": "Ann."},
     "prompt_completion": {"prompt": "Who?", "completion": "Tom."},
@@ -63,7 +64,7 @@ def test_a_plain_run_is_let_through() -> None:
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_the_kind_of_a_format_is_what_its_rows_become(name: str, chatml: ChatTokenizer) -> None:
-    settings = config_of().data
+    settings = config_of(data={"max_example_tokens": 512}, train={"row_tokens": 512}).data
     made = make(chatml, get_format(name)(ROWS[name], "a", "rows:1", None, {}), settings)
     kind = "document" if made.kind == "documents" else made.kind  # several of one row
     assert foresight._KINDS.get(name, "document") == kind
