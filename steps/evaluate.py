@@ -47,7 +47,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     looked at, and how it is padded."""
     return {
         "evaluation": config.evaluation.model_dump(mode="json", exclude=_NO_MATTER),
-        "loss": [config.train.loss, config.train.loss_options],
+        "loss": [config.trained.loss, config.trained.loss_options],
         "row_tokens": config.train.row_tokens,
         "checkpoint": config.export.checkpoint,
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
@@ -177,7 +177,7 @@ def _evaluate(
     from posttrain_lib.training.companions import attach_companion
 
     config = context.config
-    loss = build_loss(config.train.loss, config.train.loss_options)
+    loss = build_loss(config.trained.loss, config.trained.loss_options)
     store = TokenStore(Path(context.inputs["held_out"].uri))
     load = partial(load_model, pad_vocabulary_to=config.model.pad_vocabulary_to)
     attach_companion(loss, beside.companion(context, in_one_process=True), {"held_out": store}, load)

@@ -51,7 +51,7 @@ def check_start(config: RunConfig) -> None:
     # Imports torch; a plan of a misspelt file should not wait for it.
     from posttrain_lib.losses import build_loss
 
-    loss = build_loss(config.train.loss, config.train.loss_options)
+    loss = build_loss(config.trained.loss, config.trained.loss_options)
     wanted = loss.kind
     for source in config.data.sources:
         kind = _KINDS.get(source.format, "document")
@@ -127,7 +127,7 @@ def _figures(config: RunConfig) -> tuple[str, ...]:
         samples = config.grpo.held_out.samples
         sampled = tuple(f"sampled_pass@{k}" for k in sorted({1, samples}) if samples)
         return (*evaluate_policy.METRICS, *sampled, *(f"reward/{term.shown_as}" for term in config.grpo.rewards))
-    figures = ("loss", *build_loss(config.train.loss, config.train.loss_options).figures)
+    figures = ("loss", *build_loss(config.trained.loss, config.trained.loss_options).figures)
     return figures if config.reward is None else (*figures, *METRICS)
 
 

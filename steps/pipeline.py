@@ -97,21 +97,8 @@ def resolve(raw: Any, overrides: str = "", run: RunNames | None = None) -> dict[
     """The resolved config as plain values, after comma-separated ``key=value`` overrides (as a flow passes them), the
     models that it names found by ``run``."""
     where = "--set" if overrides.strip() else "--config"
-    config = build_run_config(without_derived(plain_values(raw)), where=where, overrides=[overrides])
+    config = build_run_config(plain_values(raw), where=where, overrides=[overrides])
     return with_models_found(config, run=run).model_dump(mode="json")
-
-
-def without_derived(raw: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without the loss that its recipe's section says: an override may change what follows from it.
-
-    Raises:
-        ConfigError: it is no config.
-    """
-    config = build_run_config(raw)
-    if config.section is None or config.section.loss() != (config.train.loss, config.train.loss_options):
-        return raw
-    kept = {name: value for name, value in raw["train"].items() if name not in ("loss", "loss_options")}
-    return {**raw, "train": kept}
 
 
 def advance(

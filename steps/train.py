@@ -27,13 +27,13 @@ INCIDENTS = "incidents.jsonl"
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The train section, the vocabulary's padding, adapters and backend, and from compute what can change the result's
-    bits: mesh, threads, device."""
+    """The train section with its loss, the vocabulary's padding, adapters and backend, and from compute what can change
+    the result's bits: mesh, threads, device."""
     compute = config.compute.model_dump(mode="json", include={"threads_per_worker", "device", "offload"})
     compute["mesh"] = dataclasses.asdict(config.compute.mesh_spec())
     live = prepare_data.settings(config) if config.data.on_the_fly else None
     return {
-        "train": config.train.model_dump(mode="json"),
+        "train": config.trained.model_dump(mode="json"),
         "compute": compute,
         "on_the_fly": live,
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
@@ -85,7 +85,7 @@ def body(context: StepContext) -> StepResult:
         train_store=context.inputs["train"].uri,
         held_out_store=context.inputs["held_out"].uri,
         work_dir=str(context.work),
-        train=context.config.train,
+        train=context.config.trained,
         live=_live_spec(context, made_by) if context.config.data.on_the_fly else None,
         pad_vocabulary_to=context.config.model.pad_vocabulary_to,
         lora=context.config.model.lora,

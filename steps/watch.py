@@ -24,7 +24,9 @@ def watch(
     """
     kept = JsonLines(context.work / METRICS)
     reports = {report.step: report for report in kept.reports()}
-    facts = RunFacts(context.config.name, context.work.name, context.config.model_dump(mode="json"))
+    config = context.config
+    asked = {**config.model_dump(mode="json"), "train": config.trained.model_dump(mode="json")}
+    facts = RunFacts(config.name, context.work.name, asked)
     own: list[Sink] = [kept, Terminal(context.say, sys.stdout)]
     sinks = Sinks([*own, *build_sinks(context.config.tracking)], facts, context.work, context.say)
     result: TrainResult | None = None

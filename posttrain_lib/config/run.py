@@ -118,16 +118,12 @@ class RunConfig(Section):
                 f"train.loss_options {given[1]} are of train.loss, and recipe {self.recipe} says its loss in section "
                 f"{self.recipe}: give them there"
             )
-        if given == ("sft", {}):
-            # The resolved config says what is trained, whoever reads it.
-            trained = self.train.model_copy(update={"loss": name, "loss_options": options})
-            object.__setattr__(self, "train", trained)
-        elif self.train.loss == name and self.train.loss_options != options:
+        if self.train.loss == name and self.train.loss_options != options:
             raise ValueError(
                 f"train.loss {name!r} with options {given[1]} contradicts section {self.recipe}, which says {options}: "
                 f"leave train.loss and train.loss_options out, and say it in {self.recipe} alone"
             )
-        elif self.train.loss != name and (unread := section.changed_loss_fields()):
+        if self.train.loss not in (name, "sft") and (unread := section.changed_loss_fields()):
             raise ValueError(
                 f"{self.recipe}.{unread[0]} is an option of the loss {name!r}, and train.loss names "
                 f"{self.train.loss!r}: give its options in train.loss_options, and leave {self.recipe}.{unread[0]} out"
@@ -142,6 +138,15 @@ class RunConfig(Section):
     def section(self) -> Objective | None:
         """The recipe's own; SFT has none."""
         return self._sections().get(self.recipe)
+
+    @property
+    def trained(self) -> TrainConfig:
+        """The train section with the loss that is trained: the recipe's section says it where ``train.loss`` names none
+        of one's own. Whoever wants the loss asks here: ``train`` itself has what the run file says, no more."""
+        if self.section is None or self.train.loss != "sft":
+            return self.train
+        name, options = self.section.loss()
+        return self.train.model_copy(update={"loss": name, "loss_options": options})
 
     @property
     def companion(self) -> Reference | Teacher | FrozenPolicy | None:

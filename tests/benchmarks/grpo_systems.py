@@ -59,7 +59,7 @@ def run_ours(setup: Setup, config: RunConfig, work: Path) -> dict[str, Any]:
         train_store="",
         held_out_store="",
         work_dir=str(work),
-        train=config.train,
+        train=config.trained,
         device="cpu",
         threads=setup.threads,
         rollouts=_rollout_job(setup, config),

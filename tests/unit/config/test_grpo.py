@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from posttrain_lib.config import load_run_config
+from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from posttrain_lib.losses import build_loss
+from steps import evaluate, train
 from steps.pipeline import resolve
 
 DEFAULT = PROJECT_ROOT / "configs" / "grpo" / "default.yaml"
@@ -22,16 +24,16 @@ def resolved(*overrides: str) -> Any:
 
 def test_the_section_says_the_loss() -> None:
     config = resolved("grpo.clip_high=0.28", "grpo.aggregate=constant", "grpo.rollout.temperature=0.7")
-    assert config.train.loss == "policy"
-    options = config.train.loss_options
+    assert config.trained.loss == "policy"
+    options = config.trained.loss_options
     assert (options["clip_high"], options["horizon"], options["temperature"]) == (0.28, 12, 0.7)
-    build_loss(config.train.loss, options)
+    build_loss(config.trained.loss, options)
 
 
 @pytest.mark.parametrize("correction", ["truncate", "mask"])
 def test_every_correction_of_the_section_is_one_of_the_loss(correction: str) -> None:
     config = resolved(f"grpo.correction={correction}")
-    build_loss(config.train.loss, config.train.loss_options)
+    build_loss(config.trained.loss, config.trained.loss_options)
 
 
 def test_the_resolved_config_is_a_config() -> None:
@@ -77,11 +79,21 @@ def test_other_recipes_have_no_such_section() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "override", "option", "value"),
-    [("grpo", "grpo.kl_weight=0.25", "kl_weight", 0.25), ("dpo", "dpo.beta=0.3", "beta", 0.3)],
+    [
+        ("grpo", "grpo.kl_weight=0.25", "kl_weight", 0.25),
+        ("dpo", "dpo.beta=0.3", "beta", 0.3),
+        ("reward", "reward.centre=0.5", "centre", 0.5),
+        ("distill", "distill.temperature=2.0", "temperature", 2.0),
+    ],
 )
 def test_an_override_of_a_resolved_config_reaches_the_loss(
-    recipe: str, override: str, option: str, value: float
+    recipe: str, override: str, option: str, value: float, tmp_path: Path
 ) -> None:
     """As a flow has it: its parser resolves the run file, and --set comes after."""
-    config = load_run_config(PROJECT_ROOT / "configs" / recipe / "default.yaml").model_dump(mode="json")
-    assert resolve(config, override)["train"]["loss_options"][option] == value
+    teacher = [f"distill.teacher.path={tmp_path}"] if recipe == "distill" else []  # a folder: no run is looked for
+    read = load_run_config(PROJECT_ROOT / "configs" / recipe / "default.yaml", teacher)
+    overridden = RunConfig.model_validate(resolve(read.model_dump(mode="json"), override))
+    assert overridden.trained.loss_options[option] == value
+    assert overridden.train == read.train
+    for step in (train, evaluate):
+        assert step.settings(overridden) != step.settings(read)

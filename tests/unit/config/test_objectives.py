@@ -31,33 +31,34 @@ def config_of(recipe: str, **sections: Any) -> RunConfig:
 
 @pytest.mark.parametrize("variant", ["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "kto"])
 def test_every_variant_is_a_loss_that_takes_its_options(variant: str) -> None:
-    train = config_of("dpo", dpo={"variant": variant, "beta": 0.3}).train
+    train = config_of("dpo", dpo={"variant": variant, "beta": 0.3}).trained
     loss = build_loss(train.loss, train.loss_options)
     assert (loss.kind, loss.beta) == ("pair", 0.3)
     assert loss.needs == (None if variant in ("simpo", "orpo") else "reference")
 
 
 def test_simpo_begins_where_its_paper_does() -> None:
-    assert config_of("dpo", dpo={"variant": "simpo"}).train.loss_options == {
+    assert config_of("dpo", dpo={"variant": "simpo"}).trained.loss_options == {
         "beta": 2.0,
         "target_margin": 1.0,
         "sft_weight": 0.0,
     }
-    assert config_of("dpo", dpo={"variant": "simpo", "target_margin": 0}).train.loss_options["target_margin"] == 0
+    assert config_of("dpo", dpo={"variant": "simpo", "target_margin": 0}).trained.loss_options["target_margin"] == 0
 
 
 def test_the_section_is_the_loss_and_stays_so_when_the_config_is_read_again() -> None:
     smoothed = config_of("dpo", dpo={"variant": "robust", "label_smoothing": 0.1, "sft_weight": 0.5})
-    assert smoothed.train.loss_options["label_smoothing"] == 0.1
+    assert smoothed.trained.loss_options["label_smoothing"] == 0.1
+    assert (smoothed.train.loss, smoothed.train.loss_options) == ("sft", {})  # the user said no more
     assert RunConfig.model_validate(smoothed.model_dump(mode="json")) == smoothed
-    assert config_of("reward", reward={"centre": 0.01}).train.loss_options["centre"] == 0.01
+    assert config_of("reward", reward={"centre": 0.01}).trained.loss_options["centre"] == 0.01
     distilled = config_of("distill", distill={"teacher": {"path": "t"}, "temperature": 2.0})
-    assert (distilled.train.loss, distilled.train.loss_options["temperature"]) == ("distill", 2.0)
+    assert (distilled.trained.loss, distilled.trained.loss_options["temperature"]) == ("distill", 2.0)
 
 
 def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
     own = config_of("dpo", train={"loss": "my.losses:Mine", "loss_options": {"a": 1}})
-    assert (own.train.loss, own.train.loss_options) == ("my.losses:Mine", {"a": 1})
+    assert (own.trained.loss, own.trained.loss_options) == ("my.losses:Mine", {"a": 1})
     assert RunConfig.model_validate(own.model_dump(mode="json")) == own
     beside = config_of("dpo", train={"loss": "my.losses:Mine"}, dpo={"variant": "simpo"})
     assert beside.companion is None
