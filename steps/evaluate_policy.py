@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from posttrain_lib.config import RunConfig
+from posttrain_lib.errors import RolloutError
 from posttrain_lib.schema.manifests import ArtifactRef, Check
 from steps import evaluate, rollouts
 from steps.base import Manifests, Step, StepContext, StepResult
@@ -31,18 +30,14 @@ METRICS = ("pass@1", "reward")
 
 @dataclass(frozen=True)
 class _Found:
-    """Of one model: the texts of its greedy answers, the graders' scores by name, each task's result."""
+    """Of one model: the texts of its greedy answers, the graders' scores by name and how many gradings failed, each
+    task's result; ``wrong`` is ``rl.figures.held_out_value``."""
 
     texts: list[str]
     scores: dict[str, Scores]
+    failed: float
+    wrong: float
     results: Mapping[str, TaskResult]
-
-    @property
-    def wrong(self) -> float:
-        """Share of prompts whose greedy answer is wrong; without a grader that says so, the mean reward's negative."""
-        if "pass@1" in self.scores:
-            return 1.0 - float(self.scores["pass@1"].values.mean())
-        return -float(self.scores["reward"].values.mean())
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -88,15 +83,15 @@ def body(context: StepContext) -> StepResult:
     metrics: dict[str, Any] = {
         "held_out_before": {"all": before.wrong},
         "held_out_after": {"all": after.wrong},
+        "failed_gradings": {"before": before.failed, "after": after.failed},
         "generations": _side_by_side(config, asked, before.texts, after.texts),
         "comparison": _comparison(config, tasks, before, after),
     }
     (context.out / "evaluation.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
     evaluate.write_scores(context.out / evaluate.SCORES, {"before": before.results, "after": after.results})
-    told = ", ".join(
-        f"{name} {before.scores[name].values.mean():.3f} -> {after.scores[name].values.mean():.3f}"
-        for name in after.scores
-    )
+    told = [f"{name} {_mean(before, name)} -> {_mean(after, name)}" for name in after.scores]
+    if before.failed or after.failed:
+        told.append(f"gradings that failed, and count for nothing: {before.failed:g} -> {after.failed:g}")
     return StepResult(
         outputs={"evaluation": ("evaluation.json", "evaluation"), "task_scores": (evaluate.SCORES, "task_scores")},
         checks=[
@@ -109,7 +104,7 @@ def body(context: StepContext) -> StepResult:
             )
         ],
         metrics=metrics,
-        summary=f"on {len(asked)} held-out prompts: {told}",
+        summary=f"on {len(asked)} held-out prompts: {', '.join(told)}",
     )
 
 
@@ -123,15 +118,29 @@ def _evaluate(
 ) -> _Found:
     from posttrain_lib.data.token_store import TokenStore
     from posttrain_lib.evaluation.tasks import Given
+    from posttrain_lib.rl.figures import failed_gradings, held_out_scores, held_out_value
 
     config, tokenizer = context.config, playing.tokenizer
     texts, grades, ways = _answers(context, model, playing, prompts, graders)
+    scores = held_out_scores(grades, ways)
+    if (wrong := held_out_value(scores)) is None:
+        raise RolloutError(
+            "no greedy answer to a held-out prompt was graded",
+            where="grpo.rewards",
+            got="; ".join(sorted({grade.failure or "" for grade in grades if grade.reward is None}))[:500],
+            fix="mend the grader that is named",
+        )
     store = TokenStore(Path(context.inputs["held_out"].uri))
     given = Given(
         store, config.train.row_tokens, read_prompts(Path(context.inputs["prompts"].uri)), config.evaluation.seed
     )
     results = {title: evaluate.run_task(context, title, task, model, tokenizer, given) for title, task in tasks.items()}
-    return _Found(texts[::ways], _scores(grades, ways), results)
+    return _Found(texts[::ways], scores, failed_gradings(grades), wrong, results)
+
+
+def _mean(found: _Found, name: str) -> str:
+    mean = found.scores[name].mean if name in found.scores else None
+    return "-" if mean is None else f"{mean:.3f}"
 
 
 def _answers(
@@ -165,24 +174,6 @@ def _answers(
     engine.close()
     grades = with_failures(trajectories, graders.grade(to_grade(trajectories)))
     return [one.answer.text for one in trajectories], grades, len(ways)
-
-
-def _scores(grades: Sequence[Grade], ways: int) -> dict[str, Scores]:
-    """By metric, of each prompt; a failed grading is wrong and worth nothing."""
-    from posttrain_lib.evaluation.bootstrap import Scores
-    from posttrain_lib.rl.figures import sampled_pass_rates
-
-    greedy = grades[::ways]
-    found = {}
-    if any(grade.correct is not None for grade in greedy):
-        found["pass@1"] = Scores(np.array([float(bool(grade.correct)) for grade in greedy]), unit="share")
-    found["reward"] = Scores(np.array([grade.reward or 0.0 for grade in greedy]))
-    for title in dict.fromkeys(name for grade in greedy for name in grade.parts):
-        found[f"reward/{title}"] = Scores(np.array([grade.parts.get(title, 0.0) for grade in greedy]))
-    if "pass@1" in found:
-        rates = sampled_pass_rates(grades, ways)
-        found |= {name: Scores(values, unit="share") for name, values in rates.items()}
-    return found
 
 
 def _comparison(config: RunConfig, tasks: Mapping[str, Task], before: _Found, after: _Found) -> list[dict[str, Any]]:

@@ -59,6 +59,12 @@ class Scores:
         weights = None if self.weights is None else self.weights[own]
         return replace(self, values=self.values[own], weights=weights, groups=None, baseline=None)
 
+    @property
+    def mean(self) -> float | None:
+        """The metric over all examples of weight; None where there is none."""
+        kept = self.filled() > 0
+        return _mean(self, kept) if kept.any() else None
+
     def by_itself(self) -> list[float]:
         """The metric of each example alone."""
         return (np.exp(self.values) if self.exponential else self.values).tolist()

@@ -6,11 +6,12 @@ import contextlib
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from posttrain_lib.evaluation.bootstrap import Scores
 from posttrain_lib.evaluation.pass_rate import pass_at_k
 from posttrain_lib.rl.trajectories import Group, Trajectory
 from posttrain_lib.schema.rollouts import Grade
@@ -35,7 +36,7 @@ def batch_figures(
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/group_std": float(np.mean([group.rewards.std() for group in groups])),
-        "reward/failed": float(sum(grade.reward is None for grade in grades)),
+        "reward/failed": failed_gradings(grades),
         "advantage/size": float(np.abs(np.concatenate(list(advantages))).mean()),
         "rollout/tokens": float(tokens.mean()),
         "rollout/tokens_max": float(tokens.max()),
@@ -53,7 +54,7 @@ def batch_figures(
 def _parts(grades: Sequence[Grade]) -> dict[str, float]:
     values: dict[str, list[float]] = defaultdict(list)
     for grade in grades:
-        for name, value in grade.parts.items():
+        for name, value in grade.parts.items() if grade.reward is not None else ():
             values[name].append(value)
     return {name: float(np.mean(known)) for name, known in values.items()}
 
@@ -66,33 +67,72 @@ def _share_correct(grades: Sequence[Grade]) -> float | None:
 def held_out_figures(grades: Sequence[Grade], trajectories: Sequence[Trajectory], ways: int) -> dict[str, Any]:
     """Fields of a step's report of held-out prompts, each answered ``ways`` times in a row, greedily at first.
 
-    ``held_out`` has the share of prompts whose greedy answer is wrong, the lower the better as any held-out loss; where
-    no grader says what is right, the greedy answers' mean reward with the sign changed. A failed grading is wrong.
+    ``held_out_figures`` are the means of :func:`held_out_scores`, the greedy answers' tokens, and how many gradings
+    ``failed``. ``held_out`` has :func:`held_out_value`; it is left out where nothing was graded.
+    """
+    scores = held_out_scores(grades, ways)
+    figures = {
+        "tokens": float(np.mean([len(one.logprobs) for one in trajectories[::ways]])),
+        "failed": failed_gradings(grades),
+    }
+    value = held_out_value(scores)
+    known = {} if value is None else {"held_out": {"all": value}}
+    means = {name: one.mean for name, one in scores.items() if one.mean is not None}
+    return {**known, "held_out_figures": {**means, **figures}}
+
+
+def held_out_scores(grades: Sequence[Grade], ways: int) -> dict[str, Scores]:
+    """By metric, of each held-out prompt, answered ``ways`` times in a row, greedily at first.
+
+    Of the greedy answer ``pass@1``, where a grader says what is right, ``reward``, and its parts as ``reward/<name>``;
+    of the others, beside ``pass@1`` alone, ``sampled_pass@k`` for k of 1 and of all that were drawn.
+
+    A failed grading says nothing of its answer, good or bad. It has no weight in a mean (nor does a prompt that fewer
+    than k graded answers are left of), and is counted beside it: :func:`failed_gradings`.
     """
     greedy = grades[::ways]
-    rewards = [grade.reward for grade in greedy if grade.reward is not None]
-    figures = {
-        "reward": float(np.mean(rewards)) if rewards else 0.0,
-        "tokens": float(np.mean([len(one.logprobs) for one in trajectories[::ways]])),
-        "failed": float(sum(grade.reward is None for grade in grades)),
-    }
-    if all(grade.correct is None for grade in greedy):
-        return {"held_out": {"all": -figures["reward"]}, "held_out_figures": figures}
-    figures = {"pass@1": float(np.mean([bool(grade.correct) for grade in greedy])), **figures}
-    figures |= {name: float(rates.mean()) for name, rates in sampled_pass_rates(grades, ways).items()}
-    return {"held_out": {"all": 1.0 - figures["pass@1"]}, "held_out_figures": figures}
+    graded = np.array([grade.reward is not None for grade in greedy], np.float64)
+    found, parts = {}, dict.fromkeys(name for grade in greedy for name in grade.parts)
+    if any(grade.correct is not None for grade in greedy):
+        found["pass@1"] = Scores(np.array([float(bool(grade.correct)) for grade in greedy]), graded, unit="share")
+    found["reward"] = Scores(np.array([grade.reward or 0.0 for grade in greedy]), graded)
+    if "pass@1" in found:
+        found |= _sampled_pass_rates([grades[i + 1 : i + ways] for i in range(0, len(grades), ways)])
+    for name in parts:
+        found[f"reward/{name}"] = Scores(np.array([grade.parts.get(name, 0.0) for grade in greedy]), graded)
+    return found
 
 
-def sampled_pass_rates(grades: Sequence[Grade], ways: int) -> dict[str, np.ndarray]:
-    """``sampled_pass@k`` of each prompt, float64 [prompts], for k of 1 and of all that were drawn.
+def _sampled_pass_rates(drawn: Sequence[Sequence[Grade]]) -> dict[str, Scores]:
+    """``sampled_pass@k`` of the grades of each prompt's drawn answers; empty where none were drawn."""
+    most = len(drawn[0])
+    graded = [[grade for grade in each if grade.reward is not None] for each in drawn]
+    right = [sum(bool(grade.correct) for grade in each) for each in graded]
+    found = {}
+    for k in sorted({1, most}) if most else []:
+        enough = [len(each) >= k for each in graded]
+        of_each = zip(graded, right, enough, strict=True)
+        rates = [pass_at_k(len(each), count, k) if known else 0.0 for each, count, known in of_each]
+        found[f"sampled_pass@{k}"] = Scores(np.array(rates), np.array(enough, np.float64), unit="share")
+    return found
 
-    Of ``ways`` answers to each prompt in a row the first is greedy and left out. A failed grading is wrong. Empty where
-    none were drawn.
+
+def held_out_value(scores: Mapping[str, Scores]) -> float | None:
+    """The share of prompts whose greedy answer is wrong, the lower the better as any held-out loss.
+
+    Where no grader says what is right, the greedy answers' mean reward with the sign changed; None where nothing was
+    graded.
     """
-    drawn = ways - 1
-    right = [sum(bool(grade.correct) for grade in grades[i + 1 : i + ways]) for i in range(0, len(grades), ways)]
-    ks = sorted({1, drawn}) if drawn else []
-    return {f"sampled_pass@{k}": np.array([pass_at_k(drawn, count, k) for count in right]) for k in ks}
+    reward = scores["reward"].mean
+    if reward is None or "pass@1" not in scores:
+        return None if reward is None else -reward
+    right = scores["pass@1"].mean
+    return None if right is None else 1.0 - right
+
+
+def failed_gradings(grades: Sequence[Grade]) -> float:
+    """How many there are, of all answers."""
+    return float(sum(grade.reward is None for grade in grades))
 
 
 def shown_answers(groups: Sequence[Group], version: int, count: int) -> list[dict[str, Any]]:

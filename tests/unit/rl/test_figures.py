@@ -1,0 +1,48 @@
+"""Figures of held-out answers: a grading that failed is no score, and is counted beside the means."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from posttrain_lib.rl.figures import held_out_figures, held_out_scores, held_out_value
+from posttrain_lib.rl.trajectories import Trajectory
+from posttrain_lib.schema.rollouts import Answer, Grade
+
+FAILED = Grade(None, {"exact": 1.0}, None, "exact: took too long")
+RIGHT, WRONG = Grade(1.0, {"exact": 1.0}, True), Grade(-1.0, {"exact": 0.0}, False)
+
+
+def told(grades: list[Grade], ways: int = 1) -> dict[str, dict[str, float]]:
+    nothing = np.zeros(0, np.float32)
+    answer = Answer(prompt=(), text="", expected=None, extra={}, tokens=0, finished=True)
+    one = Trajectory(np.zeros(3, np.int32), 3, np.zeros(3, bool), nothing, nothing.astype(np.int32), answer, True)
+    return held_out_figures(grades, [one] * len(grades), ways)
+
+
+def test_a_failed_grading_is_left_out_of_every_mean_and_counted() -> None:
+    found = told([RIGHT, FAILED, WRONG, RIGHT])
+    figures = found["held_out_figures"]
+    assert found["held_out"]["all"] == pytest.approx(1 / 3)
+    assert figures["pass@1"] == figures["reward/exact"] == pytest.approx(2 / 3)
+    assert (figures["reward"], figures["failed"]) == (pytest.approx(1 / 3), 1.0)
+
+
+def test_of_sampled_answers_the_graded_ones_count() -> None:
+    # greedy, and two drawn, of three prompts
+    grades = [RIGHT, RIGHT, WRONG, RIGHT, FAILED, RIGHT, WRONG, FAILED, FAILED]
+    figures = told(grades, 3)["held_out_figures"]
+    assert figures["sampled_pass@1"] == pytest.approx((0.5 + 1.0) / 2), "of the last prompt no drawn answer is graded"
+    assert figures["sampled_pass@2"] == 1.0, "two graded ones has the first prompt alone"
+    assert (figures["pass@1"], figures["failed"]) == (pytest.approx(2 / 3), 3.0)
+
+
+def test_without_a_word_on_what_is_right_the_reward_counts() -> None:
+    found = told([Grade(2.0), FAILED, Grade(1.0)])
+    assert found["held_out"]["all"] == -1.5 and "pass@1" not in found["held_out_figures"]
+
+
+def test_where_nothing_was_graded_there_is_no_value() -> None:
+    found = told([FAILED, FAILED])
+    assert "held_out" not in found and found["held_out_figures"]["failed"] == 2.0
+    assert held_out_value(held_out_scores([FAILED], 1)) is None
