@@ -80,6 +80,10 @@ class Controller:
         prompts, held_out: what is asked in training, and to look at the policy.
         play: how a prompt is answered. ledger: what became of every prompt.
         answers: where those of each batch go that are kept to be read.
+
+    ``batch`` counts the batches that were learned; ``_learned`` has that number of each version that was pushed. A
+    batch with fewer groups than ``updates_per_batch`` makes fewer updates, so versions do not tell it; and a run
+    collects until its updates are made.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Controller:
         self.pump, self.desk = EnginePump(roles.rollout), GradingDesk(roles.reward)
         self.times = Times()
         self.batch = 0
+        self._learned: dict[int, int] = {}
         self._policy_thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     def state(self) -> dict[str, Any]:
@@ -155,16 +160,16 @@ class Controller:
             await self._push()
             reports.put_nowait(dataclasses.replace(first_report(settings.updates), **await self._look()))
         ahead: dict[int, asyncio.Task[list[Group]]] = {}
-        while self.batch < settings.batches:
+        while left := settings.batches_left(policy.version):
             self.times.begin()
-            for number in range(self.batch, min(self.batch + 1 + settings.max_staleness, settings.batches)):
+            for number in range(self.batch, self.batch + min(1 + settings.max_staleness, left)):
                 if number not in ahead:
                     ahead[number] = tasks.create_task(self._collect(number))
             with self.times.part("wait_for_rollouts"):
                 groups = await ahead.pop(self.batch)
             async for report in self._learn(groups):
                 reports.put_nowait(report)
-            if pulse.stop_reason() is not None and self.batch < settings.batches:
+            if pulse.stop_reason() is not None and policy.version < settings.updates:
                 raise preempted(policy.version)
 
     async def _collect(self, number: int) -> list[Group]:
@@ -248,12 +253,13 @@ class Controller:
                 got=f"{settings.sampling.max_new_tokens} tokens at most",
                 fix="allow longer answers (grpo.rollout.max_new_tokens), or leave grpo.mask_unfinished off",
             )
-        figures = batch_figures(groups, advantages, self.batch, settings.updates_per_batch)
+        figures = batch_figures(groups, advantages, self.batch, self._learned)
         if settings.placement == "colocated":
             with self.times.part("sleep"):
                 await self.pump.exclusive(self.roles.rollout.sleep)
         samples = await self._with_signals(samples)
-        parts = _parts(samples, min(settings.updates_per_batch, settings.updates - policy.version))
+        since = policy.version
+        parts = _parts(samples, min(settings.updates_per_batch, settings.updates - since))
         for number, part in enumerate(parts):
             with self.times.part("update"):
                 report = await self._on_policy(partial(policy.update, part))
@@ -269,19 +275,19 @@ class Controller:
         shown = shown_answers(groups, policy.version, settings.shown)
         if self.answers is not None:
             self.answers.append(shown)
-        yield await self._after_batch(dataclasses.replace(report, answers=tuple(shown)), figures)
+        yield await self._after_batch(dataclasses.replace(report, answers=tuple(shown)), figures, since)
 
-    async def _after_batch(self, report: StepReport, figures: dict[str, float]) -> StepReport:
-        """Look and save where it is due, and tell."""
+    async def _after_batch(self, report: StepReport, figures: dict[str, float], since: int) -> StepReport:
+        """Look and save where it is due, and tell. ``since``: the version that the batch began with."""
         settings, policy = self.settings, self.roles.policy
-        over, stopping = self.batch >= settings.batches, pulse.stop_reason() is not None
+        over, stopping = policy.version >= settings.updates, pulse.stop_reason() is not None
         looked, events = {}, [report.event] if report.event else []
-        if over or self._passed(settings.held_out.every_steps):
+        if over or _passed(settings.held_out.every_steps, since, policy.version):
             with self.times.part("held_out"):
                 looked = await self._look()
         else:  # a long run's reports stay small: every answer that is shown stands in a file of its own
             report = dataclasses.replace(report, answers=())
-        saves = over or stopping or self._passed(settings.save_every)
+        saves = over or stopping or _passed(settings.save_every, since, policy.version)
         events += ["checkpoint"] if saves else []
         events += ["finished"] if over else []
         times = self.times.figures(self.pump.busy_seconds, self.desk.busy_seconds)
@@ -295,11 +301,6 @@ class Controller:
             state = self.state()
             await self._on_policy(lambda: policy.save(state, report, wait=over or stopping))
         return report
-
-    def _passed(self, every: int) -> bool:
-        """Whether a multiple of ``every`` lies within the batch that was just learned."""
-        version = self.roles.policy.version
-        return version // every > (version - self.settings.updates_per_batch) // every
 
     def _advantages(self, groups: list[Group]) -> list[np.ndarray]:
         settings = self.settings
@@ -348,6 +349,7 @@ class Controller:
             samples = [_canary(ids, number) for number, ids in enumerate(canaries)]
             return asked(lambda: policy.logprobs(samples, temperature=1.0))
 
+        self._learned[policy.version] = self.batch
         with self.times.part("push"):
             await self.pump.exclusive(lambda: guard.push(rollout, weights(), policy.version, score))
 
@@ -377,6 +379,11 @@ class Controller:
     async def _on_policy(self, work: Callable[[], T]) -> T:
         """Run in the policy's own thread, so that the loops go on."""
         return await asyncio.get_running_loop().run_in_executor(self._policy_thread, work)
+
+
+def _passed(every: int, since: int, version: int) -> bool:
+    """Whether a multiple of ``every`` lies within the updates behind ``since``, up to ``version``."""
+    return version // every > since // every
 
 
 def _parts(samples: list[TrainSample], count: int) -> list[list[TrainSample]]:

@@ -18,12 +18,15 @@ from posttrain_lib.schema.rollouts import Grade
 
 
 def batch_figures(
-    groups: Sequence[Group], advantages: Sequence[np.ndarray], batch: int, updates_per_batch: int
+    groups: Sequence[Group], advantages: Sequence[np.ndarray], batch: int, learned: Mapping[int, int]
 ) -> dict[str, float]:
     """Figures of the batch's groups.
 
     ``reward/...`` means over graded answers; ``rollout/entropy`` estimates the policy's by the sampled tokens' own
     log-probabilities; ``rollout/staleness`` counts the batches that were learned between a token's weights and its use.
+
+    Args:
+        batch: batches that were learned before this one. learned: the same of each version that was pushed.
     """
     grades = [grade for group in groups for grade in group.grades]
     trajectories = [one for group in groups for one in group.trajectories]
@@ -31,7 +34,7 @@ def batch_figures(
     tokens = np.array([len(one.logprobs) for one in trajectories], np.float64)
     logprobs = np.concatenate([one.logprobs for one in trajectories])
     versions = np.concatenate([one.versions for one in trajectories])
-    staleness = batch - versions // updates_per_batch
+    staleness = np.array([batch - learned[version] for version in versions.tolist()], np.float64)
     figures = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),

@@ -21,7 +21,7 @@ class HeldOut:
 @dataclass(frozen=True)
 class RLSettings:
     """One *batch* is ``prompts_per_batch`` groups of ``group_size`` answers, learned in ``updates_per_batch`` optimiser
-    steps; ``updates`` steps make the run.
+    steps, or in as many as it has groups; ``updates`` steps make the run, however many batches that takes.
 
     max_staleness: a batch may be asked for while so many earlier ones are not learned yet; 0 is synchronous. A sample
         is then never of weights more than so many batches old: by when it was asked for, whatever happens after.
@@ -62,7 +62,6 @@ class RLSettings:
     seed: int = 0
     held_out: HeldOut = field(default_factory=HeldOut)
 
-    @property
-    def batches(self) -> int:
-        """Of the whole run."""
-        return -(-self.updates // self.updates_per_batch)
+    def batches_left(self, version: int) -> int:
+        """Batches that the run needs from this version on: so many at least, more where one comes out short."""
+        return -(-(self.updates - version) // self.updates_per_batch)

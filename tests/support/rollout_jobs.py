@@ -138,6 +138,13 @@ def fails_on_some(answer: Answer) -> float:
     return float(number % 2)
 
 
+def fails_on_prompts(answer: Answer) -> float:
+    """Raises for all answers to one prompt in four or so, so that batches lose whole groups."""
+    if zlib.crc32(str(answer.prompt[-1]["content"]).encode()) % 4 == 0:
+        raise ValueError("I do not like such prompts")
+    return short(answer)
+
+
 def raises(answer: Answer) -> float:
     """Never says anything."""
     raise RuntimeError("broken")

@@ -95,6 +95,38 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
     assert read_log(tmp_path / "killed" / ANSWERS) == read_log(tmp_path / "whole" / ANSWERS)
 
 
+def short_batches(folder: Path, work: str, **changes: Any) -> TrainJob:
+    """A job whose batches lose groups that nothing replaces, of three updates each where none is lost."""
+    spec = RewardSpec("tests.support.rollout_jobs:fails_on_prompts", "moody")
+    batch = {"prompts_per_batch": 3, "updates_per_batch": 3, "needs_old": True, "max_refills": 0, "updates": 8}
+    return rollout_job(folder, work, rewards=[spec], **{**batch, **changes})
+
+
+def test_short_batches_still_make_the_updates_that_were_asked_for(tmp_path: Path) -> None:
+    whole, result = run(short_batches(tmp_path, "whole"))
+    assert [report.step for report in whole] == list(range(9)) and result.step == 8
+    assert [report.event for report in whole].count("checkpoint, finished") == 1
+    trained = [len(line["trained"]) for line in read_log(tmp_path / "whole" / LEDGER) if line["trained"]]
+    assert min(trained) < 3 and sum(trained) >= 8, "the test needs a batch that comes out short"
+    job = short_batches(tmp_path, "killed")
+    killed_after(job, 3)
+    pulse.begin()
+    again, resumed = run(job)
+    assert "resumed" in again[0].event and again[0].step > 0
+    for report in again[1:]:
+        assert comparable(report) == comparable(whole[report.step])
+    one, other = weights(result), weights(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert read_log(tmp_path / "killed" / LEDGER) == read_log(tmp_path / "whole" / LEDGER)
+
+
+def test_staleness_counts_batches_where_some_are_short(tmp_path: Path) -> None:
+    job = short_batches(tmp_path, "ahead", max_staleness=1, placement="split", rollouts={"max_mismatch": None})
+    reports, result = run(job)
+    stale = [report.figures["rollout/staleness_max"] for report in reports[1:]]
+    assert result.step == 8 and set(stale) == {0.0, 1.0}, "the first batch is fresh, the second was asked for beside it"
+
+
 def test_rollouts_ahead_are_never_too_old(tmp_path: Path) -> None:
     # What is stale is of another policy: the mismatch is then no fault.
     rollouts = {"engine_options": {"slots": 8}, "max_mismatch": None}
