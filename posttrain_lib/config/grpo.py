@@ -41,7 +41,8 @@ class Rollout(Section):
     max_mismatch: float | None = Field(
         0.1,
         gt=0,
-        description="KL a token between engine and trainer above which the run stops, staleness included; null: never",
+        description="KL a token between engine and trainer with the same weights, over the batch's answers without "
+        "staleness, above which the run stops (with batches ahead few answers are such); null: never",
     )
     max_canary_difference: float | None = Field(
         None,

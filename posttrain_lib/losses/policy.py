@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 ADVANTAGES, OLD, REFERENCE, ROLLOUT = "advantages", "old_logprobs", "reference_logprobs", "rollout_logprobs"
 #: what the trainer says of a token against what the sampler said: means, and the largest size of a log ratio
 MISMATCH, MISMATCH_MAX = ("mismatch/kl", "mismatch/ratio", "mismatch/ratio_squared"), "mismatch/log_ratio_max"
+#: a signal, 1 for tokens of answers that were drawn from the very weights that the batch's updates begin with, else 0;
+#: and the KL of those tokens alone, in which no staleness is
+FRESH, MISMATCH_FRESH = "fresh", "mismatch/kl_fresh"
 
 
 class PolicyLoss(Loss):
@@ -45,7 +48,8 @@ class PolicyLoss(Loss):
     Figures, means over trained tokens: ``policy/clip_share``, ``policy/ratio``, ``policy/kl`` (of the policy now from
     the one that sampled, k3), and as far as asked for ``policy/reference_kl`` and ``policy/entropy``. Where the batch
     says ``rollout_logprobs``, of the trainer (before its first update on them) to the sampler: ``mismatch/kl`` (k3),
-    ``mismatch/ratio``, ``mismatch/ratio_squared``, and the extreme ``mismatch/log_ratio_max``.
+    ``mismatch/ratio``, ``mismatch/ratio_squared``, and the extreme ``mismatch/log_ratio_max``; ``mismatch/kl_fresh`` is
+    over those tokens alone that ``fresh`` has 1 for, or all where the batch does not say.
 
     Where the batch says what its tokens were drawn from (``batch.allowed``), log-probabilities and entropies are of the
     distribution over that.
@@ -115,6 +119,7 @@ class PolicyLoss(Loss):
             *(("policy/reference_kl",) if kl_weight else ()),
             *(("policy/entropy",) if entropy_bonus else ()),
             *MISMATCH,
+            MISMATCH_FRESH,
         )
         self.extremes = (MISMATCH_MAX,)
 
@@ -163,6 +168,9 @@ class PolicyLoss(Loss):
         if largest is None or not len(largest):
             largest = tokens_N.new_zeros(1)
         figures = {name: weighted_figure(part, tokens_N) for name, part in parts.items()}
+        if (kl := parts.get(MISMATCH[0])) is not None:
+            fresh = batch.signals.get(FRESH)
+            figures[MISMATCH_FRESH] = weighted_figure(kl, tokens_N if fresh is None else tokens_N * fresh)
         unsaid = torch.zeros(2, dtype=torch.float64, device=tokens_N.device)  # a mean of no weight is not reported
         figures = {name: figures.get(name, unsaid) for name in self.figures}
         return dataclasses.replace(

@@ -245,7 +245,7 @@ class Controller:
         """The updates of one batch, and what is due behind the last one."""
         settings, policy = self.settings, self.roles.policy
         advantages = self._advantages(groups)
-        samples = samples_of(groups, advantages, mask_unfinished=settings.mask_unfinished)
+        samples = samples_of(groups, advantages, policy.version, mask_unfinished=settings.mask_unfinished)
         if not samples:
             raise RolloutError(
                 "every answer of the batch was cut off, and such are not learned from",

@@ -23,7 +23,7 @@ from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.errors import ConfigError, TrainingError
 from posttrain_lib.evaluation.perplexity import means_of
 from posttrain_lib.losses import build_loss
-from posttrain_lib.losses.policy import MISMATCH, MISMATCH_MAX
+from posttrain_lib.losses.policy import MISMATCH, MISMATCH_FRESH, MISMATCH_MAX
 from posttrain_lib.models.hf_spec import HFSpec
 from posttrain_lib.models.lora import LoraDecoder
 from posttrain_lib.optim import build_optimizer
@@ -74,7 +74,7 @@ class PolicyRank:
     Args:
         job: which model, on which mesh, and how to train it; its stores are not looked at. ``train.steps`` is the
             number of updates that the schedule counts with. device: this rank's.
-        most_mismatch: an update is refused where ``mismatch/kl`` is above; None: never.
+        most_mismatch: an update is refused where ``mismatch/kl_fresh`` is above; None: never.
         trajectory: what else of the run file the weights depend on, JSON-ready.
 
     Raises:
@@ -251,16 +251,18 @@ class PolicyRank:
         return outcome
 
     def _check_mismatch(self, outcome: StepOutcome) -> None:
-        """Refuse an update on samples of which the trainer thinks quite otherwise than the sampler did."""
-        found = means_of(outcome.sums, self.loss, [SOURCE]).figures.get(MISMATCH[0])
+        """Refuse an update on samples of which the trainer thinks quite otherwise than the sampler did, with the same
+        weights: how far others are from these is no fault, and the clip's and the correction's matter."""
+        found = means_of(outcome.sums, self.loss, [SOURCE]).figures.get(MISMATCH_FRESH)
         if self.most_mismatch is None or found is None or found <= self.most_mismatch:
             return
         raise TrainingError(
             "the rollout engine and the trainer disagree about the sampled tokens; the update was not taken",
             where=f"update {self.version + 1}",
-            got=f"a KL of {found:.4g} a token, the largest log ratio {outcome.extremes.get(MISMATCH_MAX, 0):.4g}",
+            got=f"a KL of {found:.4g} a token of answers that are not stale; the largest log ratio of all "
+            f"{outcome.extremes.get(MISMATCH_MAX, 0):.4g}",
             expected=f"at most {self.most_mismatch:g}",
-            fix="look for another precision, template or stale weights in the engine; or allow more",
+            fix="look for another precision or template in the engine; or allow more",
         )
 
     def _report(

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from posttrain_lib.losses.policy import ADVANTAGES, ROLLOUT
+from posttrain_lib.losses.policy import ADVANTAGES, FRESH, ROLLOUT
 from posttrain_lib.rl.constrain import Constrain
 from posttrain_lib.rl.prompts import RolloutPrompt
 from posttrain_lib.rl.rewards.shaping import signal
@@ -139,12 +139,13 @@ def with_failures(trajectories: Sequence[Trajectory], grades: Sequence[Grade]) -
 
 
 def samples_of(
-    groups: Sequence[Group], advantages: Sequence[np.ndarray], *, mask_unfinished: bool
+    groups: Sequence[Group], advantages: Sequence[np.ndarray], version: int, *, mask_unfinished: bool
 ) -> list[TrainSample]:
     """What the policy learns from groups.
 
     Args:
         advantages: of each group, one number for each of its ``graded`` answers.
+        version: of the policy that learns; an answer is fresh if all of it was drawn from that.
         mask_unfinished: leave answers out that were cut off by a limit: neither good nor bad is known of them.
     """
     samples = []
@@ -153,7 +154,11 @@ def samples_of(
             one = group.trajectories[number]
             if mask_unfinished and not one.finished:
                 continue
-            signals = {ADVANTAGES: np.full(len(one.logprobs), advantage, np.float32), ROLLOUT: one.logprobs}
+            signals = {
+                ADVANTAGES: np.full(len(one.logprobs), advantage, np.float32),
+                ROLLOUT: one.logprobs,
+                FRESH: np.full(len(one.logprobs), (one.versions == version).all(), np.float32),
+            }
             samples.append(
                 TrainSample(one.token_ids, one.trained, one.prompt_tokens, group.visit, number, signals, one.allowed)
             )

@@ -64,7 +64,7 @@ def test_all_that_is_asked_of_the_policy_runs_in_one_thread_and_the_engine_in_an
         monkeypatch.setattr(EmbeddedEngine, name, engines.noted(name, getattr(EmbeddedEngine, name)))
     parts: dict[str, Any] = {
         "train": {"loss_options": {"kl_weight": 0.1}},
-        "rollouts": {"reference": str(tmp_path / "model"), "max_mismatch": None},
+        "rollouts": {"reference": str(tmp_path / "model")},
         "placement": "split" if staleness else "colocated",
     }
     changes = {"updates": 4, "updates_per_batch": 2, "needs_old": True, "max_staleness": staleness}

@@ -121,16 +121,20 @@ def test_short_batches_still_make_the_updates_that_were_asked_for(tmp_path: Path
 
 
 def test_staleness_counts_batches_where_some_are_short(tmp_path: Path) -> None:
-    job = short_batches(tmp_path, "ahead", max_staleness=1, placement="split", rollouts={"max_mismatch": None})
+    job = short_batches(tmp_path, "ahead", max_staleness=1, placement="split")
     reports, result = run(job)
     stale = [report.figures["rollout/staleness_max"] for report in reports[1:]]
     assert result.step == 8 and set(stale) == {0.0, 1.0}, "the first batch is fresh, the second was asked for beside it"
 
 
 def test_rollouts_ahead_are_never_too_old(tmp_path: Path) -> None:
-    # What is stale is of another policy: the mismatch is then no fault.
-    rollouts = {"engine_options": {"slots": 8}, "max_mismatch": None}
-    reports, _ = run(rollout_job(tmp_path, max_staleness=2, updates=8, placement="split", rollouts=rollouts))
+    # What is stale is of another policy, and far from this one here: that is no fault, and ends no run.
+    parts: dict[str, Any] = {"rollouts": {"engine_options": {"slots": 8}}, "train": {"optimizer": {"lr": 2e-2}}}
+    reports, _ = run(rollout_job(tmp_path, max_staleness=2, updates=8, placement="split", **parts))
+    known = [report.figures for report in reports[1:]]
+    assert max(figures["mismatch/kl"] for figures in known) > 1e-3, "the bound of the job"
+    fresh = [figures["mismatch/kl_fresh"] for figures in known if "mismatch/kl_fresh" in figures]
+    assert fresh and max(fresh) < 1e-6, "float32 twice, in another order"
     stale = [report.figures["rollout/staleness_max"] for report in reports[1:]]
     assert max(stale) <= 2 and max(stale) > 0
     assert sorted(trained_visits(read_log(tmp_path / "work" / LEDGER))) == list(range(32))
@@ -138,8 +142,7 @@ def test_rollouts_ahead_are_never_too_old(tmp_path: Path) -> None:
 
 def test_a_checkpoint_knows_of_what_batches_ahead_have_settled(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_staleness": 1, "placement": "split", "drop_no_signal": True, "max_refills": 20,
-                               "save_every": 1, "held_out": HeldOut(4, 0, 1), "updates": 6,
-                               "rollouts": {"max_mismatch": None}}  # fmt: skip
+                               "save_every": 1, "held_out": HeldOut(4, 0, 1), "updates": 6}  # fmt: skip
     job = rollout_job(tmp_path, **changes)
     killed_after(job, 3)
     pulse.begin()
@@ -184,8 +187,9 @@ def test_weights_that_did_not_arrive_stop_the_run(tmp_path: Path) -> None:
         run(job)
 
 
-def test_a_sampler_that_says_otherwise_stops_the_update(tmp_path: Path) -> None:
-    job = rollout_job(tmp_path, rollouts={"engine": "tests.support.engines:lying_engine"})
+@pytest.mark.parametrize("ahead", [{}, {"max_staleness": 2, "placement": "split"}])
+def test_a_sampler_that_says_otherwise_stops_the_update(tmp_path: Path, ahead: dict[str, Any]) -> None:
+    job = rollout_job(tmp_path, rollouts={"engine": "tests.support.engines:lying_engine"}, **ahead)
     with pytest.raises(TrainingError, match="disagree about the sampled tokens"):
         run(job)
 
