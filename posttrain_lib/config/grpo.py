@@ -160,6 +160,9 @@ class GRPO(Objective):
     )  # fmt: skip
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_weight: float = Field(0.0, ge=0, description="of the KL to the reference, in the loss")
+    kl_unbiased: bool = Field(
+        False, description="each token's KL is weighted by the policy's ratio to the one that sampled (DeepSeek-V3.2)"
+    )
     entropy_bonus: float = Field(0.0, ge=0)
     correction: Literal["truncate", "mask"] | None = Field(
         None, description="importance weights of the trainer's policy over the engine's: cut at correction_most, or "
@@ -192,7 +195,7 @@ class GRPO(Objective):
         """Name and options of the loss."""
         names = (
             "objective", "ratio", "clip_low", "clip_high", "dual_clip", "aggregate", "kl", "kl_weight",
-            "entropy_bonus", "correction", "correction_most",
+            "kl_unbiased", "entropy_bonus", "correction", "correction_most",
         )  # fmt: skip
         horizon = self.rollout.max_new_tokens if self.aggregate == "constant" else None
         return "policy", {
@@ -232,6 +235,8 @@ class GRPO(Objective):
                 f"updates_per_batch ({self.updates_per_batch}) is above prompts_per_step ({self.prompts_per_step}): an "
                 "update learns from whole groups"
             )
+        if self.kl_unbiased and not self.needs_reference:
+            raise ValueError("kl_unbiased weighs the KL of kl_weight: set that above 0, or leave kl_unbiased out")
         if self.reference != FrozenPolicy() and not self.needs_reference:
             raise ValueError("reference is compared with where kl_weight is above 0: set that, or leave reference out")
         if self.placement == "colocated" and self.max_staleness:

@@ -64,8 +64,10 @@ class PolicyLoss(Loss):
         aggregate: what all tokens weigh the same in: "token", the batch (DAPO); "sequence", each completion, whose
             tokens share its weight (GRPO); "constant", each completion with ``horizon`` tokens, however many it has
             (Dr. GRPO).
-        kl, kl_weight: a key of ``policy_objectives.KL``, and what is added to the loss of it. entropy_bonus: what is
-            taken off of the entropy.
+        kl, kl_weight: a key of ``policy_objectives.KL``, and what is added to the loss of it. kl_unbiased: each token's
+            is multiplied by its ratio, gradient and all, which makes of k1 and k3 the KL's own gradient, also behind
+            the first update (DeepSeek-V3.2; TRL's ``use_bias_correction_kl``). entropy_bonus: what is taken
+            off of the entropy.
         temperature: that the samples were drawn at; log-probabilities are of the logits divided by it.
         correction, correction_most: a key of ``policy_objectives.CORRECTIONS`` and its bound.
 
@@ -90,6 +92,7 @@ class PolicyLoss(Loss):
         temperature: float = 1.0,
         correction: str | None = None,
         correction_most: float = 2.0,
+        kl_unbiased: bool = False,
     ) -> None:
         check_option("objective", objective, objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         check_option("ratio", ratio, ratio in ("token", "sequence"), "token or sequence")
@@ -103,6 +106,7 @@ class PolicyLoss(Loss):
         check_option("horizon", horizon, held, "tokens, with aggregate: constant alone")
         check_option("kl", kl, kl in KL, f"one of {', '.join(KL)}")
         check_option("kl_weight", kl_weight, kl_weight >= 0, "0 or more")
+        check_option("kl_unbiased", kl_unbiased, not kl_unbiased or kl_weight > 0, "a kl_weight above 0")
         check_option("entropy_bonus", entropy_bonus, entropy_bonus >= 0, "0 or more")
         check_option("temperature", temperature, temperature > 0, "above 0")
         known = correction is None or correction in CORRECTIONS
@@ -111,6 +115,7 @@ class PolicyLoss(Loss):
         self.objective, self.ratio, self.clip = OBJECTIVES[objective], ratio, Clip(clip_low, clip_high, dual_clip)
         self.aggregate, self.horizon, self.kl, self.kl_weight = aggregate, horizon, KL[kl], kl_weight
         self.entropy_bonus, self.correction_most, self.temperature = entropy_bonus, correction_most, temperature
+        self.kl_unbiased = kl_unbiased
         self.correction = None if correction is None else CORRECTIONS[correction]
         self.figures = (
             "policy/clip_share",
@@ -239,6 +244,7 @@ class PolicyLoss(Loss):
             figures |= mismatch_figures(old_N, signals[ROLLOUT])
         if self.kl_weight:
             distance = self.kl(logprobs_N, signals[REFERENCE])
+            distance = distance * log_ratio.exp() if self.kl_unbiased else distance
             values = values + self.kl_weight * distance
             figures["policy/reference_kl"] = distance
         return values, figures

@@ -7,7 +7,8 @@ Where TRL's conventions differ from ours:
     delta         our ``dual_clip``: equal from ``1 + clip_high`` on, below which TRL bounds good tokens too
     bnpo          our "token" over one micro-batch; "dapo" is "token" over all of the step, as ours always is
     dr_grpo       divides by completions times ``max_completion_length``: our horizon
-    beta          TRL multiplies the KL by the ratio unless ``use_bias_correction_kl`` is off, which it is here
+    beta          TRL multiplies the KL by the ratio unless ``use_bias_correction_kl`` is off, which it is here unless
+                  asked for; with ratios of sequences by the completion's, where our ``kl_unbiased`` takes the token's
     correction    TRL's "token_truncate" at most 3 by default, we at most 2; its "token_mask" takes any two bounds, ours
                   are a number and one over it
                   With ratios of sequences its gradient gives each token the completion's mean correction, ours its own
@@ -43,11 +44,12 @@ def loss_of_trl(
     from accelerate import Accelerator
     from trl.trainer.grpo_trainer import GRPOTrainer
 
+    unbiased = options.get("use_bias_correction_kl", False)
     corrected = "importance_sampling_ratio" in signals
     defaults = {"importance_sampling_level": "token", "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2}
     trainer = SimpleNamespace(
         **{**defaults, "max_completion_length": None, **{k: v for k, v in options.items() if k in _OF_TRAINER}},
-        args=SimpleNamespace(delta=options.get("delta"), use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(delta=options.get("delta"), use_bias_correction_kl=unbiased, steps_per_generation=1),
         use_vllm=corrected,
         vllm_importance_sampling_correction=corrected,
         model=SimpleNamespace(training=True),

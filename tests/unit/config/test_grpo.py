@@ -55,6 +55,7 @@ def test_a_frozen_model_is_there_where_it_is_compared_with() -> None:
         ("grpo.updates_per_batch=17", "learns from whole groups"),
         ("grpo.group_size=1", "compares an answer with others"),
         ("grpo.reference={path: x}", "where kl_weight is above 0"),
+        ("grpo.kl_unbiased=true", "weighs the KL of kl_weight"),
         ("grpo.teacher={weight: 1.0}", "a teacher needs a path"),
         ("grpo.teacher={path: x},grpo.kl_weight=0.1", "two frozen models"),
         ("train.rows_per_step=16", "train.rows_per_step is not for recipe grpo"),

@@ -57,6 +57,21 @@ def padded(found: dict[str, torch.Tensor], values: torch.Tensor) -> torch.Tensor
     return rows.index_put((found["segments"], torch.cat([torch.arange(length) for length in LENGTHS])), values)
 
 
+def both(
+    loss: PolicyLoss, theirs: dict[str, Any], found: dict[str, torch.Tensor]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """(value, gradient) by our loss, and by TRL's with these options."""
+    signals = {"old_per_token_logps": padded(found, found[OLD]), "ref_per_token_logps": padded(found, found[REFERENCE])}
+    if loss.correction is not None:
+        signals["importance_sampling_ratio"] = padded(found, (found[OLD] - found[ROLLOUT]).exp().clamp(max=2.0))
+    ends = torch.tensor(LENGTHS).cumsum(0) - 1
+    mask = padded(found, torch.ones_like(found[OLD]))
+    logprobs = padded(found, found["logprobs"])
+    of_trl = loss_of_trl(logprobs, mask, found[ADVANTAGES][ends], signals, **theirs, beta=loss.kl_weight)
+    own, other = [(value, *torch.autograd.grad(value, found["logprobs"])) for value in (ours(loss, found), of_trl)]
+    return own, other
+
+
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -64,20 +79,27 @@ def test_values_and_gradients_are_trls(name: str, beta: float, corrected: bool) 
     found = tokens()
     options, theirs = LOSSES[name]
     loss = PolicyLoss(**options, kl_weight=beta, correction="truncate" if corrected else None)
-    signals = {"old_per_token_logps": padded(found, found[OLD]), "ref_per_token_logps": padded(found, found[REFERENCE])}
-    if corrected:
-        signals["importance_sampling_ratio"] = padded(found, (found[OLD] - found[ROLLOUT]).exp().clamp(max=2.0))
-    ends = torch.tensor(LENGTHS).cumsum(0) - 1
-    mask = padded(found, torch.ones_like(found[OLD]))
-    logprobs = padded(found, found["logprobs"])
-    of_trl = loss_of_trl(logprobs, mask, found[ADVANTAGES][ends], signals, **theirs, beta=beta)
-    results = [(value, *torch.autograd.grad(value, found["logprobs"])) for value in (ours(loss, found), of_trl)]
-    (value, gradient), (trl_value, trl_gradient) = results
+    (value, gradient), (trl_value, trl_gradient) = both(loss, theirs, found)
     assert bool(gradient.any())
     if corrected and loss.ratio == "sequence":  # TRL's gradient gives each token its completion's mean correction
         gradient, trl_gradient = (by_completion(found, each) for each in (gradient, trl_gradient))
     torch.testing.assert_close(value, trl_value, **NEAR)
     torch.testing.assert_close(gradient, trl_gradient, **NEAR)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", [name for name, (options, _) in LOSSES.items() if "ratio" not in options])
+def test_a_kl_weighted_by_the_ratio_is_trls(name: str, first: bool) -> None:
+    found = tokens()
+    if first:  # every ratio is 1, and has a gradient all the same
+        found[OLD] = found["logprobs"].detach().clone()
+    options, theirs = LOSSES[name]
+    loss = PolicyLoss(**options, kl_weight=0.3, kl_unbiased=True)
+    (value, gradient), (trl_value, trl_gradient) = both(loss, {**theirs, "use_bias_correction_kl": True}, found)
+    torch.testing.assert_close(value, trl_value, **NEAR)
+    torch.testing.assert_close(gradient, trl_gradient, **NEAR)
+    plain = ours(PolicyLoss(**options, kl_weight=0.3), found)
+    assert not torch.allclose(torch.autograd.grad(plain, found["logprobs"])[0], gradient)
 
 
 def by_completion(found: dict[str, torch.Tensor], values: torch.Tensor) -> torch.Tensor:
