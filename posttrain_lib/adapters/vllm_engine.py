@@ -23,6 +23,7 @@ from posttrain_lib.adapters.vllm_worker import Sampled
 from posttrain_lib.errors import RolloutError
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.weights import stored_shapes
+from posttrain_lib.rl.engine.condition import Condition
 from posttrain_lib.rl.engine.requests import check_requests, check_sequences
 from posttrain_lib.rl.engine.sequences import Running, allowed_ids
 from posttrain_lib.rl.engine.stop_strings import Decode
@@ -35,7 +36,7 @@ _TEMPERATURES = (0.01, 2.0)
 _ONE_MORE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
 
 
-class VllmEngine:
+class VllmEngine(Condition):
     """One vLLM engine. One caller at a time."""
 
     def __init__(
@@ -83,8 +84,6 @@ class VllmEngine:
         self._running: dict[str, Running] = {}
         self._failed: dict[str, RolloutError] = {}
         self._ended: dict[str, Completion] = {}  # not given back yet: their step met a constraint's end
-        self._unusable: str | None = None
-        self._closed = False
         seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": visible_number(device)}
         self._channel = Channel("posttrain_lib.adapters.vllm_worker", {**_ONE_MORE, **seen, **environment}, device)
         try:
@@ -172,13 +171,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Give device memory away where ``enable_sleep_mode`` is among the options; else nothing."""
-        self._check_open()
-        if self.unfinished:
-            raise RolloutError(
-                "an engine with work to do cannot sleep",
-                got=f"{self.unfinished} unfinished requests",
-                fix="step until none is left, or abort them",
-            )
+        self._check_may_sleep()
         if self._sleeps:
             self._call("sleep")
 
@@ -219,15 +212,6 @@ class VllmEngine:
     def _check_constraints(self) -> None:
         for error in self._failed.values():
             raise error
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RolloutError("the engine was closed", fix="make a new one")
-
-    def _check_usable(self) -> None:
-        self._check_open()
-        if self._unusable is not None:
-            raise RolloutError("the engine does not work", got=self._unusable, fix="push all weights of a good version")
 
 
 def vllm_engine(

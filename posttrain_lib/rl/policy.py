@@ -13,20 +13,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain_lib.checkpoint.adapters import adapters_trajectory
-from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.errors import ConfigError, TrainingError
 from posttrain_lib.evaluation.perplexity import means_of
 from posttrain_lib.losses import build_loss
 from posttrain_lib.losses.policy import MISMATCH, MISMATCH_FRESH, MISMATCH_MAX
 from posttrain_lib.models.hf_spec import HFSpec
-from posttrain_lib.models.lora import LoraDecoder
-from posttrain_lib.optim import build_optimizer
 from posttrain_lib.optim.schedules import lr_factor, set_lr
 from posttrain_lib.parallel.mesh import rank_mesh
 from posttrain_lib.rl.engine.weights import hf_weights
@@ -36,9 +31,8 @@ from posttrain_lib.training import pulse
 from posttrain_lib.training.build import load_sharded_model, spec_of
 from posttrain_lib.training.checks import check_divisor
 from posttrain_lib.training.flops import relative_pair_cost
-from posttrain_lib.training.incidents import LOG, IncidentPolicy, StepIncident
-from posttrain_lib.training.metrics import StepMeter
-from posttrain_lib.training.state import TrainState, trajectory_of
+from posttrain_lib.training.incidents import StepIncident
+from posttrain_lib.training.learner import make_learner
 from posttrain_lib.training.train_step import StepOutcome, StepSettings, train_step
 
 if TYPE_CHECKING:
@@ -114,12 +108,10 @@ class PolicyRank:
             )
         pulse.beat("model")
         model = load_sharded_model(self.spec, job, self.mesh)
-        kept = trajectory_of(config) | (trajectory or {})
-        if isinstance(model, LoraDecoder):
-            kept.update(adapters_trajectory(model))
         self.position = ControllerState()
-        self.state = TrainState(model, build_optimizer(model, config.optimizer), self.position, kept)
-        self.meter = StepMeter(job, self.spec, model, self.state.optimizer, device)
+        self.state, self.meter, self.checkpoints, self.incidents = make_learner(
+            job, self.spec, model, self.position, device, say=say, trajectory=trajectory
+        )
         self.scoring = Scoring(
             config.row_tokens,
             config.micro_batch_rows,
@@ -128,16 +120,6 @@ class PolicyRank:
             relative_pair_cost(self.spec),
             config.share_prefixes,
         )
-        self.checkpoints = CheckpointManager(
-            job.checkpoint_folder,
-            config.checkpoint.keep_last,
-            job.rank,
-            say=say,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-            asynchronous=config.checkpoint.asynchronous,
-            layout=dataclasses.asdict(job.mesh),
-        )
-        self.incidents = IncidentPolicy(config.incidents, Path(job.work_dir) / LOG, writes=job.rank == 0)
 
     @property
     def version(self) -> int:

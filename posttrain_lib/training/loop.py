@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from posttrain_lib.checkpoint.adapters import adapters_trajectory
-from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.data.live_feed import LiveFeed
 from posttrain_lib.data.loader import LoadedStep
 from posttrain_lib.data.store_feed import StoreFeed, feed_for
@@ -30,9 +28,7 @@ from posttrain_lib.errors import TrainingError
 from posttrain_lib.evaluation.perplexity import Means, held_out_loss, means_of
 from posttrain_lib.losses import build_loss
 from posttrain_lib.models.hf_spec import HFSpec
-from posttrain_lib.models.lora import LoraDecoder
 from posttrain_lib.models.spec import check_prefixes
-from posttrain_lib.optim import build_optimizer
 from posttrain_lib.optim.schedules import lr_factor, set_lr
 from posttrain_lib.parallel.compilation import check_compiler
 from posttrain_lib.parallel.context import check_context
@@ -52,10 +48,9 @@ from posttrain_lib.training.checks import (
 from posttrain_lib.training.companions import attach_companion, frozen_spec, load_frozen
 from posttrain_lib.training.device import peak_memory_gib, pick_device, reproducible
 from posttrain_lib.training.flops import relative_pair_cost
-from posttrain_lib.training.incidents import LOG, IncidentPolicy, StepIncident, roll_back
-from posttrain_lib.training.metrics import StepMeter
+from posttrain_lib.training.incidents import StepIncident, roll_back
+from posttrain_lib.training.learner import make_learner
 from posttrain_lib.training.preemption import preempted, stop_agreed
-from posttrain_lib.training.state import TrainState, trajectory_of
 from posttrain_lib.training.train_step import StepOutcome, StepSettings, train_step
 
 if TYPE_CHECKING:
@@ -129,19 +124,16 @@ class Trainer:
         except BaseException:
             self.loader.close()
             raise
-        trajectory = trajectory_of(config)
-        if isinstance(model, LoraDecoder):
-            trajectory.update(adapters_trajectory(model))
-        if isinstance(self.spec, HFSpec):
-            trajectory.update(backend="hf")
         attach_companion(
             self.loss,
             job.companion,
             {"train": self.store, "held_out": self.held_out},
             partial(load_frozen, job, self.mesh),
         )
-        self.state = TrainState(model, build_optimizer(model, config.optimizer), self.loader, trajectory)
-        self.meter = StepMeter(job, self.spec, model, self.state.optimizer, device, frozen)
+        self.notes: list[str] = [note for note in [self.data_end()] if note]
+        self.state, self.meter, self.checkpoints, self.incidents = make_learner(
+            job, self.spec, model, self.loader, device, say=self.notes.append, frozen=frozen
+        )
         self.settings = StepSettings(
             mesh=self.mesh,
             precision=config.precision,
@@ -150,17 +142,6 @@ class Trainer:
             name_example=self.feed.name_example,
             clock=self.meter.clock,
         )
-        self.notes: list[str] = [note for note in [self.data_end()] if note]
-        self.checkpoints = CheckpointManager(
-            job.checkpoint_folder,
-            config.checkpoint.keep_last,
-            job.rank,
-            say=self.notes.append,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-            asynchronous=config.checkpoint.asynchronous,
-            layout=dataclasses.asdict(job.mesh),
-        )
-        self.incidents = IncidentPolicy(config.incidents, Path(job.work_dir) / LOG, writes=job.rank == 0)
 
     def _check_batches(self, spec: ModelSpec | HFSpec) -> None:
         """That a model can run on the job's batches."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from posttrain_lib.errors import RolloutError
 from posttrain_lib.evaluation.generation import next_logits, token_logprobs
 from posttrain_lib.ops.cache import KeyValueCache
+from posttrain_lib.rl.engine.condition import Condition
 from posttrain_lib.rl.engine.drawing import next_tokens
 from posttrain_lib.rl.engine.requests import check_requests, check_sequences
 from posttrain_lib.rl.engine.sequences import Prompt, Running, Waiting, allowed_ids
@@ -48,7 +49,7 @@ class _Entered:
     logits: Tensor
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(Condition):
     """Continuous batching over a decoder. One caller at a time.
 
     The model is the engine's own: ``push`` writes into its parameters. Memory grows with the longest sequence that
@@ -81,8 +82,6 @@ class EmbeddedEngine:
         self._cache = self._empty_cache()
         self._entered: _Entered | None = None
         self._rope_bounds = model.config.rope_bounds
-        self._unusable: str | None = None
-        self._closed = False
 
     def submit(self, requests: Sequence[Request]) -> None:
         """See ``rl.roles.RolloutRole.submit``; none is taken where one is refused."""
@@ -155,13 +154,7 @@ class EmbeddedEngine:
 
     def sleep(self) -> None:
         """Give the cache away; the weights stay."""
-        self._check_open()
-        if self._keys:
-            raise RolloutError(
-                "an engine with work to do cannot sleep",
-                got=f"{len(self._keys)} unfinished requests",
-                fix="step until none is left, or abort them",
-            )
+        self._check_may_sleep()
         self._cache, self._entered = self._empty_cache(), None
 
     def wake(self) -> None:
@@ -245,15 +238,6 @@ class EmbeddedEngine:
 
     def _empty_cache(self) -> KeyValueCache:
         return KeyValueCache(0, min(_FIRST_ROOM, self._window), rows=self._slots)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RolloutError("the engine was closed", fix="make a new one")
-
-    def _check_usable(self) -> None:
-        self._check_open()
-        if self._unusable is not None:
-            raise RolloutError("the engine does not work", got=self._unusable, fix="push all weights of a good version")
 
 
 def _chunks(groups: Sequence[tuple[Prompt, list[Request]]]) -> Iterator[list[tuple[Prompt, list[Request]]]]:
