@@ -173,11 +173,11 @@ def _evaluate(
     from posttrain_lib.evaluation.model import load_model
     from posttrain_lib.evaluation.perplexity import held_out_loss
     from posttrain_lib.evaluation.tasks import Given
-    from posttrain_lib.losses import build_loss
+    from posttrain_lib.losses import loss_of
     from posttrain_lib.training.companions import attach_companion
 
     config = context.config
-    loss = build_loss(config.trained.loss, config.trained.loss_options)
+    loss = loss_of(config.trained)
     store = TokenStore(Path(context.inputs["held_out"].uri))
     load = partial(load_model, pad_vocabulary_to=config.model.pad_vocabulary_to)
     attach_companion(loss, beside.companion(context, in_one_process=True), {"held_out": store}, load)

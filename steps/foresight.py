@@ -49,9 +49,9 @@ def check_start(config: RunConfig) -> None:
         ConfigError: naming the source, or the field.
     """
     # Imports torch; a plan of a misspelt file should not wait for it.
-    from posttrain_lib.losses import build_loss
+    from posttrain_lib.losses import loss_of
 
-    loss = build_loss(config.trained.loss, config.trained.loss_options)
+    loss = loss_of(config.trained)
     wanted = loss.kind
     for source in config.data.sources:
         kind = _KINDS.get(source.format, "document")
@@ -120,14 +120,14 @@ def check_evaluation(config: RunConfig) -> None:
 
 def _figures(config: RunConfig) -> tuple[str, ...]:
     from posttrain_lib.evaluation.calibration import METRICS
-    from posttrain_lib.losses import build_loss
+    from posttrain_lib.losses import loss_of
     from steps import evaluate_policy
 
     if config.grpo is not None:
         samples = config.grpo.held_out.samples
         sampled = tuple(f"sampled_pass@{k}" for k in sorted({1, samples}) if samples)
         return (*evaluate_policy.METRICS, *sampled, *(f"reward/{term.shown_as}" for term in config.grpo.rewards))
-    figures = ("loss", *build_loss(config.trained.loss, config.trained.loss_options).figures)
+    figures = ("loss", *loss_of(config.trained).figures)
     return figures if config.reward is None else (*figures, *METRICS)
 
 

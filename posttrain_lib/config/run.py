@@ -112,18 +112,18 @@ class RunConfig(Section):
         if section is None:
             raise ValueError(f"recipe {self.recipe} needs a section {self.recipe}")
         name, options = section.loss()
-        given = (self.train.loss, self.train.loss_options)
-        if self.train.loss == "sft" and self.train.loss_options:
+        given = self.train.loss_options
+        if self.train.loss is None and given:
             raise ValueError(
-                f"train.loss_options {given[1]} are of train.loss, and recipe {self.recipe} says its loss in section "
+                f"train.loss_options {given} are of train.loss, and recipe {self.recipe} says its loss in section "
                 f"{self.recipe}: give them there"
             )
-        if self.train.loss == name and self.train.loss_options != options:
+        if self.train.loss == name and given != options:
             raise ValueError(
-                f"train.loss {name!r} with options {given[1]} contradicts section {self.recipe}, which says {options}: "
+                f"train.loss {name!r} with options {given} contradicts section {self.recipe}, which says {options}: "
                 f"leave train.loss and train.loss_options out, and say it in {self.recipe} alone"
             )
-        if self.train.loss not in (name, "sft") and (unread := section.changed_loss_fields()):
+        if self.train.loss not in (name, None) and (unread := section.changed_loss_fields()):
             raise ValueError(
                 f"{self.recipe}.{unread[0]} is an option of the loss {name!r}, and train.loss names "
                 f"{self.train.loss!r}: give its options in train.loss_options, and leave {self.recipe}.{unread[0]} out"
@@ -143,9 +143,9 @@ class RunConfig(Section):
     def trained(self) -> TrainConfig:
         """The train section with the loss that is trained: the recipe's section says it where ``train.loss`` names none
         of one's own. Whoever wants the loss asks here: ``train`` itself has what the run file says, no more."""
-        if self.section is None or self.train.loss != "sft":
+        if self.train.loss is not None:
             return self.train
-        name, options = self.section.loss()
+        name, options = ("sft", self.train.loss_options) if self.section is None else self.section.loss()
         return self.train.model_copy(update={"loss": name, "loss_options": options})
 
     @property

@@ -162,7 +162,9 @@ class TrainConfig(Section):
         description="shuffle within windows of this many rows, read in sequence; default: over the whole data set",
     )
     mixture: Mixture | None = None
-    loss: str = Field("sft", description="a name in posttrain_lib.losses")
+    loss: str | None = Field(
+        None, description="a name in posttrain_lib.losses; default: what the recipe's section says, of sft sft"
+    )
     loss_options: dict[str, Any] = Field(default_factory=dict)
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

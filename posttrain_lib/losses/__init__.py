@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.errors import ConfigError, PosttrainError
 from posttrain_lib.losses.base import Loss
 from posttrain_lib.registry import resolve
+
+if TYPE_CHECKING:
+    from posttrain_lib.config.train import TrainConfig
 
 LOSSES: dict[str, str] = {
     "sft": "posttrain_lib.losses.sft:SFTLoss",
@@ -51,6 +54,11 @@ def build_loss(name: str, options: Mapping[str, Any] | None = None) -> Loss:
             expected="a class derived from posttrain_lib.losses.base.Loss, or a function that makes one",
         )
     return loss
+
+
+def loss_of(train: TrainConfig) -> Loss:
+    """The loss of a train section: what it names, or plain ``sft``; raises as :func:`build_loss`."""
+    return build_loss(train.loss or "sft", train.loss_options)
 
 
 def _check_names(name: str, factory: Any, options: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from posttrain_lib.errors import ConfigError, TrainingError
 from posttrain_lib.evaluation.perplexity import means_of
-from posttrain_lib.losses import build_loss
+from posttrain_lib.losses import loss_of
 from posttrain_lib.losses.policy import MISMATCH, MISMATCH_FRESH, MISMATCH_MAX
 from posttrain_lib.models.hf_spec import HFSpec
 from posttrain_lib.optim.schedules import lr_factor, set_lr
@@ -98,7 +98,7 @@ class PolicyRank:
                 expected="native, and a number",
             )
         self.spec, self.updates = spec, int(config.steps)
-        self.loss = build_loss(config.loss, config.loss_options)
+        self.loss = loss_of(config)
         if "roll_back" in (config.incidents.non_finite, config.incidents.spike):
             raise ConfigError(
                 "rollouts cannot be rolled back: they would be others",

@@ -26,7 +26,7 @@ from posttrain_lib.data.store_feed import StoreFeed, feed_for
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.evaluation.perplexity import Means, held_out_loss, means_of
-from posttrain_lib.losses import build_loss
+from posttrain_lib.losses import loss_of
 from posttrain_lib.models.hf_spec import HFSpec
 from posttrain_lib.models.spec import check_prefixes
 from posttrain_lib.optim.schedules import lr_factor, set_lr
@@ -95,7 +95,7 @@ class Trainer:
         self.spec = spec_of(job)
         self.store = TokenStore(Path(job.train_store))
         self.held_out = TokenStore(Path(job.held_out_store))
-        self.loss = build_loss(config.loss, config.loss_options)
+        self.loss = loss_of(config)
         check_kind(self.store, self.loss)
         check_margins(self.store, self.loss)
         frozen = frozen_spec(self.loss, job, self.spec)

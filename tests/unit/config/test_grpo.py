@@ -11,7 +11,7 @@ from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
-from posttrain_lib.losses import build_loss
+from posttrain_lib.losses import loss_of
 from steps import evaluate, train
 from steps.pipeline import resolve
 
@@ -27,13 +27,13 @@ def test_the_section_says_the_loss() -> None:
     assert config.trained.loss == "policy"
     options = config.trained.loss_options
     assert (options["clip_high"], options["horizon"], options["temperature"]) == (0.28, 12, 0.7)
-    build_loss(config.trained.loss, options)
+    loss_of(config.trained)
 
 
 @pytest.mark.parametrize("correction", ["truncate", "mask"])
 def test_every_correction_of_the_section_is_one_of_the_loss(correction: str) -> None:
     config = resolved(f"grpo.correction={correction}")
-    build_loss(config.trained.loss, config.trained.loss_options)
+    loss_of(config.trained)
 
 
 def test_the_resolved_config_is_a_config() -> None:

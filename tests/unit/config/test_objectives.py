@@ -9,7 +9,7 @@ import pytest
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.config.run import RunConfig
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.losses import build_loss
+from posttrain_lib.losses import loss_of
 
 #: documents lie over two devices
 TWO_PARTS = {"devices_per_node": 2, "mesh": {"context": 2}}
@@ -32,7 +32,7 @@ def config_of(recipe: str, **sections: Any) -> RunConfig:
 @pytest.mark.parametrize("variant", ["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "kto"])
 def test_every_variant_is_a_loss_that_takes_its_options(variant: str) -> None:
     train = config_of("dpo", dpo={"variant": variant, "beta": 0.3}).trained
-    loss = build_loss(train.loss, train.loss_options)
+    loss = loss_of(train)
     assert (loss.kind, loss.beta) == ("pair", 0.3)
     assert loss.needs == (None if variant in ("simpo", "orpo") else "reference")
 
@@ -49,17 +49,23 @@ def test_simpo_begins_where_its_paper_does() -> None:
 def test_the_section_is_the_loss_and_stays_so_when_the_config_is_read_again() -> None:
     smoothed = config_of("dpo", dpo={"variant": "robust", "label_smoothing": 0.1, "sft_weight": 0.5})
     assert smoothed.trained.loss_options["label_smoothing"] == 0.1
-    assert (smoothed.train.loss, smoothed.train.loss_options) == ("sft", {})  # the user said no more
+    assert (smoothed.train.loss, smoothed.train.loss_options) == (None, {})  # the user said no more
     assert RunConfig.model_validate(smoothed.model_dump(mode="json")) == smoothed
     assert config_of("reward", reward={"centre": 0.01}).trained.loss_options["centre"] == 0.01
     distilled = config_of("distill", distill={"teacher": {"path": "t"}, "temperature": 2.0})
     assert (distilled.trained.loss, distilled.trained.loss_options["temperature"]) == ("distill", 2.0)
 
 
+def test_without_a_section_it_is_sft() -> None:
+    trained = config_of("sft", train={"loss_options": {"z_loss": 0.1}}).trained
+    assert (trained.loss, trained.loss_options) == ("sft", {"z_loss": 0.1})
+
+
 def test_a_loss_of_ones_own_takes_the_place_of_the_recipes() -> None:
     own = config_of("dpo", train={"loss": "my.losses:Mine", "loss_options": {"a": 1}})
     assert (own.trained.loss, own.trained.loss_options) == ("my.losses:Mine", {"a": 1})
     assert RunConfig.model_validate(own.model_dump(mode="json")) == own
+    assert config_of("dpo", train={"loss": "sft"}).trained.loss == "sft"
     beside = config_of("dpo", train={"loss": "my.losses:Mine"}, dpo={"variant": "simpo"})
     assert beside.companion is None
 
