@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 #: tensors begin at multiples of this; any dtype's alignment
 _ALIGNMENT = 64
+_BUFFERS = 2
 #: bytes of a buffer on a device; more only where a tensor has more
 _BUFFER = 1 << 29
 #: the place of the device's number among the arguments of ``rebuild_cuda_tensor``
@@ -52,11 +53,10 @@ class Bucket:
     """Tensors that are in the memory at once.
 
     Attributes:
-        buffer: which of a device's; None: the host's memory. handle: how to open it, where it is a new one.
+        handle: how to open a device's buffer; None: they are in the host's memory.
     """
 
     placed: tuple[Placed, ...] = ()
-    buffer: int | None = None
     handle: tuple[Any, ...] | None = None
 
 
@@ -89,10 +89,11 @@ class DeviceMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers: list[_Buffer] = [_Buffer(device, _BUFFER), _Buffer(device, _BUFFER)]
+        self._buffers = [_Buffer(device, _BUFFER) for _ in range(_BUFFERS)]
 
     def buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-        """As many as it takes; when one is asked for, the last but one must have been read."""
+        """As many as it takes; when one is asked for, the last but one must have been read. Tensors are kept until
+        their bucket is full, and must stay as they are so long."""
         waiting: list[tuple[Placed, Tensor]] = []
         end, number = 0, 0
         for name, tensor in weights:
@@ -106,7 +107,7 @@ class DeviceMemory:
         yield self._bucket(number, waiting)
 
     def _bucket(self, number: int, waiting: list[tuple[Placed, Tensor]]) -> Bucket:
-        place = number % 2
+        place = number % _BUFFERS
         size = sum(_aligned(placed.size) for placed, _ in waiting)
         if size > len(self._buffers[place].data):
             self._buffers[place] = _Buffer(self._device, size)
@@ -115,17 +116,15 @@ class DeviceMemory:
         if views:
             torch._foreach_copy_(views, [tensor.detach() for _, tensor in waiting])
         torch.cuda.synchronize(self._device)  # the other process knows nothing of this one's streams
-        handle = None if buffer.is_told else reduce_tensor(buffer.data)[1]
-        buffer.is_told = True
-        return Bucket(tuple(placed for placed, _ in waiting), place, handle)
+        return Bucket(tuple(placed for placed, _ in waiting), buffer.handle)
 
 
 class _Buffer:
-    """Memory on a device; ``is_told``: whether the other process has its handle."""
+    """Memory on a device, and how another process opens it."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.data = torch.empty(size, dtype=torch.uint8, device=device)
-        self.is_told = False
+        self.handle: tuple[Any, ...] = reduce_tensor(self.data)[1]
 
 
 class SharedTensors:
@@ -134,18 +133,20 @@ class SharedTensors:
     def __init__(self, descriptor: int) -> None:
         """``descriptor``: the host memory's."""
         self._descriptor = descriptor
-        self._buffers: dict[int, Tensor] = {}
+        self._opened: dict[tuple[Any, ...], Tensor] = {}
 
     def of(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """Views of what the bucket holds; at the end of the iteration all work that was asked of them is done."""
-        if bucket.buffer is None:
+        if bucket.handle is None:
             if bucket.placed:
                 data = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.uint8)
                 yield from ((each.name, each.view(data)) for each in bucket.placed)
             return
-        if bucket.handle is not None:
-            self._buffers[bucket.buffer] = _opened(bucket.handle)
-        data = self._buffers[bucket.buffer]
+        if bucket.handle not in self._opened:
+            # a buffer that grew has another: of those of before, the latest may still be in use
+            kept = list(self._opened.items())[-(_BUFFERS - 1) :]
+            self._opened = {**dict(kept), bucket.handle: _opened(bucket.handle)}
+        data = self._opened[bucket.handle]
         yield from ((each.name, each.view(data)) for each in bucket.placed)
         torch.cuda.synchronize(data.device)
 

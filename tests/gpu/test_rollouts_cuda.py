@@ -27,9 +27,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 
-#: log-probabilities of a float32 engine are around -5, and float32 sums of other orders differ by 1e-6 of that: a
-#: token's mismatch KL, half the square of the difference, is far below
-NEAR = 1e-9
+#: log-probabilities of a float32 engine are around -5, and float32 sums of other orders differ by 2e-6: half the square
+#: of that is nothing, and its estimate e^d - 1 - d is rounded by 6e-8
+NEAR = 1e-7
 #: bfloat16 rounds logits of size 1 to 8 by 2^-8 of that and the softmax's sum likewise: differences of some 0.02
 HALF = 1e-3
 
