@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 try:
     from posttrain_lib.config.load import parse_run_config
     from posttrain_lib.errors import RETRY_EXIT_CODE, ConfigError, PosttrainError, PreemptedError
+    from posttrain_lib.schema.manifests import MadeBy
+    from steps.base import results_of
     from steps.start_from import RunNames
 except ModuleNotFoundError as error:
     print(
@@ -109,12 +111,21 @@ def this_run() -> RunNames:
     return RunNames(f"{name}/{current.run_id}", tuple(f"{name}/{run}" for run in keeps))
 
 
+def _this_task() -> MadeBy:
+    from metaflow import current
+
+    origin = current.origin_run_id
+    return MadeBy(current.flow_name, current.run_id, current.step_name, current.username, origin)
+
+
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Print what a user can act on without a traceback, and tell Metaflow whether a retry would help: it goes on behind
-    a stop that was asked for, and would fail the same way behind anything else."""
+    """Around the body of every step of a flow. Results made inside name this task as what made them. What a user can
+    act on is printed without a traceback, and Metaflow is told whether a retry would help: it goes on behind a stop that
+    was asked for, and would fail the same way behind anything else."""
     try:
-        yield
+        with results_of(_this_task()):
+            yield
     except PreemptedError as stop:
         print(f"{type(stop).__name__}: {stop}", file=sys.stderr, flush=True)
         raise SystemExit(RETRY_EXIT_CODE) from None

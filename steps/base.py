@@ -8,21 +8,36 @@ import datetime
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.lineage.digests import FileDigests, digest_value
-from posttrain_lib.lineage.environment import describe_code, describe_environment, environment_digest
+from posttrain_lib.lineage.environment import describe_hardware, environment_digest
+from posttrain_lib.lineage.kept import keep_code, keep_environment, keep_sources
 from posttrain_lib.lineage.source_digest import references_in, source_digest, user_code
 from posttrain_lib.lineage.store import Store, default_root, disk_errors
-from posttrain_lib.schema.manifests import ArtifactRef, Check, StepManifest
+from posttrain_lib.schema.manifests import ArtifactRef, Check, MadeBy, StepManifest
 from steps import unfinished
 
 Say = Callable[[str], None]
 Manifests = Mapping[str, StepManifest]
+
+
+_made_by: ContextVar[MadeBy | None] = ContextVar("made_by", default=None)
+
+
+@contextlib.contextmanager
+def results_of(run: MadeBy | None) -> Iterator[None]:
+    """Manifests of steps that run inside say that this run made them."""
+    token = _made_by.set(run)
+    try:
+        yield
+    finally:
+        _made_by.reset(token)
 
 
 def say_line(text: str) -> None:
@@ -144,6 +159,9 @@ def _do(
     replace: bool,
 ) -> StepManifest:
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    # Now, not when the body is through: files may be edited while it runs.
+    code, environment = keep_code(store), keep_environment(store)
+    keep_sources(store, step.module, references_in(step.settings(config)))
     if replace:
         _forget(store.result_folder(step.name, key), work)
     with store.scratch() as out:
@@ -167,13 +185,15 @@ def _do(
             outputs=outputs,
             checks=tuple(result.checks),
             metrics=result.metrics,
-            environment=describe_environment(),
-            code=describe_code(),
+            environment=environment,
+            code=code,
             started_at=started.isoformat(timespec="seconds"),
             seconds=time.monotonic() - clock,
             notes=(result.summary,) if result.summary else (),
+            hardware=describe_hardware(),
+            made_by=_made_by.get(),
         )
-        store.publish(out, manifest)
+        manifest = store.publish(out, manifest)
     if work.exists():
         _remove_tree(work)
     return manifest

@@ -12,14 +12,24 @@ from typing import Any
 _BLOCK = 1 << 20
 
 
+def digest_bytes(content: bytes) -> str:
+    """sha256 hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def digest_text(text: str) -> str:
     """sha256 hex of UTF-8 text."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return digest_bytes(text.encode("utf-8"))
+
+
+def canonical(value: Any) -> str:
+    """The one text of a JSON value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest_value(value: Any) -> str:
-    """sha256 hex of a JSON value in canonical form (sorted keys, no spaces)."""
-    return digest_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+    """sha256 hex of a JSON value in canonical form."""
+    return digest_text(canonical(value))
 
 
 def digest_file(path: str | Path) -> str:
@@ -78,11 +88,11 @@ class FileDigests:
         write_atomically(self._memory, json.dumps(self._known))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path``, flush it to the disk, then rename over it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write text or bytes beside ``path``, flush them to the disk, then rename over it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
+    with open(temporary, "wb") as handle:
+        handle.write(content.encode("utf-8") if isinstance(content, str) else content)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)

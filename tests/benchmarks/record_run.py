@@ -26,7 +26,7 @@ def figures(run: Any, command: str) -> dict[str, Any]:
         "date": train["started_at"][:10],
         "commit": train["code"].get("commit"),
         "uncommitted_changes": train["code"].get("uncommitted_changes"),
-        "hardware": {key: train["environment"][key] for key in ("cpu", "cores", "machine")},
+        "hardware": {key: train["hardware"][key] for key in ("cpu", "cores", "machine")},
         "versions": {key: train["environment"][key] for key in ("python", "torch", "transformers", "ray", "lock")},
         "parameters": manifests["convert_model"]["metrics"]["parameters"],
         "data": {"sources": receipt["sources"], "refused": receipt["refused"], "notes": receipt["notes"]},

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain_lib.lineage.environment import describe_code, describe_environment
+from posttrain_lib.lineage.environment import describe_code, describe_environment, describe_hardware
 
 _HARDWARE = ("cpu", "cores", "machine")
 
@@ -44,14 +44,13 @@ class Recording:
 
     def facts(self) -> dict[str, Any]:
         """Command, date, code, hardware, versions, threads, load."""
-        environment = describe_environment()
-        hardware = {name: environment.pop(name) for name in _HARDWARE}
+        hardware = describe_hardware()
         return {
             "command": self._command(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **describe_code(),
-            "hardware": hardware,
-            "versions": environment | {name: importlib.metadata.version(name) for name in self._packages},
+            "hardware": {name: hardware[name] for name in _HARDWARE},
+            "versions": describe_environment() | {name: importlib.metadata.version(name) for name in self._packages},
             "threads": _threads(),
             "load": {"at_start": self.load_at_start, "at_end": load()},
         }

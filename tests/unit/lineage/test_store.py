@@ -1,5 +1,6 @@
 """The store publishes whole results or none, and never hands out a damaged one."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.errors import StoreError
-from posttrain_lib.lineage.store import Store, default_root
+from posttrain_lib.lineage.store import Store, default_root, manifest_digest
 from posttrain_lib.schema.manifests import StepManifest
 
 
@@ -27,7 +28,8 @@ def publish(store: Store, key: str = "k1", text: str = "content") -> Path:
 def test_publish_then_find(tmp_path: Path) -> None:
     store = Store(tmp_path)
     folder = publish(store)
-    assert store.find("prepare", "k1") == manifest()
+    found = store.find("prepare", "k1")
+    assert found == dataclasses.replace(manifest(), digest=manifest_digest(manifest()))
     assert (folder / "data.txt").read_text() == "content"
     assert list((tmp_path / "tmp").iterdir()) == []
 
