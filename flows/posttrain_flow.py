@@ -120,9 +120,9 @@ def _this_task() -> MadeBy:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Around the body of every step of a flow. Results made inside name this task as what made them. What a user can
-    act on is printed without a traceback, and Metaflow is told whether a retry would help: it goes on behind a stop that
-    was asked for, and would fail the same way behind anything else."""
+    """Around the body of every step: results made inside name this task as what made them, what a user can act on is
+    printed without a traceback, and Metaflow is told whether a retry would help. It goes on behind a stop that was
+    asked for, and would fail the same way behind anything else."""
     try:
         with results_of(_this_task()):
             yield

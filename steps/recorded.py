@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.errors import ConfigError, PosttrainError
-from posttrain_lib.lineage.digests import FileDigests, digest_value
+from posttrain_lib.lineage.digests import FileDigests, digest_value, list_files
+from posttrain_lib.lineage.graph import GONE, HERE, Raw
 from posttrain_lib.lineage.kept import read_record, record_file
 from posttrain_lib.lineage.store import Store, check_manifest
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
@@ -163,26 +164,36 @@ def _made(manifest: StepManifest) -> list[ArtifactRef]:
     return [ref for ref in manifest.outputs.values() if ref.uri not in passed]
 
 
-def look(ref: ArtifactRef) -> str:
-    """``here`` where an input from outside is what it was; else in words what has become of it. A large file is read
-    once, then remembered."""
+def look(ref: ArtifactRef) -> Raw:
+    """What has become of an input from outside. A large file is read once, then remembered."""
     digests = known_digests()
     try:
-        now = _digest_now(ref, digests)
+        found = _now(ref, digests)
     except PosttrainError as error:
-        return f"cannot be read: {error.what}"
+        return Raw(f"cannot be read: {error.what}")
     digests.save()
-    if now is None:
-        return "gone"
-    return "here" if now == ref.digest else f"changed: its digest is {now[:12]} now"
+    if found is None:
+        return Raw(GONE)
+    digest, files = found
+    return Raw(HERE, files) if digest == ref.digest else Raw(f"changed: its digest is {digest[:12]} now")
 
 
-def _digest_now(ref: ArtifactRef, digests: FileDigests) -> str | None:
+def _now(ref: ArtifactRef, digests: FileDigests) -> tuple[str, tuple[tuple[str, str], ...]] | None:
+    """Its digest now, as its kind is digested, and the digests of its files where it has several; None: not there."""
     from posttrain_lib.checkpoint.remote_folder import pinned_files
     from posttrain_lib.data.sources import digest_rows
+    from posttrain_lib.data.sources import list_files as list_rows
 
-    if Path(ref.uri).is_absolute() and not glob.glob(ref.uri):
+    place = Path(ref.uri)
+    if place.is_absolute() and not glob.glob(ref.uri):
         return None
     if ref.kind == "rows":
-        return digest_rows(ref.uri, digests)
-    return digest_value(pinned_files(ref.uri)) if "://" in ref.uri else digests.path(Path(ref.uri))
+        files = list_rows(ref.uri, digests)
+        return digest_rows(ref.uri, digests), () if files[0][0] == ref.uri else tuple(files)
+    if "://" in ref.uri:
+        return digest_value(pinned_files(ref.uri)), ()
+    if place.is_file():
+        return digests.file(place), ()
+    return digests.path(place), tuple(
+        (file.relative_to(place).as_posix(), digests.file(file)) for file in list_files(place)
+    )

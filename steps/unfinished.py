@@ -15,14 +15,27 @@ _NAMED = 4
 _MISSING = object()
 
 
-def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    """'train.seed 7 -> 11' of every value that differs between two nested settings."""
+def changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """('train.seed', '7', '11') of every value that differs between two nested settings."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in dict.fromkeys([*before, *after]):
             below = f"{path}.{name}" if path else str(name)
-            yield from differences(before.get(name, _MISSING), after.get(name, _MISSING), below)
+            yield from changes(before.get(name, _MISSING), after.get(name, _MISSING), below)
+    elif _are_sections(before) and _are_sections(after):
+        for number in range(max(len(before), len(after))):
+            old, new = (each[number] if number < len(each) else _MISSING for each in (before, after))
+            yield from changes(old, new, f"{path}[{number}]")
     elif before != after:
-        yield f"{path} {_shown(before)} -> {_shown(after)}"
+        yield path, _shown(before), _shown(after)
+
+
+def differences(before: Any, after: Any) -> Iterator[str]:
+    """'train.seed 7 -> 11' of every value that differs between two nested settings."""
+    return (f"{path} {old} -> {new}" for path, old, new in changes(before, after))
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
 
 
 def told(found: Iterator[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from metaflow.cards import Markdown, Table, VegaChart
 
 from posttrain_lib.adapters.metaflow_parts import FAILED, PASSED, SCHEMA, block, text
+from posttrain_lib.evaluation.comparison import shown
 
 #: colours of the two models
 BEFORE, AFTER = "#9e9e9e", "#1565c0"
@@ -40,9 +41,9 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 text(row["metric"]),
                 text(row["group"]),
                 "" if examples is None else f"{examples:,}",
-                text(_shown(row["before"])),
-                text(_shown(row["after"])),
-                text(_shown(row["difference"], sign="+")),
+                text(shown(row["before"])),
+                text(shown(row["after"])),
+                text(shown(row["difference"], sign="+")),
                 _coloured(row["verdict"]),
                 text(baseline),
             ]
@@ -102,13 +103,6 @@ def _chart(title: str, points: list[dict[str, Any]], domain: list[float] | None)
             },
         ],
     }
-
-
-def _shown(value: Mapping[str, Any] | None, sign: str = "") -> str:
-    if value is None:
-        return ""
-    interval = "" if value["low"] is None else f" [{value['low']:{sign}.4g}, {value['high']:{sign}.4g}]"
-    return f"{value['mean']:{sign}.4g}{interval}"
 
 
 def _coloured(verdict: str) -> Any:

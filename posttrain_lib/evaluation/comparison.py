@@ -72,6 +72,14 @@ def point_row(
     }
 
 
+def shown(value: Mapping[str, Any] | None, sign: str = "") -> str:
+    """An estimate of a row in words: ``0.5 [0.4, 0.6]``; empty for None. ``sign="+"`` for a difference."""
+    if value is None:
+        return ""
+    interval = "" if value["low"] is None else f" [{value['low']:{sign}.4g}, {value['high']:{sign}.4g}]"
+    return f"{value['mean']:{sign}.4g}{interval}"
+
+
 def _verdict(change: Estimate | None, better: str) -> str:
     if change is None:
         return ""

@@ -3,8 +3,9 @@
 <root>/steps/<step>/<key>/   a published result; ``manifest.json`` and ``files.json`` were written last, and the
                              whole folder appeared by one rename, so what is there is whole
 <root>/work/<step>/<key>/    what an interrupted step may continue from (training checkpoints)
-<root>/tmp/                  results being written; never read
-<root>/locks/                one lock file per key: equal work waits for the first and then reuses it
+<root>/tmp/                  results being written or removed; never read
+<root>/locks/                one lock file per key: equal work waits for the first and then reuses it; another one says
+                             that a running step reads the result
 <root>/models/               promoted models (lineage/promoted.py)
 <root>/records/              what manifests name by digest alone: patches, lists of files (lineage/kept.py)
 <root>/names/<flow>/         what the names of models in a run's config stood for when it began (steps/start_from.py)
@@ -21,9 +22,10 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from posttrain_lib.errors import StoreError
 from posttrain_lib.lineage.digests import digest_text, list_files, sync_folder, write_atomically
@@ -105,12 +107,14 @@ class Store:
     def scratch(self) -> Iterator[Path]:
         """A fresh folder on the store's disk, removed if it was not published."""
         folder = self.root / "tmp" / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        with disk_errors("making a folder in the store", folder):
-            folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with self.lock("tmp", folder.name):  # the clean-up leaves it alone, however long the step takes
+            with disk_errors("making a folder in the store", folder):
+                folder.mkdir(parents=True)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                self._lock_file("tmp", folder.name).unlink()  # no other process will ask for this name
 
     def publish(self, folder: Path, manifest: StepManifest) -> StepManifest:
         """Make ``folder`` the result of (manifest.step, manifest.key), at once and whole; the manifest comes back with
@@ -129,16 +133,12 @@ class Store:
     @contextlib.contextmanager
     def lock(self, step: str, key: str, say: Callable[[str], None] = print) -> Iterator[None]:
         """Hold (step, key) alone. The kernel drops the lock of a killed process, so none is ever stale."""
-        path = self.root / "locks" / f"{step}-{key}.lock"
+        path = self._lock_file(step, key)
         with disk_errors("locking a key", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below, after the lock is released
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
+            if not _try_lock(handle):
                 handle.seek(0)
                 say(
                     f"{step}: the same work is under way in another run ({handle.read().strip() or 'unknown'}); waiting"
@@ -150,34 +150,60 @@ class Store:
             handle.flush()
             yield
 
+    @contextlib.contextmanager
+    def reading(self, results: Iterable[tuple[str, str]]) -> Iterator[None]:
+        """Keep (step, key) of ``results`` from being removed meanwhile. Any number may read, and nobody waits."""
+        with contextlib.ExitStack() as held:
+            for step, key in results:
+                path = self._lock_file(f"reading-{step}", key)
+                with disk_errors("locking an input", path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    handle = held.enter_context(open(path, "a", encoding="utf-8"))
+                    fcntl.flock(handle, fcntl.LOCK_SH)
+            yield
+
+    def _lock_file(self, step: str, key: str) -> Path:
+        return self.root / "locks" / f"{step}-{key}.lock"
+
     def entries(self) -> list[Entry]:
         """Everything in the store that takes space, oldest use first."""
         found = []
         for kind in ("steps", "work"):
             for folder in sorted((self.root / kind).glob("*/*")):
-                marker = folder / MANIFEST
-                used = (marker if marker.is_file() else folder).stat().st_mtime
                 size = sum(item.stat().st_size for item in list_files(folder))
-                found.append(Entry(kind, folder.parent.name, folder.name, folder, size, used))
+                found.append(Entry(kind, folder.parent.name, folder.name, folder, size, _used_at(folder)))
         for folder in sorted((self.root / "tmp").glob("*")):
             size = sum(item.stat().st_size for item in list_files(folder))
-            found.append(Entry("tmp", "-", folder.name, folder, size, folder.stat().st_mtime))
+            found.append(Entry("tmp", "-", folder.name, folder, size, _used_at(folder)))
         return sorted(found, key=lambda entry: entry.used_at)
 
     def remove(self, entry: Entry) -> bool:
-        """Remove one entry; False if a running step holds it."""
-        if entry.kind == "tmp":
-            shutil.rmtree(entry.path)
-            return True
-        path = self.root / "locks" / f"{entry.step}-{entry.key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        """Remove one entry; False if a running step holds or reads it, or it was used since it was listed.
+
+        It disappears by one rename, so that nobody finds half of it.
+        """
+        names = {
+            "steps": (entry.step, f"reading-{entry.step}"),
+            "work": (entry.step, f"{entry.step}-work"),
+            "tmp": ("tmp",),
+        }
+        with contextlib.ExitStack() as held, disk_errors("removing an entry", entry.path):
+            for name in names[entry.kind]:
+                path = self._lock_file(name, entry.key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = held.enter_context(open(path, "a+", encoding="utf-8"))
+                if not _try_lock(handle):
+                    return False
+            if not entry.path.exists() or _used_at(entry.path) > entry.used_at:
                 return False
-            shutil.rmtree(entry.path)
-            return True
+            aside = self.root / "tmp" / f"removed-{uuid.uuid4().hex[:12]}"
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(entry.path, aside)
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            else:
+                aside.unlink()
+        return True
 
 
 @contextlib.contextmanager
@@ -197,17 +223,26 @@ def disk_errors(doing: str, where: object) -> Iterator[None]:
         ) from error
 
 
-def _wait_for_lock(handle: object) -> None:
+def _used_at(path: Path) -> float:
+    """Last use of a result, last change of any other folder; seconds since the epoch."""
+    marker = path / MANIFEST
+    return (marker if marker.is_file() else path).stat().st_mtime
+
+
+def _try_lock(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def _wait_for_lock(handle: IO[str]) -> None:
     # Polling instead of a blocking flock: a blocked system call would hold up Ctrl-C and Metaflow's @timeout.
-    while True:
+    while not _try_lock(handle):
         time.sleep(0.5)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-        else:
-            return
 
 
 def manifest_digest(manifest: StepManifest) -> str:

@@ -1,0 +1,213 @@
+"""Where results came from, and how two runs differ: ``python -m steps.lineage show NAME``, ``... diff NAME NAME``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain_lib.errors import ConfigError
+from posttrain_lib.lineage import promoted
+from posttrain_lib.lineage.graph import Graph, result_of, trace
+from posttrain_lib.lineage.missing import Missing, missing
+from posttrain_lib.lineage.picture import picture
+from posttrain_lib.lineage.store import MANIFEST, Store, read_manifest
+from posttrain_lib.lineage.tree import title, tree
+from posttrain_lib.schema.manifests import StepManifest
+from steps.base import known_digests
+from steps.compared_runs import Side, compare_runs, text
+from steps.pipeline import plain_errors
+from steps.recorded import Recorded, is_run, look, recorded_run
+
+_PROMOTED = re.compile(r"models/(?P<name>[\w.-]+)(@(?P<version>\d+))?")
+_KEY = re.compile(r"((?P<step>\w+)/)?(?P<key>[0-9a-f]{6,64})")
+_NAMES = """NAME is one of
+  SFTFlow/1795696944952819   a run of a flow; also SFTFlow/latest and SFTFlow/tag:TAG
+  models/my-model@3          a promoted model; without @3 the current one
+  train/1a2b3c4d5e6f         a step's result by its key, or the beginning of it; also without the step
+  some/folder                a folder or file of the store, or a copy of one anywhere
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a name leads to: results, and the run where it names one."""
+
+    name: str
+    manifests: tuple[StepManifest, ...]
+    run: Recorded | None = None
+
+
+def find(reference: str, *, store: Store, where: str) -> Found:
+    """The results that a name stands for.
+
+    Raises:
+        ConfigError: it stands for none; a beginning of a key that several have.
+        StoreError: a manifest was changed by hand.
+    """
+    model = _PROMOTED.fullmatch(reference)
+    if is_run(reference):
+        run = recorded_run(reference, store=store, where=where)
+        return Found(run.name, tuple(run.manifests.values()), run)
+    if model is not None:
+        version = model["version"]
+        entry = promoted.find(store, model["name"], None if version is None else int(version), where=where)
+        return Found(f"models/{entry.label}", (_made(store, entry.path, entry.digest, where),))
+    if Path(reference).exists():
+        return Found(reference, (_made(store, reference, None, where),))
+    key = _KEY.fullmatch(reference)
+    folders = [] if key is None else sorted((store.root / "steps").glob(f"{key['step'] or '*'}/{key['key']}*"))
+    manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
+    if len(manifests) == 1:
+        return Found(f"{manifests[0].step}/{manifests[0].key}", (manifests[0],))
+    raise ConfigError(
+        "several results have keys that begin so" if manifests else "this names no result",
+        where=where,
+        got=f"{reference}: {', '.join(f'{m.step}/{m.key[:20]}' for m in manifests)}" if manifests else reference,
+        expected="a longer part of the key"
+        if manifests
+        else f"a run, a promoted model, a key or a folder ({store.root})",
+    )
+
+
+def _made(store: Store, place: str, digest: str | None, where: str) -> StepManifest:
+    """What made a folder or file: found by where it lies, else by what it holds."""
+    path = Path(place).expanduser().resolve()
+    found = result_of(store, str(path)) or (read_manifest(path) if path.is_dir() else None)
+    if found is not None:
+        return found
+    digests = known_digests()
+    digest = digest or digests.path(path)
+    digests.save()
+    for file in sorted((store.root / "steps").glob(f"*/*/{MANIFEST}")):
+        if digest in file.read_text(encoding="utf-8"):
+            manifest = read_manifest(file.parent)
+            assert manifest is not None
+            if any(ref.digest == digest for ref in manifest.outputs.values()):
+                return manifest
+    raise ConfigError(
+        "no result in the store is this, or has its content",
+        where=where,
+        got=f"{place}, digest {digest[:12]}",
+        expected=f"a result of a step in {store.root}, or a copy of one",
+    )
+
+
+def show(found: Found, store: Store, graph: Graph) -> str:
+    """The tree, what is known of the run, and what is not there any more with what can still be done."""
+    lines = [found.name if found.run is None else _of_run(found.run)]
+    lines.append(tree(graph))
+    told = [_told(each) for each in missing(graph)]
+    return "\n".join([*lines, *(["", "not as it was:", *told] if told else [])])
+
+
+def _of_run(run: Recorded) -> str:
+    lacks = f"; not known: {run.code.lacks}" if run.code.lacks else ""
+    patch = "" if run.code.patch_file is None else f", uncommitted changes in {run.code.patch_file}"
+    hardware = ", ".join(f"{name} {value}" for name, value in run.hardware.items())
+    return "\n".join(
+        [
+            f"{run.name}  {run.config.get('name', '')}  {run.state}" + "".join(f"  #{tag}" for tag in run.tags),
+            f"  code         commit {run.code.commit or 'not known'}{patch}{lacks}",
+            f"  environment  lock {run.environment['lock'][:12]}, Python {run.environment['python']}",
+            f"  hardware     {hardware}",
+        ]
+    )
+
+
+def _told(found: Missing) -> str:
+    node = found.node
+    lines = [f"{title(node)}: {node.state}"]
+    if node.manifest is None:
+        assert node.ref is not None
+        lines.append(f"  it was {node.ref.uri}, digest {node.ref.digest}: put that content back to use it again")
+    elif found.lacking:
+        lines.append(f"  cannot be made again without {', '.join(title(each) for each in found.lacking)}")
+    else:
+        lines.append(f"  can be made again, all that it was made of is there: {again(node.manifest)}")
+    if found.whole:
+        lines.append(f"  still there, made from it: {', '.join(title(each) for each in found.whole)}")
+    return "\n".join(lines)
+
+
+def again(manifest: StepManifest) -> str:
+    """How a result is had again that is gone."""
+    if manifest.made_by is None:
+        return f"python -m steps.{manifest.step} --config FILE"
+    from posttrain_lib.adapters.metaflow_runs import flow_file
+
+    made_by = manifest.made_by
+    return f"python flows/{flow_file(made_by.flow)} resume start --origin-run-id {made_by.run}"
+
+
+def side_of(found: Found, store: Store) -> Side:
+    """What :func:`compare_runs` takes: a run as it is recorded, of a result all that it came from, by step; of several
+    results of one step the nearest."""
+    if found.run is not None:
+        return Side(found.name, found.run.config, found.run.manifests)
+    graph = trace(store, found.manifests, look)
+    nearest: dict[str, StepManifest] = {}
+    for root in graph.roots:
+        for node in graph.below(root):
+            if node.manifest is not None:
+                nearest.setdefault(node.manifest.step, node.manifest)
+    ordered = dict(sorted(nearest.items(), key=lambda item: item[1].started_at))
+    return Side(found.name, {step: manifest.config for step, manifest in ordered.items()}, ordered)
+
+
+def _by_step(side: Side) -> Side:
+    return dataclasses.replace(side, config={step: manifest.config for step, manifest in side.manifests.items()})
+
+
+def diff(a: Found, b: Found, store: Store, *, as_json: bool = False) -> str:
+    """What differs between two runs, for a terminal or as JSON."""
+    one, other = side_of(a, store), side_of(b, store)
+    if a.run is None or b.run is None:  # of one of them no run file is known
+        one, other = _by_step(one), _by_step(other)
+    found = compare_runs(store, one, other)
+    if not as_json:
+        return text(found, one, other)
+    return json.dumps({"a": one.name, "b": other.name, **dataclasses.asdict(found)}, indent=1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m steps.lineage",
+        description="What a result came from, up to the raw files; how two runs differ.",
+        epilog=_NAMES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    options: dict[str, Any] = {"epilog": _NAMES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    showing = commands.add_parser("show", help="the tree of what a result came from", **options)
+    showing.add_argument("name", metavar="NAME")
+    showing.add_argument("--picture", type=Path, metavar="FILE.svg", help="also draw it")
+    differing = commands.add_parser("diff", help="data, config, code, environment, checks, results", **options)
+    differing.add_argument("a", metavar="NAME")
+    differing.add_argument("b", metavar="NAME")
+    differing.add_argument("--json", action="store_true", help="every difference as JSON")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    options = _parser().parse_args(arguments)
+    with plain_errors():
+        store = Store()
+        if options.command == "diff":
+            a, b = (find(name, store=store, where="diff") for name in (options.a, options.b))
+            print(diff(a, b, store, as_json=options.json))
+            return
+        one = find(options.name, store=store, where="show")
+        graph = trace(store, one.manifests, look)
+        print(show(one, store, graph))
+        if options.picture is not None:
+            options.picture.write_text(picture(graph), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
