@@ -14,6 +14,7 @@ from metaflow import Config, FlowSpec, Parameter, card, current, package_sources
 from posttrain_lib.config.convert import parse_convert_config
 from steps import convert_pipeline
 from steps.pipeline import load_manifests
+from steps.recorded import lineage_of
 
 
 @package_sources(["../steps", "../posttrain_lib", "../configs"], suffixes=[".py", ".yaml"])
@@ -65,7 +66,7 @@ class ConvertFlow(FlowSpec):
         with plain_errors():
             manifests = load_manifests(self.manifests)
             self.summary = convert_pipeline.summarise(self.run_config, manifests)
-            fill_conversion(current.card["report"], self.summary, manifests)
+            fill_conversion(current.card["report"], self.summary, manifests, lineage_of(manifests))
         self.next(self.end)
 
     @step

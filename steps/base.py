@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
+from posttrain_lib.errors import StoreError
 from posttrain_lib.lineage.digests import FileDigests, digest_value
 from posttrain_lib.lineage.environment import describe_hardware, environment_digest
 from posttrain_lib.lineage.kept import keep_code, keep_environment, keep_sources
 from posttrain_lib.lineage.source_digest import references_in, source_digest, user_code
-from posttrain_lib.lineage.store import Store, default_root, disk_errors
+from posttrain_lib.lineage.store import Store, default_root, disk_errors, published_place
 from posttrain_lib.schema.manifests import ArtifactRef, Check, MadeBy, StepManifest
 from steps import unfinished
 
@@ -136,7 +137,7 @@ def run_step(
             work_key, _ = content_key(dataclasses.replace(step, settings=step.work_settings), config, inputs)
         # Work that other settings may go on with is not to be done by two at once.
         held = contextlib.nullcontext() if work_key == key else store.lock(f"{step.name}-work", work_key, say)
-        with held:
+        with held, _reading(store, inputs):
             work = store.work_folder(step.name, work_key)
             if step.work_settings is not None:
                 _tell_unfinished(step, config, inputs, work, say)
@@ -197,6 +198,25 @@ def _do(
     if work.exists():
         _remove_tree(work)
     return manifest
+
+
+@contextlib.contextmanager
+def _reading(store: Store, inputs: Mapping[str, ArtifactRef]) -> Iterator[None]:
+    """Hold the results that are read, so that no clean-up takes them.
+
+    Raises:
+        StoreError: one is gone, as behind a resume of a run whose results were cleaned away.
+    """
+    places = {name: place for name, ref in inputs.items() if (place := published_place(ref.uri)) is not None}
+    with store.reading({(step, key) for _, step, key in places.values()}):
+        for name, (folder, step, _) in places.items():
+            if not Path(inputs[name].uri).exists():
+                raise StoreError(
+                    f"the input {name}, a result of {step}, is gone from the store",
+                    where=folder,
+                    fix=f"start the run again, or resume it from step {step}: what is still there is reused",
+                )
+        yield
 
 
 def _forget(*folders: Path) -> None:

@@ -144,12 +144,16 @@ def again(manifest: StepManifest) -> str:
     return f"python flows/{flow_file(made_by.flow)} resume start --origin-run-id {made_by.run}"
 
 
+def _graph(found: Found, store: Store) -> Graph:
+    return trace(store, found.manifests, look)
+
+
 def side_of(found: Found, store: Store) -> Side:
     """What :func:`compare_runs` takes: a run as it is recorded, of a result all that it came from, by step; of several
     results of one step the nearest."""
     if found.run is not None:
         return Side(found.name, found.run.config, found.run.manifests)
-    graph = trace(store, found.manifests, look)
+    graph = _graph(found, store)
     nearest: dict[str, StepManifest] = {}
     for root in graph.roots:
         for node in graph.below(root):
@@ -203,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(diff(a, b, store, as_json=options.json))
             return
         one = find(options.name, store=store, where="show")
-        graph = trace(store, one.manifests, look)
+        graph = _graph(one, store)
         print(show(one, store, graph))
         if options.picture is not None:
             options.picture.write_text(picture(graph), encoding="utf-8")

@@ -18,7 +18,7 @@ from typing import Any
 
 from posttrain_lib.errors import ConfigError, PosttrainError
 from posttrain_lib.lineage.digests import FileDigests, digest_value, list_files
-from posttrain_lib.lineage.graph import GONE, HERE, Raw
+from posttrain_lib.lineage.graph import GONE, HERE, Graph, Raw, trace
 from posttrain_lib.lineage.kept import read_record, record_file
 from posttrain_lib.lineage.store import Store, check_manifest
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
@@ -137,7 +137,7 @@ def code_of(store: Store, manifest: StepManifest) -> Code:
         lacks.append("the commit: it ran outside of a git checkout")
     elif patch is not None and file is None:
         lacks.append(f"the patch {patch[:12]}, which is gone from {record_file(store, patch, 'patch').parent}")
-    elif patch is None and code["uncommitted_changes"] == "yes":
+    elif patch is None and code.get("uncommitted_changes") == "yes":
         lacks.append(f"the uncommitted changes ({code.get('patch_not_kept', 'manifests of format 1 had none')})")
     if "patch_left_out" in code:
         lacks.append(f"untracked files too large for a patch: {code['patch_left_out']}")
@@ -162,6 +162,11 @@ def _made(manifest: StepManifest) -> list[ArtifactRef]:
     """Outputs that are the step's own; others it passes on."""
     passed = {ref.uri for ref in manifest.inputs.values()}
     return [ref for ref in manifest.outputs.values() if ref.uri not in passed]
+
+
+def lineage_of(manifests: Mapping[str, StepManifest], store: Store | None = None) -> Graph:
+    """What a run's results came from, up to what no step made, each looked at."""
+    return trace(store or Store(), manifests.values(), look)
 
 
 def look(ref: ArtifactRef) -> Raw:

@@ -11,6 +11,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.evaluation import MetricGate
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.schema.manifests import StepManifest
+from steps.recorded import lineage_of
 
 Manifests = Mapping[str, StepManifest]
 
@@ -127,19 +128,19 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
     """Everything the report card draws, read from the manifests and the small files they name."""
     receipt = json.loads(_file(manifests, "prepare_data", "receipt"))
     evaluation = manifests["evaluate"].metrics
-    reports = [json.loads(line) for line in _file(manifests, "train", "metrics").splitlines()]
+    train, reports = manifests["train"], list(map(json.loads, _file(manifests, "train", "metrics").splitlines()))
     return {
         "name": run_config["name"],
         "recipe": run_config["recipe"].upper(),
         "started_from": _started_from(manifests),
-        "lacks": manifests["train"].metrics.get("lacks", []),
+        "lacks": train.metrics.get("lacks", []),
         "headline": _headline(run_config["recipe"], manifests),
-        "data_end": manifests["train"].metrics["data_end"],
+        "data_end": train.metrics["data_end"],
         "reports": reports,
-        "performance": _performance_table(manifests["train"].metrics),
+        "performance": _performance_table(train.metrics),
         "data": _data_table(receipt),
         "roles": _roles_table(receipt),
-        "sources": _sources_table(manifests["train"].metrics, reports),
+        "sources": _sources_table(train.metrics, reports),
         "findings": _findings_table(receipt),
         "notes": [[name.replace("_", " "), f"{count:,}"] for name, count in receipt["notes"].items() if count],
         "lengths": receipt["length_histogram"],
@@ -147,7 +148,8 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "comparison": [*evaluation.get("comparison", []), *_on_the_export(manifests)],
         "calibration": evaluation.get("calibration", {}),
         "generations": evaluation["generations"],
-        "environment": manifests["train"].environment | manifests["train"].code,
+        "lineage": lineage_of(manifests),
+        "environment": {**train.environment, **train.hardware, **train.code},
     }
 
 

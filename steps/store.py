@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from posttrain_lib.errors import StoreError
+from posttrain_lib.lineage.graph import HERE, Raw, result_of, trace
 from posttrain_lib.lineage.promoted import all_promoted
 from posttrain_lib.lineage.store import Entry, Store
+from posttrain_lib.schema.manifests import StepManifest
 from steps.pipeline import plain_errors
+
+if TYPE_CHECKING:
+    from posttrain_lib.adapters.metaflow_runs import FlowRun
 
 _DAY_SECONDS = 86_400.0
 
@@ -25,24 +32,50 @@ def report(store: Store) -> str:
     return "\n".join(lines)
 
 
-def clean(store: Store, *, older_than_days: float, dry_run: bool) -> str:
-    """Remove what was not used for so long; what a running step holds stays, and what was promoted."""
+def clean(store: Store, *, older_than_days: float, dry_run: bool, tagged: Iterable[FlowRun]) -> str:
+    """Remove what was not used for so long. What runs with a tag and promoted models came from stays, whole: their
+    results and all that these were made of; so does what a running step holds or reads.
+
+    Raises:
+        StoreError: a manifest that leads on to what must stay cannot be read or was changed.
+    """
     horizon = time.time() - older_than_days * _DAY_SECONDS
-    named = {Path(entry.path).resolve(): entry.label for entry in all_promoted(store)}
+    needed = _needed(store, tagged)
     lines, freed = [], 0.0
     for entry in store.entries():
         if entry.used_at > horizon:
             continue
-        label = next((label for path, label in named.items() if path.is_relative_to(entry.path.resolve())), None)
-        if label is not None:
-            lines.append(f"kept (promoted as models/{label}) {entry.kind}/{entry.step}/{entry.key[:12]}")
+        reason = needed.get((entry.step, entry.key)) if entry.kind == "steps" else None
+        if reason is not None:
+            lines.append(f"kept (for {reason}) {_told(entry)}")
             continue
         removed = dry_run or store.remove(entry)
         freed += _mib(entry) if removed else 0.0
         verb = ("would remove" if dry_run else "removed") if removed else "kept (in use)"
-        lines.append(f"{verb} {entry.kind}/{entry.step}/{entry.key[:12]} ({_mib(entry):.1f} MiB)")
+        lines.append(f"{verb} {_told(entry)}")
     lines.append(f"{'would free' if dry_run else 'freed'} {freed:.1f} MiB")
     return "\n".join(lines)
+
+
+def _needed(store: Store, tagged: Iterable[FlowRun]) -> dict[tuple[str, str], str]:
+    """(step, key) of every result that must stay -> for what."""
+    wanted = []
+    for entry in all_promoted(store):
+        made = result_of(store, entry.path)
+        wanted += [(f"models/{entry.label}", [made])] if made is not None else []
+    for run in tagged:
+        manifests = [StepManifest.from_dict(raw) for raw in run.manifests.values()]
+        wanted.append((f"{run.flow}/{run.run}, tagged {', '.join(run.tags)}", manifests))
+    found: dict[tuple[str, str], str] = {}
+    for reason, manifests in wanted:
+        for result in trace(store, manifests, lambda _: Raw(HERE)).results():
+            found.setdefault(result, reason)
+    return found
+
+
+def _told(entry: Entry) -> str:
+    used = time.strftime("%Y-%m-%d", time.gmtime(entry.used_at))
+    return f"{entry.kind}/{entry.step}/{entry.key[:12]} ({_mib(entry):.1f} MiB, last used {used})"
 
 
 def _days(text: str) -> float:
@@ -67,9 +100,19 @@ def main(arguments: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="what is in the store and how large it is")
-    cleaning = commands.add_parser("clean", help="remove results and left-over work not used for some time")
-    cleaning.add_argument("--older-than-days", type=_days, default=7.0, help="default: %(default)s")
-    cleaning.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
+    cleaning = commands.add_parser(
+        "clean",
+        help="say which results and left-over work were not used for some time, and remove them if asked to",
+        description="Results and left-over work that were not used for some time. What tagged runs and promoted models "
+        "came from stays, and what a running step holds or reads. Patches and lists of files stay: they are small.",
+    )
+    cleaning.add_argument(
+        "--older-than-days",
+        type=_days,
+        default=7.0,
+        help="default: %(default)s; a run that stands between two steps is safe by this alone",
+    )
+    cleaning.add_argument("--remove", action="store_true", help="remove it; without this nothing is")
     options = parser.parse_args(arguments)
     with plain_errors():
         if options.store is not None and not options.store.is_dir():
@@ -78,7 +121,13 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command == "report":
             print(report(store))
         else:
-            print(clean(store, older_than_days=options.older_than_days, dry_run=options.dry_run))
+            from posttrain_lib.adapters import metaflow_runs
+
+            tagged = metaflow_runs.tagged_runs()
+            print(f"store {store.root}; {len(tagged)} tagged runs in Metaflow's records in {metaflow_runs.records()}")
+            print(clean(store, older_than_days=options.older_than_days, dry_run=not options.remove, tagged=tagged))
+            if not options.remove:
+                print("nothing was removed: --remove does it")
 
 
 if __name__ == "__main__":

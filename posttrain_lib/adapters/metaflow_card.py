@@ -13,6 +13,7 @@ from metaflow.cards import Markdown, ProgressBar, Table, VegaChart
 
 from posttrain_lib.adapters.metaflow_calibration import reliability_chart
 from posttrain_lib.adapters.metaflow_comparison import comparison_parts
+from posttrain_lib.adapters.metaflow_lineage import lineage_parts
 from posttrain_lib.adapters.metaflow_parts import FAILED, PASSED, SCHEMA, block, escaped, text
 from posttrain_lib.schema.manifests import Check, StepManifest
 from posttrain_lib.schema.reports import StepReport
@@ -213,21 +214,6 @@ def show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def lineage_table(manifests: Mapping[str, StepManifest]) -> Table:
-    """Per step: key, whether it was reused, what went in, what came out."""
-    rows = [
-        [
-            name,
-            f"v{manifest.version} {manifest.key[:12]}",
-            "reused" if manifest.reused else f"{manifest.seconds:.1f} s",
-            ", ".join(f"{key} {ref.digest[:8]}" for key, ref in manifest.inputs.items()),
-            ", ".join(f"{key} {ref.digest[:8]}" for key, ref in manifest.outputs.items()),
-        ]
-        for name, manifest in manifests.items()
-    ]
-    return Table(rows, headers=["step", "content key", "time", "inputs (sha256)", "outputs (sha256)"])
-
-
 def generations_table(samples: Sequence[Mapping[str, str]]) -> Table:
     """Prompt, expected answer, and what the model said before and after."""
     rows = [
@@ -295,9 +281,9 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(generations_table(report["generations"]))
     card.append(Markdown("## Verification"))
     card.append(checks_table([(name, check) for name, m in manifests.items() for check in m.checks]))
-    card.append(Markdown("## Lineage"))
+    for part in lineage_parts(report["lineage"]):
+        card.append(part)
     if report["started_from"]:
         started_from = [[name, text(value)] for name, value in report["started_from"]]
         card.append(Table(started_from, headers=["the model it began with", ""]))
-    card.append(lineage_table(manifests))
     card.append(Table([[key, value] for key, value in report["environment"].items()], headers=["environment", ""]))

@@ -8,10 +8,14 @@ from typing import Any
 
 from metaflow.cards import Markdown, Table
 
+from posttrain_lib.adapters.metaflow_lineage import lineage_parts
+from posttrain_lib.lineage.graph import Graph
 from posttrain_lib.schema.manifests import Check, StepManifest
 
 
-def fill_conversion(card: Any, summary: Mapping[str, Any], manifests: Mapping[str, StepManifest]) -> None:
+def fill_conversion(
+    card: Any, summary: Mapping[str, Any], manifests: Mapping[str, StepManifest], lineage: Graph
+) -> None:
     """Draw the whole report into Metaflow's ``card``."""
     verdict = "verified" if summary["passed"] else "not verified"
     card.append(Markdown(f"# {summary['name']}: {verdict}"))
@@ -22,6 +26,8 @@ def fill_conversion(card: Any, summary: Mapping[str, Any], manifests: Mapping[st
     card.append(Table([_check_row(check) for check in last.checks], headers=headers))
     if "propose_family" in manifests:
         _proposal(card, summary, manifests["propose_family"])
+    for part in lineage_parts(lineage):
+        card.append(part)
 
 
 def _check_row(check: Check) -> list[str]:

@@ -19,7 +19,7 @@ from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 # As the flows have it; Metaflow reads it once, when imported.
 os.environ.setdefault("METAFLOW_DATASTORE_SYSROOT_LOCAL", str(PROJECT_ROOT))
 
-from metaflow import Flow, Run, get_namespace, namespace
+from metaflow import Flow, Metaflow, Run, get_namespace, namespace
 from metaflow.exception import MetaflowNotFound
 
 #: how many of a flow's runs are looked through for one that an error can name
@@ -103,6 +103,12 @@ def latest_run(flow: str, *, where: str, tag: str | None = None) -> FlowRun:
         )
 
 
+def tagged_runs() -> list[FlowRun]:
+    """Every run of every flow that people gave a tag."""
+    with _every_user():
+        return [_plain(flow.id, run) for flow in Metaflow() for run in flow if run.user_tags]
+
+
 def resumed_runs(flow: str, run: str | None) -> tuple[str, ...]:
     """``run``, the run that it resumed, the one that that resumed, and so on; empty for None."""
     found: list[str] = []
@@ -141,7 +147,7 @@ def _runs(flow: str, where: str, *tags: str | None) -> Iterator[Any]:
         raise ConfigError(
             f"no run of {flow} is known here",
             where=where,
-            got=f"Metaflow's records in {_records()}",
+            got=f"Metaflow's records in {records()}",
             fix="start one, or point METAFLOW_DATASTORE_SYSROOT_LOCAL (or METAFLOW_SERVICE_URL) at the records that "
             "have it",
         ) from None
@@ -149,7 +155,8 @@ def _runs(flow: str, where: str, *tags: str | None) -> Iterator[Any]:
     return iter(sorted(runs, key=lambda run: run.created_at, reverse=True))
 
 
-def _records() -> str:
+def records() -> str:
+    """Where Metaflow's records are read."""
     return os.environ.get("METAFLOW_SERVICE_URL") or os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]
 
 

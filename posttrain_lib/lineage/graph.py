@@ -6,16 +6,13 @@ one whose export a run began with; so the graph goes on into that run by itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from posttrain_lib.lineage.store import Store, first_damage, read_manifest
+from posttrain_lib.lineage.store import Store, first_damage, published_place, read_manifest
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
 
 HERE, GONE = "here", "gone"
-_PUBLISHED = re.compile(r"(?P<folder>.*/steps/(?P<step>\w+)/(?P<key>[0-9a-f]{64}))(?:/.*)?")
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,6 @@ def trace(store: Store, manifests: Iterable[StepManifest], look: Look) -> Graph:
     used = {edge.node for node in nodes.values() for edge in node.inputs}
     roots = dict.fromkeys(_id(manifest) for manifest in given if _id(manifest) not in used)
     return Graph(tuple(roots), nodes)
-
-
-def published_place(uri: str) -> tuple[Path, str, str] | None:
-    """(folder, step, key) of the published result that a place lies in; None where it lies in none."""
-    found = _PUBLISHED.fullmatch(uri)
-    return None if found is None else (Path(found["folder"]), found["step"], found["key"])
 
 
 def result_of(store: Store, uri: str) -> StepManifest | None:

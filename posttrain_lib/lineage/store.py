@@ -19,6 +19,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -35,6 +36,7 @@ from posttrain_lib.schema.manifests import FORMAT_VERSION, StepManifest
 STORE_VARIABLE = "POSTTRAIN_STORE"
 MANIFEST = "manifest.json"
 FILES = "files.json"
+_PUBLISHED = re.compile(r"(?P<folder>.*/steps/(?P<step>\w+)/(?P<key>[0-9a-f]{64}))(?:/.*)?")
 
 
 def default_root() -> Path:
@@ -203,6 +205,8 @@ class Store:
                 shutil.rmtree(aside)
             else:
                 aside.unlink()
+            if entry.kind == "tmp":
+                self._lock_file("tmp", entry.key).unlink()  # no other process will ask for this name
         return True
 
 
@@ -210,7 +214,7 @@ class Store:
 def disk_errors(doing: str, where: object) -> Iterator[None]:
     """Turn the operating system's refusals into a :class:`StoreError` that says what to do."""
     fixes = {
-        errno.ENOSPC: "free space (python -m steps.store clean) or point POSTTRAIN_STORE at a larger disk",
+        errno.ENOSPC: "free space (python -m steps.store clean --remove) or point POSTTRAIN_STORE at a larger disk",
         errno.EDQUOT: "free space or raise the quota",
         errno.EROFS: "point POSTTRAIN_STORE at a folder that can be written",
         errno.EACCES: "point POSTTRAIN_STORE at a folder that you may write",
@@ -243,6 +247,12 @@ def _wait_for_lock(handle: IO[str]) -> None:
     # Polling instead of a blocking flock: a blocked system call would hold up Ctrl-C and Metaflow's @timeout.
     while not _try_lock(handle):
         time.sleep(0.5)
+
+
+def published_place(uri: str) -> tuple[Path, str, str] | None:
+    """(folder, step, key) of the published result that a place lies in; None where it lies in none."""
+    found = _PUBLISHED.fullmatch(uri)
+    return None if found is None else (Path(found["folder"]), found["step"], found["key"])
 
 
 def manifest_digest(manifest: StepManifest) -> str:

@@ -33,7 +33,7 @@ def code_in_short(manifest: StepManifest) -> str:
     commit = manifest.code.get("commit")
     if commit is None:
         return "no commit"
-    if manifest.code["uncommitted_changes"] == "no":
+    if manifest.code.get("uncommitted_changes") != "yes":
         return f"commit {commit[:SHORT]}"
     return f"commit {commit[:SHORT]} + {manifest.code.get('patch', 'changes not kept')[:SHORT]}"
 

@@ -98,9 +98,9 @@ def test_the_clean_up_leaves_what_was_promoted(isolated_store: Path) -> None:
     then = time.time() - 30 * 86_400
     for folder in isolated_store.glob("steps/*/*"):
         os.utime(folder / MANIFEST, (then, then))
-    said = clean(Store(), older_than_days=7, dry_run=False)
+    said = clean(Store(), older_than_days=7, dry_run=False, tagged=[])
     assert kept.is_dir() and not other.exists()
-    assert "kept (promoted as models/mine@1) steps/export" in said
+    assert "kept (for models/mine@1) steps/export" in said
 
 
 def test_the_command_line(isolated_store: Path, capsys: pytest.CaptureFixture[str]) -> None:

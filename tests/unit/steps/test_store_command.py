@@ -23,9 +23,9 @@ def test_report_counts_and_clean_removes_only_the_old(tmp_path: Path) -> None:
     publish(store, "old", age_days=10)
     publish(store, "new", age_days=0)
     assert "2 entries, 2.0 MiB" in report(store)
-    assert "would remove steps/prepare/old" in clean(store, older_than_days=7, dry_run=True)
+    assert "would remove steps/prepare/old" in clean(store, older_than_days=7, dry_run=True, tagged=[])
     assert len(store.entries()) == 2
-    assert "freed 1.0 MiB" in clean(store, older_than_days=7, dry_run=False)
+    assert "freed 1.0 MiB" in clean(store, older_than_days=7, dry_run=False, tagged=[])
     assert [entry.key for entry in store.entries()] == ["new"]
 
 
@@ -33,5 +33,5 @@ def test_a_use_makes_a_result_young_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
     publish(store, "old", age_days=10)
     assert store.find("prepare", "old") is not None
-    clean(store, older_than_days=7, dry_run=False)
+    clean(store, older_than_days=7, dry_run=False, tagged=[])
     assert store.find("prepare", "old") is not None
