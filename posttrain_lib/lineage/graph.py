@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from posttrain_lib.lineage.store import Store, first_damage, published_place, read_manifest
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
@@ -88,47 +89,49 @@ def trace(store: Store, manifests: Iterable[StepManifest], look: Look) -> Graph:
     Raises:
         StoreError: a manifest in the store cannot be read, or was changed by hand.
     """
-    given = list(manifests)
-    known = {(manifest.step, manifest.key): manifest for manifest in given}
+    given = {_recorded(store, manifest): manifest for manifest in manifests}
     nodes: dict[str, Node] = {}
-    pending = list(given)
+    pending = list(given.items())
     while pending:
-        manifest = pending.pop(0)
-        if _id(manifest) in nodes:
+        folder, manifest = pending.pop(0)
+        if str(folder) in nodes:
             continue
         found: dict[str, list[str]] = {}
         for name, ref in manifest.inputs.items():
-            made = _maker(store, ref, known)
-            if made is not None:
-                pending.append(made)
-                node = _id(made)
+            place = published_place(ref.uri)
+            made = None if place is None else given.get(place[0]) or read_manifest(_now(store, place[0], *place[1:]))
+            if place is not None and made is not None:
+                pending.append((place[0], made))
+                node = str(place[0])
             else:
                 node = f"{ref.uri} {ref.digest}"
                 if node not in nodes:
                     nodes[node] = _raw(node, ref, look)
             found.setdefault(node, []).append(name)
         edges = tuple(Edge(tuple(names), node) for node, names in found.items())
-        nodes[_id(manifest)] = Node(_id(manifest), _state(store, manifest), manifest, inputs=edges)
+        state = _state(_now(store, folder, manifest.step, manifest.key), manifest)
+        nodes[str(folder)] = Node(str(folder), state, manifest, inputs=edges)
     used = {edge.node for node in nodes.values() for edge in node.inputs}
-    roots = dict.fromkeys(_id(manifest) for manifest in given if _id(manifest) not in used)
-    return Graph(tuple(roots), nodes)
+    return Graph(tuple(str(folder) for folder in given if str(folder) not in used), nodes)
 
 
 def result_of(store: Store, uri: str) -> StepManifest | None:
-    """The manifest of the published result that a place lies in: in this store, wherever it stood when that was
-    written, or in the one that the place names."""
+    """The manifest of the published result that a place lies in; None where it lies in none, or that is gone."""
     place = published_place(uri)
-    if place is None:
-        return None
-    folder, step, key = place
-    return read_manifest(store.result_folder(step, key)) or read_manifest(folder)
+    return None if place is None else read_manifest(_now(store, *place))
 
 
-def _maker(store: Store, ref: ArtifactRef, known: dict[tuple[str, str], StepManifest]) -> StepManifest | None:
-    place = published_place(ref.uri)
-    if place is None:
-        return None
-    return known.get(place[1:]) or result_of(store, ref.uri)
+def _recorded(store: Store, manifest: StepManifest) -> Path:
+    """The folder that a result was published as. It is what the result is known by: two stores may have results of
+    equal keys that came from different places."""
+    own = (manifest.step, manifest.key)
+    places = (published_place(ref.uri) for ref in manifest.outputs.values())
+    return next((place[0] for place in places if place is not None and place[1:] == own), store.result_folder(*own))
+
+
+def _now(store: Store, folder: Path, step: str, key: str) -> Path:
+    """Where a result is that was published as ``folder``: the store may have moved since."""
+    return folder if folder.is_dir() else store.result_folder(step, key)
 
 
 def _raw(node: str, ref: ArtifactRef, look: Look) -> Node:
@@ -138,12 +141,7 @@ def _raw(node: str, ref: ArtifactRef, look: Look) -> Node:
     return Node(node, raw.state, ref=ref, files=raw.files)
 
 
-def _id(manifest: StepManifest) -> str:
-    return f"{manifest.step}/{manifest.key}"
-
-
-def _state(store: Store, manifest: StepManifest) -> str:
-    folder = store.result_folder(manifest.step, manifest.key)
+def _state(folder: Path, manifest: StepManifest) -> str:
     there = read_manifest(folder)
     if there is None:
         return GONE

@@ -7,7 +7,7 @@ import html
 from posttrain_lib.lineage.graph import HERE, Graph, Node
 from posttrain_lib.lineage.tree import SHORT, title
 
-_WIDTH, _HEIGHT, _ACROSS, _DOWN, _MARGIN = 190, 46, 90, 18, 10
+_WIDTH, _HEIGHT, _ACROSS, _DOWN, _MARGIN = 230, 46, 90, 18, 10
 _STEP, _RAW, _WRONG = "#e3f2fd", "#eeeeee", "#ffcdd2"
 _STYLE = "font-family:monospace;font-size:11px"
 
@@ -95,4 +95,4 @@ def _tooltip(node: Node) -> str:
         assert node.ref is not None
         return f"{node.ref.uri} sha256 {node.ref.digest} ({node.state})"
     outputs = ", ".join(f"{name} {ref.digest[:SHORT]}" for name, ref in node.manifest.outputs.items())
-    return f"{node.id}: {outputs} ({node.state})"
+    return f"{node.manifest.step}/{node.manifest.key}: {outputs} ({node.state})"

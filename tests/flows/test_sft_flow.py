@@ -98,7 +98,7 @@ def test_the_card_shows_the_run(home: Path, first_run: str) -> None:
         "Loss (nats per trained token, or per pair)",
         "Length of examples",
     )
-    for said in (*parts, "what is trained is coloured", "before training", "packed = alone, gradients", "content key"):
+    for said in (*parts, "what is trained is coloured", "before training", "packed = alone, gradients", "Lineage"):
         assert said in shown
     for said in ("Comparison", "perplexity: perplexity, with 95% intervals", "pass@2", "better"):
         assert said in shown
