@@ -13,11 +13,13 @@ from posttrain_lib.lineage.tree import SHORT
 from posttrain_lib.schema.manifests import Check, StepManifest
 from steps import report
 from steps.recorded import from_outside
-from steps.unfinished import changes, differences, told
+from steps.unfinished import changes, differences, shortened, told
 
 #: what differs: its name, what the first run has, what the second has
 Row = tuple[str, str, str]
 _NONE = "(none)"
+#: characters of a value on a terminal
+_CELL = 60
 _COUNTED = ("sources", "refused")
 
 
@@ -74,8 +76,9 @@ def text(found: Differences, a: Side, b: Side) -> str:
     lines.append(f"first step that differs: {found.first or 'none, every step is the same work'}")
     for part, rows in found.parts.items():
         lines.append(f"\n{part}: {'the same' if not rows else f'{len(rows)} differ'}")
-        wide, less = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
-        lines += [f"  {name:<{wide}}  {one:<{less}}  {other}" for name, one, other in rows]
+        cells = [[name, shortened(one, _CELL), shortened(other, _CELL)] for name, one, other in rows]
+        wide, less = (max((len(row[column]) for row in cells), default=0) for column in (0, 1))
+        lines += [f"  {name:<{wide}}  {one:<{less}}  {other}" for name, one, other in cells]
     return "\n".join(lines)
 
 
@@ -161,11 +164,11 @@ def _figures(side: Side) -> dict[str, Any]:
     """The summary that the run's flow ends with, its comparison by task; of what did not come so far the metrics."""
     if not {"train", "evaluate", "export"} <= side.manifests.keys() or "name" not in side.config:
         kept = {step: manifest.metrics for step, manifest in side.manifests.items() if step != "prepare_data"}
-        return dict(_flat(kept))
+        return {name: value for name, value in _flat(kept) if _is_number(value)}
     summary = report.summarise(dict(side.config), side.manifests)
     rows = summary.pop("comparison")
     named = {f"{row['task']}.{row['metric']} of {row['group']}": row["after"] for row in rows}
-    return {**dict(_flat(summary)), **named}
+    return {**{name: value for name, value in _flat(summary) if _is_number(value)}, **named}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -87,7 +87,8 @@ def _made(store: Store, place: str, digest: str | None, where: str) -> StepManif
         if digest in file.read_text(encoding="utf-8"):
             manifest = read_manifest(file.parent)
             assert manifest is not None
-            if any(ref.digest == digest for ref in manifest.outputs.values()):
+            own = Path(manifest.step) / manifest.key
+            if any(ref.digest == digest and str(own) in ref.uri for ref in manifest.outputs.values()):
                 return manifest
     raise ConfigError(
         "no result in the store is this, or has its content",
@@ -159,7 +160,7 @@ def side_of(found: Found, store: Store) -> Side:
         for node in graph.below(root):
             if node.manifest is not None:
                 nearest.setdefault(node.manifest.step, node.manifest)
-    ordered = dict(sorted(nearest.items(), key=lambda item: item[1].started_at))
+    ordered = dict(sorted(reversed(nearest.items()), key=lambda item: item[1].started_at))
     return Side(found.name, {step: manifest.config for step, manifest in ordered.items()}, ordered)
 
 

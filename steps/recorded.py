@@ -20,7 +20,7 @@ from posttrain_lib.errors import ConfigError, PosttrainError
 from posttrain_lib.lineage.digests import FileDigests, digest_value, list_files
 from posttrain_lib.lineage.graph import GONE, HERE, Graph, Raw, trace
 from posttrain_lib.lineage.kept import read_record, record_file
-from posttrain_lib.lineage.store import Store, check_manifest
+from posttrain_lib.lineage.store import Store, check_manifest, published_place
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
 from steps.base import known_digests
 
@@ -145,12 +145,15 @@ def code_of(store: Store, manifest: StepManifest) -> Code:
 
 
 def from_outside(manifests: Mapping[str, StepManifest]) -> dict[str, ArtifactRef]:
-    """Inputs of the steps that none of the steps made, by name; ``step.name`` where a name means two things."""
-    made = [Path(ref.uri) for manifest in manifests.values() for ref in _made(manifest)]
+    """Inputs of the steps that none of the steps made, by name; ``step.name`` where a name means two things.
+
+    What is made is known by its digest: a reused step read the same content elsewhere.
+    """
+    made = {ref.digest for manifest in manifests.values() for ref in _made(manifest)}
     found: dict[str, ArtifactRef] = {}
     for step, manifest in manifests.items():
         for name, ref in manifest.inputs.items():
-            if any(Path(ref.uri).is_relative_to(path) for path in made):
+            if ref.digest in made or _is_below_made(ref, manifests):
                 continue
             known = found.setdefault(name, ref)
             if known != dataclasses.replace(ref, kind=known.kind):
@@ -162,6 +165,11 @@ def _made(manifest: StepManifest) -> list[ArtifactRef]:
     """Outputs that are the step's own; others it passes on."""
     passed = {ref.uri for ref in manifest.inputs.values()}
     return [ref for ref in manifest.outputs.values() if ref.uri not in passed]
+
+
+def _is_below_made(ref: ArtifactRef, manifests: Mapping[str, StepManifest]) -> bool:
+    place = published_place(ref.uri)
+    return place is not None and any(place[1:] == (each.step, each.key) for each in manifests.values())
 
 
 def lineage_of(manifests: Mapping[str, StepManifest], store: Store | None = None) -> Graph:
@@ -184,9 +192,9 @@ def look(ref: ArtifactRef) -> Raw:
 
 
 def _now(ref: ArtifactRef, digests: FileDigests) -> tuple[str, tuple[tuple[str, str], ...]] | None:
-    """Its digest now, as its kind is digested, and the digests of its files where it has several; None: not there."""
+    """Its digest now, as its kind is digested, and those of its files; None: it is not there."""
     from posttrain_lib.checkpoint.remote_folder import pinned_files
-    from posttrain_lib.data.sources import digest_rows
+    from posttrain_lib.data.sources import digest_rows, names_of
     from posttrain_lib.data.sources import list_files as list_rows
 
     place = Path(ref.uri)
@@ -194,7 +202,8 @@ def _now(ref: ArtifactRef, digests: FileDigests) -> tuple[str, tuple[tuple[str, 
         return None
     if ref.kind == "rows":
         files = list_rows(ref.uri, digests)
-        return digest_rows(ref.uri, digests), () if files[0][0] == ref.uri else tuple(files)
+        names = names_of([file for file, _ in files])
+        return digest_rows(ref.uri, digests), tuple(zip(names, (digest for _, digest in files), strict=True))
     if "://" in ref.uri:
         return digest_value(pinned_files(ref.uri)), ()
     if place.is_file():

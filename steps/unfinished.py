@@ -31,7 +31,12 @@ def changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str,
 
 def differences(before: Any, after: Any) -> Iterator[str]:
     """'train.seed 7 -> 11' of every value that differs between two nested settings."""
-    return (f"{path} {old} -> {new}" for path, old, new in changes(before, after))
+    return (f"{path} {shortened(old)} -> {shortened(new)}" for path, old, new in changes(before, after))
+
+
+def shortened(text: str, limit: int = 40) -> str:
+    """At most ``limit`` characters of a text."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _are_sections(value: Any) -> bool:
@@ -68,7 +73,4 @@ def left_behind(work: Path, settings: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    if value is _MISSING:
-        return "(none)"
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return "(none)" if value is _MISSING else json.dumps(value)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.errors import StoreError
-from posttrain_lib.lineage.store import Store, default_root, manifest_digest
-from posttrain_lib.schema.manifests import StepManifest
+from posttrain_lib.lineage.store import Store, check_manifest, default_root, manifest_digest
+from posttrain_lib.schema.manifests import MadeBy, StepManifest
 
 
 def manifest(step: str = "prepare", key: str = "k1") -> StepManifest:
@@ -151,3 +151,124 @@ def test_remote_roots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_json_lists_sizes(tmp_path: Path) -> None:
     folder = publish(Store(tmp_path))
     assert json.loads((folder / "files.json").read_text()) == {"data.txt": 7}
+
+
+def edit(folder: Path, **values: object) -> Path:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change", [{"seconds": 0.2}, {"config": {"seed": 7}}, {"digest": ""}, {"digest": "0" * 64}, {"made_by": None}]
+)
+def test_a_manifest_edited_by_hand_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+    store = Store(tmp_path)
+    with store.scratch() as folder:
+        made_by = MadeBy("SFTFlow", "1", "prepare", "tester")
+        store.publish(folder, dataclasses.replace(manifest(), made_by=made_by))
+    path = edit(store.result_folder("prepare", "k1"), **change)
+    with pytest.raises(StoreError, match="changed after it was published") as caught:
+        store.find("prepare", "k1")
+    assert caught.value.where == str(path) and "prepare makes it again" in str(caught.value.fix)
+
+
+def test_a_manifest_written_anew_with_equal_content_is_no_edit(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.scratch() as folder:
+        odd = {"nan": float("nan"), "numbers": {2: "two", 10: "ten"}, "pair": (1, 2), "word": "é"}
+        published = store.publish(folder, dataclasses.replace(manifest(), metrics=odd))
+    edit(store.result_folder("prepare", "k1"), reused=True)
+    found = store.find("prepare", "k1")
+    assert (
+        found is not None and found.digest == published.digest and found.metrics["numbers"] == {"2": "two", "10": "ten"}
+    )
+    check_manifest(dataclasses.replace(published, reused=True), "memory")
+
+
+def test_manifests_of_format_1_are_read(tmp_path: Path) -> None:
+    """As they were written: without hardware, made_by and digest; cpu, cores and machine among the environment."""
+    store = Store(tmp_path)
+    folder = publish(store)
+    raw = json.loads((folder / "manifest.json").read_text())
+    for name in ("hardware", "made_by", "digest"):
+        del raw[name]
+    raw |= {"format_version": 1, "environment": {"cpu": "c", "cores": "2", "machine": "m", "python": "3.11"}}
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    found = store.find("prepare", "k1")
+    assert found is not None and (found.made_by, found.digest) == (None, "")
+    assert found.hardware == {"cpu": "c", "cores": "2", "machine": "m"} and found.environment == {"python": "3.11"}
+    assert StepManifest.from_dict(found.to_dict()) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "cannot be read")]
+)
+def test_what_is_no_manifest_is_named(tmp_path: Path, text: str, said: str) -> None:
+    store = Store(tmp_path)
+    (publish(store) / "manifest.json").write_text(text)
+    with pytest.raises(StoreError, match=said):
+        store.find("prepare", "k1")
+
+
+def test_a_newer_format_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    edit(publish(store), format_version=99)
+    with pytest.raises(StoreError, match="newer version of this project"):
+        store.find("prepare", "k1")
+
+
+def test_a_result_that_is_read_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    publish(store)
+    (entry,) = store.entries()
+    with store.reading([("prepare", "k1")]), store.reading([("prepare", "k1")]), store.lock("prepare", "k1"):
+        assert not store.remove(entry)
+    with store.reading([("prepare", "k1")]):
+        assert not store.remove(entry)
+    assert store.remove(entry)
+
+
+def test_a_result_used_since_it_was_listed_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = publish(store)
+    os.utime(folder / "manifest.json", (1, 1))
+    (entry,) = store.entries()
+    assert store.find("prepare", "k1") is not None
+    assert not store.remove(entry)
+    assert store.remove(dataclasses.replace(entry, used_at=time.time()))
+
+
+def test_what_a_step_writes_and_its_work_stay(tmp_path: Path) -> None:
+    """However old they are; both go when nobody holds them any more."""
+    store = Store(tmp_path)
+    work = store.work_folder("train", "w1")
+    work.mkdir(parents=True)
+    with store.scratch() as folder, store.lock("train-work", "w1"):
+        entries = store.entries()
+        assert {entry.kind for entry in entries} == {"tmp", "work"}
+        assert not any(store.remove(entry) for entry in entries)
+        assert folder.is_dir() and work.is_dir()
+    (left,) = store.entries()
+    assert store.remove(left) and not work.exists()
+    assert not list((tmp_path / "tmp").iterdir()) and not list((tmp_path / "locks").glob("tmp-*"))
+
+
+def test_what_a_killed_step_was_writing_goes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    context = multiprocessing.get_context("fork")
+    entered = context.Event()
+    writer = context.Process(target=_write, args=(tmp_path, entered))
+    writer.start()
+    assert entered.wait(30)
+    (entry,) = store.entries()
+    assert not store.remove(entry)
+    writer.kill()
+    writer.join()
+    assert store.remove(entry) and not store.entries()
+
+
+def _write(root: Path, entered: "multiprocessing.synchronize.Event") -> None:
+    with Store(root).scratch():
+        entered.set()
+        time.sleep(60)

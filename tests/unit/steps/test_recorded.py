@@ -1,0 +1,112 @@
+"""What came from outside of a run, what has become of it, and which code it was made with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from posttrain_lib.data.sources import digest_rows
+from posttrain_lib.errors import StoreError
+from posttrain_lib.lineage.digests import FileDigests
+from posttrain_lib.lineage.graph import GONE, HERE
+from posttrain_lib.lineage.kept import keep, record_file
+from posttrain_lib.lineage.store import Store
+from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
+from steps.recorded import Code, code_of, from_outside, is_run, lineage_of, look
+from tests.support.traced import model_folder, publish_chain, rows_file
+
+
+@pytest.fixture
+def store(isolated_store: Path) -> Store:
+    return Store(isolated_store)
+
+
+def rows(path: str) -> ArtifactRef:
+    return ArtifactRef(path, "rows", digest_rows(path, FileDigests()))
+
+
+def test_inputs_from_outside(store: Store, tmp_path: Path) -> None:
+    first = publish_chain(store, rows_file(tmp_path), model_folder(tmp_path / "hf"))
+    assert from_outside(first) == first["inputs"].inputs
+    second = publish_chain(store, rows_file(tmp_path), Path(first["export"].outputs["hf"].uri), seed=1)
+    assert from_outside(second)["model"].uri == first["export"].outputs["hf"].uri, "another run's result"
+
+
+def test_a_name_that_means_two_things_is_told_apart(store: Store, tmp_path: Path) -> None:
+    made = publish_chain(store, rows_file(tmp_path), model_folder(tmp_path / "hf"))
+    judge = ArtifactRef(str(tmp_path / "judge"), "model", "1" * 64)
+    made["export"] = dataclasses.replace(made["export"], inputs={**made["export"].inputs, "model": judge})
+    assert from_outside(made)["export.model"] == judge
+    assert from_outside(made)["model"] == made["inputs"].inputs["model"]
+
+
+def test_look_at_rows(store: Store, tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "data")
+    one, every = rows(str(path)), rows(str(tmp_path / "data" / "*.jsonl"))
+    assert look(one).state == look(every).state == HERE
+    assert look(one).files == look(every).files == (("rows.jsonl", FileDigests().file(path)),)
+    rows_file(tmp_path / "data", "{}\n", name="more.jsonl")
+    assert look(one).state == HERE and look(every).state.startswith("changed: its digest is ")
+    path.write_text('{"text": "b"}\n')
+    assert look(one).state.startswith("changed")
+    for file in (tmp_path / "data").iterdir():
+        file.unlink()
+    assert look(one).state == look(every).state == GONE
+
+
+def test_look_at_a_model_folder(store: Store, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "hf")
+    ref = ArtifactRef(str(folder), "model", FileDigests().path(folder))
+    assert [name for name, _ in look(ref).files] == ["config.json", "model.safetensors"]
+    (folder / "model.safetensors").write_text("others")
+    assert look(ref).state.startswith("changed")
+
+
+def test_rows_in_a_store_that_cannot_be_asked(store: Store) -> None:
+    found = look(ArtifactRef("memory://nowhere/rows.jsonl", "rows", "0" * 64))
+    assert found.state.startswith("cannot be read: ")
+
+
+def test_lineage_is_looked_at(store: Store, tmp_path: Path) -> None:
+    made = publish_chain(store, rows_file(tmp_path), model_folder(tmp_path / "hf"))
+    assert {node.state for node in lineage_of(made).nodes.values()} == {HERE}
+
+
+def manifest(**code: str) -> StepManifest:
+    return StepManifest("train", 1, "k", {}, {}, {}, {}, (), {}, {}, code, "2026-01-01", 0.0)
+
+
+def test_the_code_of_a_step(store: Store) -> None:
+    patch = keep(store, b"diff", "patch")
+    file = record_file(store, patch, "patch")
+    known = {"commit": "c", "uncommitted_changes": "yes"}
+    assert code_of(store, manifest(commit="c", uncommitted_changes="no")) == Code("c", None, None, "")
+    assert code_of(store, manifest(**known, patch=patch)) == Code("c", patch, file, "")
+    lacks = code_of(store, manifest(**known, patch=patch, patch_left_out="a.bin (2.0 MiB)")).lacks
+    assert "a.bin (2.0 MiB)" in lacks
+    assert "9.0 MiB of changes" in code_of(store, manifest(**known, patch_not_kept="9.0 MiB of changes")).lacks
+    assert "format 1" in code_of(store, manifest(**known)).lacks
+    assert "git checkout" in code_of(store, manifest()).lacks
+    file.write_bytes(b"other")
+    with pytest.raises(StoreError, match="changed after it was kept"):
+        code_of(store, manifest(**known, patch=patch))
+    file.unlink()
+    gone = code_of(store, manifest(**known, patch=patch))
+    assert gone.patch_file is None and "gone from" in gone.lacks
+
+
+@pytest.mark.parametrize(
+    ("reference", "wanted"),
+    [
+        ("SFTFlow/17", True),
+        ("GRPOFlow/latest", True),
+        ("ConvertFlow/tag:kind:a", True),
+        ("models/mine", False),
+        ("train/0123456789ab", False),
+        ("SFTFlow/a/b", False),
+    ],
+)
+def test_names_of_runs(reference: str, wanted: bool) -> None:
+    assert is_run(reference) is wanted
