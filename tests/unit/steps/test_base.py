@@ -1,6 +1,8 @@
 """The step runner: same work once, a reason when it is done again, nothing half-done left behind."""
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.config.train import Incidents
 from posttrain_lib.errors import DataError, StoreError
+from posttrain_lib.lineage.kept import packages_of, sources_of
+from posttrain_lib.lineage.source_digest import source_digests
 from posttrain_lib.lineage.store import Store
-from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
-from steps import train
-from steps.base import Step, StepContext, StepResult, content_key, run_step
+from posttrain_lib.schema.manifests import ArtifactRef, MadeBy, StepManifest
+from steps import base, train
+from steps.base import Step, StepContext, StepResult, content_key, results_of, run_step
 
 RAW: dict[str, Any] = {
     "name": "test",
@@ -171,3 +175,61 @@ def test_training_goes_on_with_another_number_of_workers(config: RunConfig) -> N
     two = config.model_copy(update={"compute": config.compute.model_copy(update={"devices_per_node": 2})})
     assert train.settings(config) != train.settings(two)
     assert train.work_settings(config) == train.work_settings(two)
+
+
+def test_a_manifest_says_which_run_made_it_on_what(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    made_by = MadeBy("SFTFlow", "17", "train", "ann", origin="12")
+    with results_of(made_by):
+        first, _ = run(recorder.step(), config, store)
+    second, _ = run(recorder.step(), config, store)
+    later, _ = run(recorder.step(version=2), config, store)
+    assert first.made_by == second.made_by == made_by and later.made_by is None
+    assert first.hardware["cores"] == str(os.cpu_count())
+    assert sources_of(store, first.key_parts["source"]) == source_digests("posttrain_lib.errors")
+    assert packages_of(store, first.environment)
+
+
+def test_code_is_what_it_was_when_the_step_began(
+    tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are edited while a step runs."""
+    code = {"commit": "before"}
+    monkeypatch.setattr(base, "keep_code", lambda store: dict(code))
+    step = Recorder().step()
+    body = step.body
+
+    def edits(context: StepContext) -> StepResult:
+        code["commit"] = "after"
+        return body(context)
+
+    manifest, _ = run(dataclasses.replace(step, body=edits), config, Store(tmp_path))
+    assert manifest.code == {"commit": "before"}
+
+
+def test_an_input_that_was_cleaned_away_is_named(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    first, _ = run(recorder.step(), config, store)
+    second = dataclasses.replace(recorder.step(), name="next", inputs=lambda *_: dict(first.outputs))
+    folder = store.result_folder("fake", first.key)
+    shutil.rmtree(folder)
+    with pytest.raises(StoreError, match="the input result, a result of fake, is gone") as caught:
+        run(second, config, store)
+    assert caught.value.where == str(folder) and "resume it from step fake" in str(caught.value.fix)
+
+
+def test_inputs_are_not_removed_while_a_step_reads_them(tmp_path: Path, config: RunConfig) -> None:
+    recorder, store = Recorder(), Store(tmp_path)
+    first, _ = run(recorder.step(), config, store)
+    removed: list[bool] = []
+
+    def body(context: StepContext) -> StepResult:
+        removed.extend(store.remove(entry) for entry in store.entries())
+        return StepResult({})
+
+    run(
+        dataclasses.replace(recorder.step(), name="next", inputs=lambda *_: dict(first.outputs), body=body),
+        config,
+        store,
+    )
+    assert removed == [False, False], "the input, and what the step was writing"
