@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage import promoted
-from posttrain_lib.lineage.graph import Graph, result_of, trace
+from posttrain_lib.lineage.graph import DEPTH, Graph, result_of, trace
 from posttrain_lib.lineage.missing import Missing, missing
 from posttrain_lib.lineage.picture import picture
 from posttrain_lib.lineage.store import MANIFEST, Store, read_manifest
@@ -98,10 +98,12 @@ def _made(store: Store, place: str, digest: str | None, where: str) -> StepManif
     )
 
 
-def show(found: Found, store: Store, graph: Graph) -> str:
-    """The tree, what is known of the run, and what is not there any more with what can still be done."""
-    lines = [found.name if found.run is None else _of_run(found.run)]
-    lines.append(tree(graph))
+def show(found: Found, graph: Graph, shown: Graph) -> str:
+    """The tree of what is ``shown``, what is known of the run, and what is not there any more with what can still be
+    done."""
+    lines = [found.name if found.run is None else _of_run(found.run), tree(shown)]
+    if further := len(graph.nodes) - len(shown.nodes):
+        lines.append(f"and {further} more further back: --depth {2 * DEPTH} shows more")
     told = [_told(each) for each in missing(graph)]
     return "\n".join([*lines, *(["", "not as it was:", *told] if told else [])])
 
@@ -190,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     options: dict[str, Any] = {"epilog": _NAMES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     showing = commands.add_parser("show", help="the tree of what a result came from", **options)
     showing.add_argument("name", metavar="NAME")
+    showing.add_argument("--depth", type=int, default=DEPTH, help="steps from the result that are shown (%(default)s)")
     showing.add_argument("--picture", type=Path, metavar="FILE.svg", help="also draw it")
     differing = commands.add_parser("diff", help="data, config, code, environment, checks, results", **options)
     differing.add_argument("a", metavar="NAME")
@@ -209,9 +212,10 @@ def main(arguments: list[str] | None = None) -> None:
             return
         one = find(options.name, store=store, where="show")
         graph = _graph(one, store)
-        print(show(one, store, graph))
+        shown = graph.nearest(options.depth)
+        print(show(one, graph, shown))
         if options.picture is not None:
-            options.picture.write_text(picture(graph), encoding="utf-8")
+            options.picture.write_text(picture(shown), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from metaflow.cards import Markdown, Table
 
 from posttrain_lib.adapters.metaflow_parts import block, text
-from posttrain_lib.lineage.graph import Graph, Node
+from posttrain_lib.lineage.graph import DEPTH, Graph, Node
 from posttrain_lib.lineage.picture import picture
 from posttrain_lib.lineage.tree import SHORT, code_in_short, title
 
@@ -16,8 +16,9 @@ _STEPS = ["step", "made by", "time", "code", "inputs (sha256)", "outputs (sha256
 _RAW = ["what no step made", "place", "files", "state"]
 
 
-def lineage_parts(graph: Graph) -> list[Any]:
-    """Components of the section."""
+def lineage_parts(whole: Graph) -> list[Any]:
+    """Components of the section: the nearest part of the graph."""
+    graph = whole.nearest(DEPTH)
     made = [node for node in graph.nodes.values() if node.manifest is not None]
     raw = [node for node in graph.nodes.values() if node.manifest is None]
     parts = [Markdown("## Lineage"), _picture(graph), Table([_made_row(node) for node in made], headers=_STEPS)]

@@ -7,13 +7,15 @@ one whose export a run began with; so the graph goes on into that run by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain_lib.lineage.store import Store, first_damage, published_place, read_manifest
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
 
 HERE, GONE = "here", "gone"
+#: steps from a result that are shown where nobody says how many: some generations of models
+DEPTH = 12
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,18 @@ class Graph:
                 if edge.node not in seen:
                     seen.add(edge.node)
                     pending.append(edge.node)
+
+    def nearest(self, steps: int) -> Graph:
+        """What lies at most so many steps from a root: a model that is trained further each day has a long past."""
+        kept, edge_of = {root: self.nodes[root] for root in self.roots}, list(self.roots)
+        for _ in range(steps):
+            edge_of = [e.node for place in edge_of for e in self.nodes[place].inputs if e.node not in kept]
+            kept |= {place: self.nodes[place] for place in edge_of}
+        cut = {
+            place: replace(node, inputs=tuple(edge for edge in node.inputs if edge.node in kept))
+            for place, node in kept.items()
+        }
+        return Graph(self.roots, cut)
 
     def results(self) -> set[tuple[str, str]]:
         """(step, key) of every result."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from graphlib import TopologicalSorter
 
 from posttrain_lib.lineage.graph import HERE, Graph, Node
 from posttrain_lib.lineage.tree import SHORT, title
@@ -47,14 +48,9 @@ def _places(graph: Graph) -> dict[str, tuple[int, int]]:
 
 def _depths(graph: Graph) -> dict[str, int]:
     depths: dict[str, int] = {}
-
-    def depth(place: str) -> int:
-        if place not in depths:
-            depths[place] = 1 + max((depth(edge.node) for edge in graph.nodes[place].inputs), default=-1)
-        return depths[place]
-
-    for place in graph.nodes:
-        depth(place)
+    made_of = {place: [edge.node for edge in node.inputs] for place, node in graph.nodes.items()}
+    for place in TopologicalSorter(made_of).static_order():
+        depths[place] = 1 + max((depths[before] for before in made_of[place]), default=-1)
     return depths
 
 

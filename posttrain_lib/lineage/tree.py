@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from posttrain_lib.lineage.graph import HERE, Graph, Node
+from posttrain_lib.lineage.graph import GONE, HERE, Graph, Node
 from posttrain_lib.schema.manifests import StepManifest
 
 #: characters of a digest that are shown
@@ -15,8 +13,25 @@ _FILES = 8
 def tree(graph: Graph) -> str:
     """One line for each node below the line of what was made from it, the last result first. What stands in several
     places is told once."""
+    lines: list[str] = []
     told: set[str] = set()
-    lines = [line for root in reversed(graph.roots) for line in _lines(graph, root, "", "", "", told)]
+    # (branch, indent of what is below, names of the inputs, node or a line); an own stack, for a past may be long
+    pending = [("", "", "", root) for root in graph.roots]
+    while pending:
+        head, indent, names, place = pending.pop()
+        node = graph.nodes.get(place)
+        if node is None or place in told:
+            lines.append(head + names + (place if node is None else f"{title(node)} (above)"))
+            continue
+        told.add(place)
+        lines.append(f"{head}{names}{title(node)}{_facts(node)}{_state(node)}")
+        below = [
+            *((f"{', '.join(edge.names)} <- ", edge.node) for edge in node.inputs),
+            *(("", at) for at in _files(node)),
+        ]
+        for number, (named, child) in reversed(list(enumerate(below))):
+            branch, further = ("`- ", "   ") if number == len(below) - 1 else ("|- ", "|  ")
+            pending.append((indent + branch, indent + further, named, child))
     return "\n".join(lines)
 
 
@@ -38,30 +53,13 @@ def code_in_short(manifest: StepManifest) -> str:
     return f"commit {commit[:SHORT]} + {manifest.code.get('patch', 'changes not kept')[:SHORT]}"
 
 
-def _lines(graph: Graph, place: str, head: str, indent: str, names: str, told: set[str]) -> Iterator[str]:
-    node = graph.nodes[place]
-    if place in told:
-        yield f"{head}{names}{title(node)} (above)"
-        return
-    told.add(place)
-    state = "" if node.state == HERE else f"  [{node.state.upper() if node.state == 'gone' else node.state}]"
-    yield f"{head}{names}{title(node)}{_facts(node)}{state}"
-    below = [
-        *([("", edge.node, f"{', '.join(edge.names)} <- ") for edge in node.inputs]),
-        *((_file(*file), "", "") for file in node.files[:_FILES]),
-        *([(f"and {len(node.files) - _FILES} more files", "", "")] if len(node.files) > _FILES else []),
-    ]
-    for number, (line, child, named) in enumerate(below):
-        last = number == len(below) - 1
-        branch, further = ("`- ", "   ") if last else ("|- ", "|  ")
-        if line:
-            yield f"{indent}{branch}{line}"
-        else:
-            yield from _lines(graph, child, f"{indent}{branch}", f"{indent}{further}", named, told)
+def _state(node: Node) -> str:
+    return "" if node.state == HERE else f"  [{node.state.upper() if node.state == GONE else node.state}]"
 
 
-def _file(name: str, digest: str) -> str:
-    return f"{name} {digest[:SHORT]}"
+def _files(node: Node) -> list[str]:
+    shown = [f"{name} {digest[:SHORT]}" for name, digest in node.files[:_FILES]]
+    return [*shown, f"and {len(node.files) - _FILES} more files"] if len(node.files) > _FILES else shown
 
 
 def _facts(node: Node) -> str:

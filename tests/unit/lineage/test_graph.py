@@ -171,3 +171,29 @@ def test_names_are_no_markup_in_a_picture(tmp_path: Path, store: Store) -> None:
     made = publish_chain(store, odd, model_folder(tmp_path / "hf"))
     root = ElementTree.fromstring(picture(trace(store, made.values(), there)))
     assert any(text.text == odd.name for text in root.iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_a_long_past_is_cut_for_showing_and_walked_whole(tmp_path: Path, store: Store) -> None:
+    """As after a year of daily retrains, deeper than Python's stack."""
+    model = ArtifactRef(str(tmp_path / "hf"), "model", "0" * 64)
+    for number in range(1500):
+        key = f"{number:064x}"
+        made = ArtifactRef(str(store.result_folder("train", key) / "last"), "checkpoint", key)
+        values = ({"model": model}, {"last": made}, (), {}, {}, {}, "2026-01-01", 0.1)
+        last = StepManifest("train", 1, key, {}, {}, *values)
+        with store.scratch() as folder:
+            last = store.publish(folder, last)
+        model = made
+    graph = trace(store, [last], there)
+    assert len(graph.results()) == 1500
+    assert [each.node.ref.digest for each in missing(graph) if each.node.ref] == ["0" * 64]
+    assert tree(graph).count("\n") == 1500 and picture(graph).count("<rect ") == 1501
+    near = graph.nearest(12)
+    assert len(near.nodes) == 13 and tree(near).count("\n") == 12
+
+
+def test_the_nearest_part_keeps_its_lines(two_runs: tuple, store: Store) -> None:
+    graph = trace(store, [two_runs[1]["export"]], there)
+    assert graph.nearest(99) == graph
+    assert names(graph.nearest(1)) == ["export", "train"]
+    assert names(graph.nearest(2)) == ["export", "export", "prepare_data", "train"]
