@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.lineage --output tests/benchmarks/results/lineage.json
 
-In a clean clone of the checkout's commit, and in one with a changed and an untracked file: the code's state and patch, the
-environment, the list of source files, hardware, the manifest's digest, and holding the inputs, each timed in fresh
+In a clean clone of the checkout's commit, and in one with a changed and an untracked file: the code's state and patch,
+the environment, the list of source files, hardware, the manifest's digest, and holding the inputs, each timed in fresh
 processes, as a flow's steps are. Beside them, the trace of a chain of 1000 results.
 """
 
