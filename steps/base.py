@@ -162,7 +162,7 @@ def _do(
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
     # Now, not when the body is through: files may be edited while it runs.
     code, environment = keep_code(store), keep_environment(store)
-    keep_sources(store, step.module, references_in(step.settings(config)))
+    keep_sources(store, parts["source"], step.module, references_in(step.settings(config)))
     if replace:
         _forget(store.result_folder(step.name, key), work)
     with store.scratch() as out:

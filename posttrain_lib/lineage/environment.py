@@ -31,8 +31,10 @@ def environment_digest() -> str:
 
 @lru_cache(maxsize=1)
 def installed_packages() -> tuple[str, ...]:
-    """``name==version`` of every package that can be imported, sorted."""
-    return tuple(sorted({f"{item.metadata['Name']}=={item.version}".lower() for item in metadata.distributions()}))
+    """``name==version`` of every package that can be imported, sorted; by the names of their folders, because reading
+    what each says of itself takes most of a second."""
+    folders = (path.stem for place in sys.path for path in Path(place).glob("*.dist-info"))
+    return tuple(sorted({"==".join(folder.rsplit("-", 1)).lower() for folder in folders}))
 
 
 def describe_environment() -> dict[str, str]:

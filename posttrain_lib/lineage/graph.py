@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from posttrain_lib.lineage.store import Store, first_damage, published_place, read_manifest
@@ -104,6 +105,7 @@ def trace(store: Store, manifests: Iterable[StepManifest], look: Look) -> Graph:
         StoreError: a manifest in the store cannot be read, or was changed by hand.
     """
     given = {_recorded(store, manifest): manifest for manifest in manifests}
+    there = cache(partial(_there, store))
     nodes: dict[str, Node] = {}
     pending = list(given.items())
     while pending:
@@ -113,7 +115,7 @@ def trace(store: Store, manifests: Iterable[StepManifest], look: Look) -> Graph:
         found: dict[str, list[str]] = {}
         for name, ref in manifest.inputs.items():
             place = published_place(ref.uri)
-            made = None if place is None else given.get(place[0]) or read_manifest(_now(store, place[0], *place[1:]))
+            made = None if place is None else given.get(place[0]) or there(*place)
             if place is not None and made is not None:
                 pending.append((place[0], made))
                 node = str(place[0])
@@ -123,8 +125,8 @@ def trace(store: Store, manifests: Iterable[StepManifest], look: Look) -> Graph:
                     nodes[node] = _raw(node, ref, look)
             found.setdefault(node, []).append(name)
         edges = tuple(Edge(tuple(names), node) for node, names in found.items())
-        state = _state(_now(store, folder, manifest.step, manifest.key), manifest)
-        nodes[str(folder)] = Node(str(folder), state, manifest, inputs=edges)
+        now = there(folder, manifest.step, manifest.key)
+        nodes[str(folder)] = Node(str(folder), _state(store, folder, manifest, now), manifest, inputs=edges)
     used = {edge.node for node in nodes.values() for edge in node.inputs}
     return Graph(tuple(str(folder) for folder in given if str(folder) not in used), nodes)
 
@@ -132,7 +134,7 @@ def trace(store: Store, manifests: Iterable[StepManifest], look: Look) -> Graph:
 def result_of(store: Store, uri: str) -> StepManifest | None:
     """The manifest of the published result that a place lies in; None where it lies in none, or that is gone."""
     place = published_place(uri)
-    return None if place is None else read_manifest(_now(store, *place))
+    return None if place is None else _there(store, *place)
 
 
 def _recorded(store: Store, manifest: StepManifest) -> Path:
@@ -148,6 +150,10 @@ def _now(store: Store, folder: Path, step: str, key: str) -> Path:
     return folder if folder.is_dir() else store.result_folder(step, key)
 
 
+def _there(store: Store, folder: Path, step: str, key: str) -> StepManifest | None:
+    return read_manifest(_now(store, folder, step, key))
+
+
 def _raw(node: str, ref: ArtifactRef, look: Look) -> Node:
     if published_place(ref.uri) is not None:
         return Node(node, "gone from the store, and no manifest tells what it was made from", ref=ref)
@@ -155,14 +161,16 @@ def _raw(node: str, ref: ArtifactRef, look: Look) -> Node:
     return Node(node, raw.state, ref=ref, files=raw.files)
 
 
-def _state(folder: Path, manifest: StepManifest) -> str:
-    there = read_manifest(folder)
-    if there is None:
+def _state(store: Store, folder: Path, manifest: StepManifest, now: StepManifest | None) -> str:
+    """``now``: the manifest that stands in the store."""
+    if now is None:
         return GONE
-    if {name: ref.digest for name, ref in there.outputs.items()} != {
-        name: ref.digest for name, ref in manifest.outputs.items()
-    }:
-        by = "" if there.made_by is None else f" by {there.made_by.name}"
-        return f"made again{by} at {there.started_at}, with other content"
-    damage = first_damage(folder)
+    if _digests(now) != _digests(manifest):
+        by = "" if now.made_by is None else f" by {now.made_by.name}"
+        return f"made again{by} at {now.started_at}, with other content"
+    damage = first_damage(_now(store, folder, manifest.step, manifest.key))
     return HERE if damage is None else f"damaged: {damage}"
+
+
+def _digests(manifest: StepManifest) -> dict[str, str]:
+    return {name: ref.digest for name, ref in manifest.outputs.items()}

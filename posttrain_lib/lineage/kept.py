@@ -88,16 +88,20 @@ def packages_of(store: Store, environment: dict[str, str]) -> dict[str, str] | N
     return None if listed is None else dict(entry.split("==", 1) for entry in listed)
 
 
-def keep_sources(store: Store, module: str, references: Iterable[str]) -> str:
-    """Keep the list of source files that a step reaches, and return its digest: the key part ``source``.
+def keep_sources(store: Store, source: str, module: str, references: Iterable[str]) -> None:
+    """Keep the list of source files that a step reaches.
 
     Args:
+        source: digest of the list, the key part of that name; nothing is read again where its list is kept.
         module: the step's.
         references: ``module:attribute`` of a user's own code.
     """
+    if record_file(store, source, "json").is_file():
+        return
     files, own = source_digests(module), user_code(references)
     digest = _keep_value(store, files)
-    return _keep_value(store, [digest, own]) if own else digest
+    if own:
+        _keep_value(store, [digest, own])
 
 
 def sources_of(store: Store, digest: str) -> dict[str, str] | None:

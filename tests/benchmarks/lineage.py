@@ -38,7 +38,8 @@ def parts() -> dict[str, float]:
     manifest = StepManifest.from_dict(_plain_manifest())
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
-        environment_digest(), source_digest("steps.train")  # a content key needs them anyway
+        environment_digest()  # a content key needs it anyway, and the next
+        source = source_digest("steps.train")
 
         def hold() -> None:
             with store.reading([("train", str(number)) for number in range(5)]):
@@ -47,7 +48,7 @@ def parts() -> dict[str, float]:
         works: dict[str, Callable[[], Any]] = {
             "code and patch": lambda: keep_code(store),
             "environment": lambda: keep_environment(store),
-            "source files": lambda: keep_sources(store, "steps.train", []),
+            "source files": lambda: keep_sources(store, source, "steps.train", []),
             "hardware": describe_hardware,
             "digest of the manifest": lambda: manifest_digest(manifest),
             "holding five inputs": hold,
@@ -67,7 +68,7 @@ def _plain_manifest() -> dict[str, Any]:
 
     refs = {str(number): {"uri": "somewhere", "kind": "rows", "digest": "0" * 64} for number in range(10)}
     empty: dict[str, Any] = {name: {} for name in ("key_parts", "environment", "code")}
-    metrics = {str(number): number / 7 for number in range(1000)}
+    metrics = {str(number): number / 7 for number in range(100)}
     known = {"step": "train", "version": 1, "key": "k", "config": metrics, "metrics": metrics, "checks": []}
     times = {"started_at": "2026-01-01", "seconds": 1.0, "hardware": {}, "format_version": FORMAT_VERSION}
     return {**empty, **known, **times, "inputs": refs, "outputs": refs}

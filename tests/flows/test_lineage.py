@@ -143,6 +143,7 @@ def test_the_clean_up_keeps_what_a_tag_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # two whole runs
+@pytest.mark.timeout(900)
 def test_from_an_export_back_to_the_rows_over_two_real_runs(tmp_path: Path) -> None:
     """Step by step, with the card; the second run begins with the model of the first."""
     config = ["--config", str(TINY)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from posttrain_lib.errors import StoreError
 from posttrain_lib.lineage import kept
-from posttrain_lib.lineage.environment import describe_code, installed_packages
+from posttrain_lib.lineage.digests import digest_value
+from posttrain_lib.lineage.environment import describe_code
 from posttrain_lib.lineage.kept import (
     keep,
     keep_code,
@@ -20,7 +23,7 @@ from posttrain_lib.lineage.kept import (
     sources_of,
 )
 from posttrain_lib.lineage.patch import Patch
-from posttrain_lib.lineage.source_digest import PROJECT_ROOT, source_digest, source_digests
+from posttrain_lib.lineage.source_digest import PROJECT_ROOT, source_digest, source_digests, user_code
 from posttrain_lib.lineage.store import Store
 
 
@@ -46,26 +49,36 @@ def test_a_record_changed_by_hand_is_named(store: Store) -> None:
     assert caught.value.where == str(record_file(store, digest, "patch"))
 
 
-def test_sources_are_kept_under_the_key_part_that_names_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert keep_sources(store, "posttrain_lib.errors", []) == source_digest("posttrain_lib.errors")
-    assert sources_of(store, source_digest("posttrain_lib.errors")) == source_digests("posttrain_lib.errors")
+def test_sources_are_kept_under_the_key_part_that_names_them(store: Store) -> None:
+    source = source_digest("posttrain_lib.errors")
+    keep_sources(store, source, "posttrain_lib.errors", [])
+    assert sources_of(store, source) == source_digests("posttrain_lib.errors")
     assert sources_of(store, "0" * 64) is None
 
 
 def test_a_user_s_own_code_is_among_them(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_loss_of_lineage.py").write_text("class Mine: ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = sources_of(store, keep_sources(store, "posttrain_lib.errors", ["own_loss_of_lineage:Mine"]))
-    assert found is not None
-    assert set(found) == {"own_loss_of_lineage:Mine", *source_digests("posttrain_lib.errors")}
+    reference = "own_loss_of_lineage:Mine"
+    source = digest_value([source_digest("posttrain_lib.errors"), user_code([reference])])
+    for _ in range(2):
+        keep_sources(store, source, "posttrain_lib.errors", [reference])
+    found = sources_of(store, source)
+    assert found is not None and set(found) == {reference, *source_digests("posttrain_lib.errors")}
 
 
 def test_packages(store: Store) -> None:
     environment = keep_environment(store)
     found = packages_of(store, environment)
     assert found is not None and found["torch"] == environment["torch"].lower()
-    assert len(found) == len({entry.split("==")[0] for entry in installed_packages()})
+    by_themselves = {_plain(str(item.name)): item.version.lower() for item in metadata.distributions()}
+    assert {_plain(name): version for name, version in found.items()} == by_themselves
     assert packages_of(store, {"lock": "x"}) is None
+
+
+def _plain(name: str) -> str:
+    """A package's name as all spellings of it are compared (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.skipif(not describe_code(), reason="not a git checkout")
