@@ -51,8 +51,7 @@ def find(reference: str, *, store: Store, where: str) -> Found:
     """
     model = _PROMOTED.fullmatch(reference)
     if is_run(reference):
-        run = recorded_run(reference, store=store, where=where)
-        return Found(run.name, tuple(run.manifests.values()), run)
+        return _run(store, reference, where)
     if model is not None:
         version = model["version"]
         entry = promoted.find(store, model["name"], None if version is None else int(version), where=where)
@@ -72,6 +71,25 @@ def find(reference: str, *, store: Store, where: str) -> Found:
         if manifests
         else f"a run, a promoted model, a key or a folder ({store.root})",
     )
+
+
+def _run(store: Store, name: str, where: str) -> Found:
+    """As Metaflow has it recorded; of a run that it does not know (any more) what the store has."""
+    try:
+        run = recorded_run(name, store=store, where=where)
+    except ConfigError as unknown:
+        folders = (file.parent for file in (store.root / "steps").glob(f"*/*/{MANIFEST}") if _names(file, name))
+        made = [found for folder in folders if (found := read_manifest(folder)) is not None]
+        own = sorted((m for m in made if m.made_by and m.made_by.name == name), key=lambda m: m.started_at)
+        if not own:
+            raise unknown
+        return Found(f"{name}, of which the store has what it made itself, and Metaflow no record", tuple(own))
+    return Found(run.name, tuple(run.manifests.values()), run)
+
+
+def _names(manifest: Path, run: str) -> bool:
+    """Whether the file says the run's id at all; most do not, and need not be read as manifests."""
+    return run.rpartition("/")[2] in manifest.read_text(encoding="utf-8")
 
 
 def _made(store: Store, place: str, digest: str | None, where: str) -> StepManifest:

@@ -16,8 +16,8 @@ from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 
 #: written into the environment by ``infra/env`` when every package of the lock is in place; holds the lock's digest
 LOCK_MARKER = ".posttrain-lock"
-#: where NVIDIA's driver tells of itself
-_NVIDIA = Path("/proc/driver/nvidia")
+#: where NVIDIA's driver tells of itself, and where devices are
+_DRIVER, _DEVICES = Path("/proc/driver/nvidia"), Path("/dev")
 
 
 @lru_cache(maxsize=1)
@@ -80,17 +80,19 @@ def _git(*arguments: str) -> str | None:
 
 
 def _gpu_names() -> list[str]:
-    """Of each NVIDIA GPU, read from its driver: asking torch or nvidia-smi would cost seconds."""
+    """Of each NVIDIA GPU, read from its driver: asking torch or nvidia-smi would cost seconds. A container may show the
+    devices alone."""
     found = []
-    for path in sorted(_NVIDIA.glob("gpus/*/information")):
+    for path in sorted(_DRIVER.glob("gpus/*/information")):
         lines = path.read_text(encoding="utf-8").splitlines()
         found += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
-    return found
+    return found or ["NVIDIA, model not told"] * len(list(_DEVICES.glob("nvidia[0-9]*")))
 
 
 def _gpu_driver() -> str:
-    found = re.search(r"\d+(?:\.\d+)+", (_NVIDIA / "version").read_text(encoding="utf-8"))
-    return "unknown" if found is None else found[0]
+    path = _DRIVER / "version"
+    found = re.search(r"\d+(?:\.\d+)+", path.read_text(encoding="utf-8")) if path.is_file() else None
+    return "not told" if found is None else found[0]
 
 
 def _cpu_name() -> str:

@@ -36,7 +36,7 @@ from posttrain_lib.schema.manifests import FORMAT_VERSION, StepManifest
 STORE_VARIABLE = "POSTTRAIN_STORE"
 MANIFEST = "manifest.json"
 FILES = "files.json"
-_PUBLISHED = re.compile(r"(?P<folder>.*/steps/(?P<step>\w+)/(?P<key>[0-9a-f]{64}))(?:/.*)?")
+_PUBLISHED = re.compile(r"(?P<folder>/.*/steps/(?P<step>\w+)/(?P<key>[0-9a-f]{64}))(?:/.*)?")
 
 
 def default_root() -> Path:

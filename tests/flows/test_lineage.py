@@ -129,6 +129,17 @@ def test_metaflow_s_copy_of_a_manifest_is_checked_too(home: Path, runs: dict[str
     assert f"Metaflow's record of SFTFlow/{runs['first']}, step train" in done.stderr
 
 
+def test_a_run_that_metaflow_has_no_record_of_is_shown_from_the_store(
+    home: Path, runs: dict[str, str], tmp_path: Path
+) -> None:
+    lost = {"METAFLOW_DATASTORE_SYSROOT_LOCAL": str(tmp_path)}
+    shown = run(home, "-m", "steps.lineage", "show", f"SFTFlow/{runs['second']}", **lost).stdout.splitlines()
+    assert shown[0].endswith("of which the store has what it made itself, and Metaflow no record")
+    assert {line.split()[0] for line in shown[1:]} == {"train", "evaluate", "export"}
+    never = run(home, "-m", "steps.lineage", "show", "SFTFlow/1", **lost)
+    assert never.returncode == 1 and "no run of SFTFlow is known here" in never.stderr
+
+
 @pytest.mark.slow  # takes away what the others look at, and so has runs of its own
 def test_the_clean_up_keeps_what_a_tag_holds(tmp_path: Path) -> None:
     kept, other = flow(tmp_path, "run", "--words", "one", "--tag", "kept"), flow(tmp_path, "run", "--words", "two")
