@@ -108,7 +108,9 @@ def recorded_run(reference: str, *, store: Store | None = None, where: str = "ru
             expected="a run of which at least the first step went through",
         )
     for step, manifest in manifests.items():
-        check_manifest(manifest, f"Metaflow's record of {flow}/{found.run}, step {step}")
+        place = f"Metaflow's record of {flow}/{found.run}, step {step}"
+        instead = f"look at what the store has: python -m steps.lineage show {step}/{manifest.key[:12]}"
+        check_manifest(manifest, place, fix=instead)
     last = max(manifests.values(), key=lambda manifest: manifest.started_at)
     return Recorded(
         flow=flow,

@@ -28,7 +28,8 @@ def lineage_parts(whole: Graph) -> list[Any]:
 def _picture(graph: Graph) -> Markdown:
     """As an image of its own document: nothing of a place or a name in it is read as the card's markup."""
     encoded = base64.b64encode(picture(graph).encode("utf-8")).decode("ascii")
-    return block(f"<img alt='lineage' style='max-width:100%' src='data:image/svg+xml;base64,{encoded}'>")
+    image = f"<img alt='lineage' style='max-width:none' src='data:image/svg+xml;base64,{encoded}'>"
+    return block(f"<div style='overflow-x:auto'>{image}</div>")
 
 
 def _made_row(node: Node) -> list[Any]:

@@ -278,11 +278,11 @@ def read_manifest(folder: Path) -> StepManifest | None:
     return manifest
 
 
-def check_manifest(manifest: StepManifest, where: object) -> None:
+def check_manifest(manifest: StepManifest, where: object, fix: str | None = None) -> None:
     """It says what it said when it was published. Format 1 had no digest, and is taken as it is.
 
     Raises:
-        StoreError: it was changed since.
+        StoreError: it was changed since; ``fix`` says what to do, default: as for a result in the store.
     """
     if manifest.format_version > 1 and manifest.digest != (now := manifest_digest(manifest)):
         raise StoreError(
@@ -290,7 +290,8 @@ def check_manifest(manifest: StepManifest, where: object) -> None:
             where=where,
             got=f"digest {now[:12]}",
             expected=manifest.digest[:12] or "a digest",
-            fix=f"undo the change, or remove the result's folder: a run that needs {manifest.step} makes it again",
+            fix=fix
+            or f"undo the change, or remove the result's folder: a run that needs {manifest.step} makes it again",
         )
 
 

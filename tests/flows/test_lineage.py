@@ -127,6 +127,7 @@ def test_metaflow_s_copy_of_a_manifest_is_checked_too(home: Path, runs: dict[str
     done = run(home, "-c", script, runs["first"])
     assert "the manifest was changed after it was published" in done.stderr
     assert f"Metaflow's record of SFTFlow/{runs['first']}, step train" in done.stderr
+    assert "python -m steps.lineage show train/" in done.stderr
 
 
 def test_a_run_that_metaflow_has_no_record_of_is_shown_from_the_store(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -162,6 +163,12 @@ def test_the_picture_is_svg_and_has_every_node_and_line(two_runs: tuple, store: 
     assert sum(box.get("fill") == "#ffcdd2" for box in boxes) == 1
     places = {(box.get("x"), box.get("y")) for box in boxes}
     assert len(places) == len(boxes), "no box covers another"
+    corners = [re.findall(r"(-?\d+),(-?\d+)", path.get("d", "")) for path in root.findall(f"{space}path")]
+    inner = {(int(x), int(y)) for points in corners for x, y in points[3:-1:3]}
+    assert inner, "some line passes a column by"
+    for box in boxes:
+        left, top, width, height = (int(box.get(name, "")) for name in ("x", "y", "width", "height"))
+        assert not any(left <= x <= left + width and top <= y <= top + height for x, y in inner), "a line under a box"
     written = {text.text for text in root.iter(f"{space}text")}
     assert {title(node) for node in graph.nodes.values()} <= written
 
