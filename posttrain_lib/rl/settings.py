@@ -64,4 +64,4 @@ class RLSettings:
 
     def batches_left(self, version: int) -> int:
         """Batches that the run needs from this version on: so many at least, more where one comes out short."""
-        return -(-(self.updates - version) // self.updates_per_batch)
+        return max(0, -(-(self.updates - version) // self.updates_per_batch))
