@@ -63,7 +63,8 @@ def _aside(root: Path, scratch: Path) -> dict[str, str]:
         root / os.fsdecode(_git(root, "rev-parse", "--git-path", name).rstrip(b"\n")) for name in ("index", "objects")
     )
     if index.is_file():
-        shutil.copyfile(index, scratch / "index")
+        # With its time: by that git knows which files may have changed within the second that it was written in.
+        shutil.copy2(index, scratch / "index")
     (scratch / "objects").mkdir()
     return {
         **os.environ,

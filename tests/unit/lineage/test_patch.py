@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -121,3 +122,16 @@ def test_a_patch_beyond_the_bound_is_not_kept_and_said(checkout: Path, monkeypat
 def test_outside_of_a_checkout_git_s_own_words_are_the_reason(tmp_path: Path) -> None:
     found = uncommitted(tmp_path)
     assert found.content is None and "not a git repository" in found.reason
+
+
+def test_a_change_of_equal_length_in_the_second_of_the_commit_is_seen(checkout: Path) -> None:
+    """Git goes by size and time, and by the index's own time where these cannot tell."""
+    path, index, then = checkout / "kept.py", checkout / ".git" / "index", (1_000_000_000, 1_000_000_000)
+    git(checkout, "config", "core.trustctime", "false")  # which no test can set back
+    os.utime(path, then)
+    git(checkout, "update-index", "--refresh")
+    path.write_text("a = 8\n")
+    for file in (path, index):
+        os.utime(file, then)
+    content = uncommitted(checkout).content
+    assert content is not None and b"+a = 8" in content
