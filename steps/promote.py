@@ -1,15 +1,15 @@
 """Name a result: ``python -m steps.promote --name my-model --from SFTFlow/latest``; a run file then says
 ``model.path: models/my-model``.
 
-Each call writes the next version of the name; none is ever changed. A model whose checks or gates failed is refused
-unless --force says why, which the version then tells.
+Each call writes the next version of the name and makes it the current one; none is ever changed. A model whose checks
+or gates failed is refused unless --force says why, which the version then tells. ``--rollback 3`` makes an earlier
+version the current one again; ``--history`` shows every decision about the model.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import getpass
 import json
 import os
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.errors import ConfigError, VerificationError
-from posttrain_lib.lineage import promoted
+from posttrain_lib.lineage import pointer, promoted
+from posttrain_lib.lineage.pointer import Action, Entry
 from posttrain_lib.lineage.promoted import Promoted
 from posttrain_lib.lineage.store import Store, read_manifest
 from posttrain_lib.schema.manifests import StepManifest
@@ -25,7 +26,7 @@ from steps import report
 from steps.base import known_digests
 from steps.start_from import check_published, exported_by, is_name, kind_of, resolve_model, run_named
 
-_FROM = "--from"
+_FROM, _ROLLBACK = "--from", "--rollback"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +57,73 @@ def promote(store: Store, name: str, source: str, *, note: str | None = None, fo
             expected="checks and gates that hold",
             fix="promote another one, or say why it is right all the same: --force REASON (it is recorded)",
         )
-    return promoted.record(
-        store,
-        Promoted(
-            name=name,
-            version=0,
-            path=str(found.path),
-            digest=found.digest,
-            files=promoted.sizes(found.path),
-            promoted_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            user=_user(),
-            **found.made_by,
-            checks=found.checks,
-            gates=found.gates,
-            note=note,
-            forced=f"{force} ({'; '.join(found.against)})" if found.against else None,
-        ),
+    version = Promoted(
+        name=name,
+        version=0,
+        path=str(found.path),
+        digest=found.digest,
+        files=promoted.sizes(found.path),
+        promoted_at=pointer.utc_now(),
+        user=user(),
+        **found.made_by,
+        checks=found.checks,
+        gates=found.gates,
+        note=note,
+        forced=f"{force} ({'; '.join(found.against)})" if found.against else None,
     )
+    why = "; ".join(part for part in (f"from {source}", note, version.forced) if part)
+    with promoted.deciding(store, name) as before:
+        return promoted.record(store, version, before, decision("promoted", why, gates=found.gates))
+
+
+def rollback(store: Store, name: str, version: int, *, note: str | None) -> Entry:
+    """Make an earlier version the current one again; the history keeps that there was a later one.
+
+    Raises:
+        ConfigError: there is no such version, it is the current one, or no reason is given.
+        ModelError: its folder is not what it was.
+        StoreError: the pointer was changed by hand.
+    """
+    if not note:
+        raise ConfigError("a rollback says why", where="--note", expected="a line for those who read the history")
+    with promoted.deciding(store, name) as before:
+        promoted.find(store, name, version, where=_ROLLBACK)
+        if version == before.current:
+            raise ConfigError("this version is the current one", where=_ROLLBACK, got=f"models/{name}@{version}")
+        resolve_model(f"models/{name}@{version}", where=_ROLLBACK, needs="any")
+        entry = dataclasses.replace(decision("rolled back", note), version=version)
+        return pointer.append(store, name, before, entry).history[-1]
+
+
+def decision(action: Action, why: str, *, gates: tuple[dict[str, Any], ...] = (), run: str | None = None) -> Entry:
+    """An entry of the history by who runs this, now; number and versions come when it is appended."""
+    return Entry(0, action, None, None, pointer.utc_now(), user(), why, "", run=run, gates=gates)
+
+
+def told(store: Store, name: str) -> str:
+    """Every decision about a model, the latest last, and versions that none of them made current.
+
+    Raises:
+        ConfigError: no such model.
+        StoreError: the pointer was changed by hand.
+    """
+    found = promoted.pointer_of(store, name)
+    if not found.history:
+        promoted.find(store, name, None, where="--name")
+    current = "none is the" if found.current is None else f"version {found.current} is the"
+    lines = [f"models/{name}: {current} current one", *map(entry_line, found.history)]
+    known = {entry.version for entry in found.history}
+    for entry in promoted.versions_of(store, name):
+        if entry.version not in known and (found.history or entry.version != found.current):
+            lines.append(f"{'':>5} version {entry.version} ({entry.promoted_at}): no decision made it the current one")
+    return "\n".join(lines)
+
+
+def entry_line(entry: Entry) -> str:
+    """An entry of the history in a line."""
+    moved = "" if entry.version == entry.before else f"{entry.before or 'none'} -> {entry.version}"
+    by = entry.by if entry.run is None else f"{entry.by}, {entry.run}"
+    return f"{entry.number:>5} {entry.at:<27}{entry.action:<12}{moved:<12}{by}: {entry.why} [{entry.digest()[:12]}]"
 
 
 def listing(store: Store) -> str:
@@ -150,7 +201,7 @@ def _failed(checks: tuple[dict[str, Any], ...], gates: list[dict[str, Any]]) -> 
     return failed
 
 
-def _user() -> str:
+def user() -> str:
     """Who promotes: as Metaflow names people, for an account may be shared."""
     return os.environ.get("METAFLOW_USER") or getpass.getuser()
 
@@ -168,16 +219,26 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--note", help="a line for those who read the list")
     parser.add_argument("--force", metavar="REASON", help="promote what failed; the reason is recorded")
+    parser.add_argument(
+        _ROLLBACK, type=int, metavar="VERSION", help="make this version of --name the current one again; --note says why"
+    )
+    parser.add_argument("--history", action="store_true", help="show every decision about --name")
     parser.add_argument("--list", action="store_true", help="show what was promoted")
     parser.add_argument("--json", action="store_true", help="with --list: every field, as JSON lines")
     options = parser.parse_args(arguments)
-    if not options.list and (options.name is None or options.source is None):
-        parser.error(f"give --name and {_FROM}, or --list")
+    asked = [options.source is not None, options.rollback is not None, options.history]
+    if sum(asked) + options.list != 1 or any(asked) != (options.name is not None):
+        parser.error(f"give --name with {_FROM}, {_ROLLBACK} or --history; or --list")
     with plain_errors():
         store = Store()
-        if options.name is not None and options.source is not None:
+        if options.source is not None:
             entry = promote(store, options.name, options.source, note=options.note, force=options.force)
             print(f"models/{entry.label} -> {entry.path}, digest {entry.digest[:12]}")
+        if options.rollback is not None:
+            moved = rollback(store, options.name, options.rollback, note=options.note)
+            print(f"models/{options.name}: version {moved.version} is the current one, {moved.before} was")
+        if options.history:
+            print(told(store, options.name))
         if options.list and options.json:
             for entry in promoted.all_promoted(store):
                 print(json.dumps(dataclasses.asdict(entry), sort_keys=True))

@@ -75,6 +75,15 @@ def parse_config(model: type[Config], text: str, *, where: str, overrides: Seque
         ConfigError: no YAML mapping, an unknown key (of ``model``: the nearest right one is named), an impossible
             value, a variable that is not set.
     """
+    return build_config(model, load_yaml(text, where), where=where, overrides=overrides)
+
+
+def load_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping of a config's text, nothing of it validated.
+
+    Raises:
+        ConfigError: no YAML, or no mapping.
+    """
     try:
         raw = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
@@ -85,7 +94,7 @@ def parse_config(model: type[Config], text: str, *, where: str, overrides: Seque
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the config is not a mapping of sections", where=where, got=type(raw).__name__)
-    return build_config(model, raw, where=where, overrides=overrides)
+    return raw
 
 
 def build_config(model: type[Config], raw: dict[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Config:
