@@ -220,7 +220,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--note", help="a line for those who read the list")
     parser.add_argument("--force", metavar="REASON", help="promote what failed; the reason is recorded")
     parser.add_argument(
-        _ROLLBACK, type=int, metavar="VERSION", help="make this version of --name the current one again; --note says why"
+        _ROLLBACK,
+        type=int,
+        metavar="VERSION",
+        help="make this version of --name the current one again; --note says why",
     )
     parser.add_argument("--history", action="store_true", help="show every decision about --name")
     parser.add_argument("--list", action="store_true", help="show what was promoted")

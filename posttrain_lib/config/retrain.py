@@ -1,4 +1,4 @@
-"""The file of a scheduled retrain: the model that it keeps up to date, where rows land, what a new version must prove."""
+"""The file of a scheduled retrain: the model, where new rows land, and what a new version must prove."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from posttrain_lib.config.data import GeneratedConversations
 from posttrain_lib.config.evaluation import AnyTask, MetricGate
 from posttrain_lib.config.load import build_config, load_yaml
 from posttrain_lib.config.run import RunConfig
+from posttrain_lib.config.train import MixedSource
 from posttrain_lib.errors import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -28,10 +29,11 @@ class Landing(Section):
     name: str = Field("landed", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the source's, in receipts")
     format: str = Field("messages", description="as data.sources.format")
     fields: dict[str, str] = Field(default_factory=dict, description="as data.sources.fields")
+    mixture: MixedSource | None = Field(None, description="its part in train.mixture; default: its size")
     changed: Literal["stop", "take"] = Field(
         "stop",
-        description="a file that was taken and has other content by now: the run stops and names it, or takes it again. "
-        "Of JSON lines that grew behind what was taken, the new lines are taken in either case",
+        description="a file that was taken and has other content by now: the run stops and names it, or takes it "
+        "again. Of JSON lines that grew behind what was taken, the new lines are taken in either case",
     )
     rejected: Literal["leave_out", "offer_again"] = Field(
         "leave_out",
@@ -55,8 +57,9 @@ class ScheduleConfig(Section):
         "Functions takes no other form; Argo gets the first five",
     )
     timezone: str | None = Field(
-        None, description="of the schedule, as Europe/Berlin; Argo alone takes one. Default: the scheduler's, UTC unless "
-        "someone set it otherwise"
+        None,
+        description="of the schedule, as Europe/Berlin; Argo alone takes one. Default: the scheduler's, UTC unless "
+        "someone set it otherwise",
     )
 
 
@@ -77,7 +80,7 @@ class Limits(Section):
 
 
 class RetrainConfig(Section):
-    """Everything that a retrain depends on. The run file is read when the flow is started or deployed, and stored whole."""
+    """Everything that a retrain depends on. The run file is read when the flow is started or deployed."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the model: models/<name>")
     run_file: str | None = Field(
@@ -87,8 +90,8 @@ class RetrainConfig(Section):
     landing: Landing
     keep_sources: bool = Field(
         True,
-        description="train on the run file's own sources beside what landed, so that less is forgotten; false: they are "
-        "for the first version alone",
+        description="train on the run file's own sources beside what landed, so that less is forgotten; false: they "
+        "are for the first version alone",
     )
     suites: tuple[AnyTask, ...] = Field(
         (),
