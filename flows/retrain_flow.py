@@ -149,6 +149,9 @@ class RetrainFlow(FlowSpec):
             )
         self.next(self.end)
 
+    @_AGAIN
+    @_IN_TIME
+    @_HOST
     @step
     def end(self):
         """The decision stands in the artifacts ``decision`` and ``said``."""
