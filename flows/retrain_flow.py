@@ -65,8 +65,7 @@ class RetrainFlow(FlowSpec):
         """Look for new rows, copy them, and look the current version up."""
         self.refused, self.manifests, self.run_config = None, {}, None
         with plain_errors():
-            branch = None if current.is_production or current.is_user_branch else current.branch_name
-            self.retrain_config = retrain.resolve(self.config, self.overrides, branch)
+            self.retrain_config = retrain.resolve(self.config, self.overrides, retrain.test_branch(current))
             self.due = retrain.look(self.retrain_config)
             if self.due.is_due:
                 self.run_config = retrain.training_config(self.retrain_config, self.due, this_run())

@@ -73,6 +73,12 @@ def resolve(raw: Any, overrides: str, branch: str | None) -> Plain:
     return config.model_copy(update={"name": name}).model_dump(mode="json")
 
 
+def test_branch(current: Any) -> str | None:
+    """Of Metaflow's ``current``: the branch of a run that was started with --branch, which is neither production nor
+    the user's own."""
+    return None if current.is_production or current.is_user_branch else str(current.branch_name)
+
+
 def look(raw: Plain, say: Say = say_line) -> Due:
     """Find what is new since the retrains that count.
 

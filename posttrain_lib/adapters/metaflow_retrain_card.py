@@ -11,7 +11,7 @@ from posttrain_lib.adapters.metaflow_card import checks_table, lineage_table, sh
 from posttrain_lib.adapters.metaflow_comparison import comparison_parts
 from posttrain_lib.adapters.metaflow_parts import FAILED, PASSED, block, text
 from posttrain_lib.lineage.pointer import Entry, TakenRows
-from posttrain_lib.schema.manifests import StepManifest
+from posttrain_lib.schema.manifests import Check, StepManifest
 
 
 def fill_retrain(
@@ -39,14 +39,25 @@ def fill_retrain(
     card.append(Table(taken, headers=["file that is new", "bytes", "digest"]))
     for remark in remarks:
         card.append(text(remark))
-    card.append(Markdown("## Every decision about the model"))
-    headers = ["", "at (UTC)", "decision", "version", "by", "why", "digest"]
-    card.append(Table([_decision(entry) for entry in reversed(history)], headers=headers))
+    _history(card, history)
     if made:
         card.append(Markdown("## Verification"))
         card.append(checks_table([(name, check) for name, manifest in made.items() for check in manifest.checks]))
         card.append(Markdown("## Lineage"))
         card.append(lineage_table(made))
+
+
+def fill_audit(card: Any, name: str, checks: Sequence[Check], history: Sequence[Entry]) -> None:
+    """What an audit proved, and every decision about the model."""
+    card.append(Markdown(f"# Audit of models/{name}"))
+    card.append(checks_table([("audit", check) for check in checks]))
+    _history(card, history)
+
+
+def _history(card: Any, history: Sequence[Entry]) -> None:
+    card.append(Markdown("## Every decision about the model"))
+    headers = ["", "at (UTC)", "decision", "version", "by", "why", "digest"]
+    card.append(Table([_decision(entry) for entry in reversed(history)], headers=headers))
 
 
 def _gate(gate: Mapping[str, Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.retrains import Retrains
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # nine runs of the flow
 
 
 @pytest.fixture(scope="module")

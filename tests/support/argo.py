@@ -27,6 +27,10 @@ def deployment(home: Path, url: str, packages: Path) -> dict[str, str]:
         "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(home),
         "METAFLOW_KUBERNETES_NAMESPACE": "jobs",
         "METAFLOW_KUBERNETES_CONTAINER_IMAGE": "registry.example/posttrain:1",
+        "METAFLOW_ARGO_EVENTS_EVENT": "metaflow-event",
+        "METAFLOW_ARGO_EVENTS_EVENT_BUS": "default",
+        "METAFLOW_ARGO_EVENTS_EVENT_SOURCE": "argo-events-webhook",
+        "METAFLOW_ARGO_EVENTS_SERVICE_ACCOUNT": "operate-workflow-sa",
         "METAFLOW_USER": "tester",
         "PYTHONPATH": str(packages),
     }
@@ -53,6 +57,16 @@ def rendered(flow: Path, config: Path | None, environment: dict[str, str], *opti
     return json.loads(done.stdout)
 
 
+def has_namespaces() -> bool:
+    """Whether a process may have mounts of its own."""
+    return subprocess.run([*_with_a_mnt(Path("/usr")), "true"], capture_output=True).returncode == 0
+
+
+def _with_a_mnt(folder: Path) -> list[str]:
+    """What runs a command with ``folder`` as its /mnt, where Metaflow writes what Argo reads."""
+    return ["unshare", "-rm", "bash", "-c", 'mount --bind "$0" /mnt && exec "$@"', str(folder)]
+
+
 @dataclass
 class Pods:
     """Runs the containers of one workflow, each in an empty folder, with Argo's placeholders filled in."""
@@ -69,14 +83,11 @@ class Pods:
         """The container of a step; the task's id is noted for the steps behind it, as Argo's output parameter is."""
         container = next(each for each in self.manifest["spec"]["templates"] if each["name"] == step)["container"]
         folder = self.home / f"{self.name}-{step}-{retries}"
-        out, paths = folder / "out", folder / "input-paths"
-        pod = folder / "pod"
+        out, pod, paths = folder / "mnt" / "out", folder / "pod", folder / "input-paths"
         for each in (out, pod):
             each.mkdir(parents=True)
-        command = [
-            self._filled(part, step, retries).replace("/mnt/out", str(out)).replace("/tmp/mf-input-paths", str(paths))
-            for part in container["command"]
-        ]
+        filled = [self._filled(part, step, retries) for part in container["command"]]
+        command = [*_with_a_mnt(folder / "mnt"), *(part.replace("/tmp/mf-input-paths", str(paths)) for part in filled)]
         environment = {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(folder),
