@@ -27,7 +27,7 @@ from metaflow import (
 )
 
 from posttrain_lib.config.retrain import parse_retrain_config
-from steps import retrain
+from steps import pipeline, retrain
 
 _AGAIN = retry(
     times=config_expr("config.limits.retries"),
@@ -69,7 +69,7 @@ class RetrainFlow(FlowSpec):
             self.due = retrain.look(self.retrain_config)
             if self.due.is_due:
                 self.run_config = retrain.training_config(self.retrain_config, self.due, this_run())
-                self._advance("inputs")
+                self.manifests = pipeline.advance("inputs", self.run_config, {}, reuse=self.reuse)
         self.next(self.prepare)
 
     @_AGAIN

@@ -178,6 +178,8 @@ def attempt(
         try:
             made = pipeline.advance(name, run_config, made, reuse=reuse, observe=observe)
         except AGAINST_THE_CANDIDATE as error:
+            if isinstance(error, DataError) and error.__cause__ is not None:
+                raise  # rows that could not be read, as of a store that does not answer, were not judged
             say_line(f"{name}: {error}")
             return made, Refusal(name, error.what, _shortened(error))
     return made, None

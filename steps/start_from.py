@@ -3,7 +3,7 @@
     SFTFlow/1795696944952819    that run's export
     SFTFlow/latest              the latest successful run's
     SFTFlow/tag:kind:chat       the latest successful one's that has the tag
-    models/my-model             the latest version of a promoted model; models/my-model@2: that one
+    models/my-model             the current version of a promoted model; models/my-model@2: that one
 
 Names are looked up once, before the first step: from then on the config has the folder as the section's ``path`` and
 what was found as its ``origin``. A section has such names if it has these two fields. What later steps do goes by the

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from tests.support.retrains import Retrains
+from tests.support.argo import datastore, s3_settings
+from tests.support.retrains import FLOW, TINY, Retrains
+from tests.support.s3 import s3_environment, s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # nine runs of the flow
 
 
 @pytest.fixture(scope="module")
-def week(tmp_path_factory: pytest.TempPathFactory) -> Retrains:
-    return Retrains(tmp_path_factory.mktemp("week"))
+def week(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Retrains]:
+    """Its runs keep their artifacts, cards and code on an S3 server."""
+    with s3_server() as url, s3_environment(url):
+        fsspec.filesystem("s3").mkdir("posttrain")
+        yield Retrains(tmp_path_factory.mktemp("week"), **s3_settings(url), **datastore(url))
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +112,6 @@ def test_of_two_runs_at_once_one_decides(week: Retrains, played: dict[str, str])
 
 
 def test_the_card_shows_gates_and_history(week: Retrains, played: dict[str, str]) -> None:
-    import subprocess
-    import sys
-
-    from tests.support.retrains import FLOW, TINY
-
     target = week.home / "card.html"
     command = [sys.executable, str(FLOW), "--no-pylint", "--config", str(TINY), "card", "get", "promote", str(target)]
     done = subprocess.run(
@@ -117,10 +123,23 @@ def test_the_card_shows_gates_and_history(week: Retrains, played: dict[str, str]
         assert said in shown, said
 
 
-def shown_in(card: Path) -> str:
-    import base64
-    import re
+def test_a_pointer_changed_by_hand_stops_the_next_run(week: Retrains, played: dict[str, str]) -> None:
+    path = week.home / "store" / "models" / "tiny" / "pointer.json"
+    right = path.read_text()
+    path.write_text(right.replace('"current": 5', '"current": 3'))
+    week.land("2026-03-30.jsonl", 6)
+    said = week.run("by hand", fails=True)
+    assert "StoreError: the pointer of a promoted model was changed by hand" in said and "Traceback" not in said
+    assert "--name tiny --rollback 3 --note WHY" in said and "prepare: running" not in said
+    refused = week.promote("--rollback", "3", "--note", "by hand")
+    assert refused.returncode == 1 and "changed by hand" in refused.stderr
+    path.write_text(right)
+    assert week.promote("--rollback", "3", "--note", "answers got worse").returncode == 0
+    assert week.decisions[-1] == ("rolled back", 3)
+    assert "rolled back" in week.promote("--history").stdout
 
+
+def shown_in(card: Path) -> str:
     data = re.search(r'__MF_DATA__\["[^"]+"\] = "([A-Za-z0-9+/=]+)"', card.read_text())
     assert data is not None
     return base64.b64decode(data.group(1)).decode()

@@ -20,10 +20,7 @@ def deployment(home: Path, url: str, packages: Path) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("METAFLOW_", "POSTTRAIN_"))},
         **s3_settings(url),
-        "METAFLOW_DEFAULT_DATASTORE": "s3",
-        "METAFLOW_DATASTORE_SYSROOT_S3": "s3://posttrain/metaflow",
-        "METAFLOW_DATATOOLS_S3ROOT": "s3://posttrain/data",
-        "METAFLOW_S3_ENDPOINT_URL": url,
+        **datastore(url),
         "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(home),
         "METAFLOW_KUBERNETES_NAMESPACE": "jobs",
         "METAFLOW_KUBERNETES_CONTAINER_IMAGE": "registry.example/posttrain:1",
@@ -33,6 +30,16 @@ def deployment(home: Path, url: str, packages: Path) -> dict[str, str]:
         "METAFLOW_ARGO_EVENTS_SERVICE_ACCOUNT": "operate-workflow-sa",
         "METAFLOW_USER": "tester",
         "PYTHONPATH": str(packages),
+    }
+
+
+def datastore(url: str) -> dict[str, str]:
+    """Metaflow's own, in a bucket of the S3 server."""
+    return {
+        "METAFLOW_DEFAULT_DATASTORE": "s3",
+        "METAFLOW_DATASTORE_SYSROOT_S3": "s3://posttrain/metaflow",
+        "METAFLOW_DATATOOLS_S3ROOT": "s3://posttrain/data",
+        "METAFLOW_S3_ENDPOINT_URL": url,
     }
 
 
