@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from posttrain_lib.config.data import GeneratedConversations
+from posttrain_lib.config.retrain import GeneratedRows
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import write_atomically
 from posttrain_lib.lineage.pointer import TakenFile
@@ -70,7 +70,7 @@ def new_files(folder: str, taken: Sequence[TakenFile], changed: Literal["stop", 
     return Landed(tuple(found), tuple(remarks))
 
 
-def land_generated(store: Store, model: str, wanted: GeneratedConversations, taken: Sequence[TakenFile]) -> str:
+def land_generated(store: Store, model: str, wanted: GeneratedRows, taken: Sequence[TakenFile]) -> str:
     """The folder where generated rows land; one more file is in it where all that it had was taken.
 
     The rows of a file go by the seed and its number, so whoever lands it, lands the same.
@@ -146,7 +146,7 @@ def _listed(folder: str) -> list[TakenFile]:
         )
     filesystem.invalidate_cache()
     sizes = {name: told["size"] for name, told in patiently(folder, lambda: _found(filesystem, inner)).items()}
-    if not sizes:
+    if not any(_is_whole(name.removeprefix(inner.rstrip("/") + "/")) for name in sizes):
         return []
     known = known_digests()
     listed = list_files(folder, known)
@@ -156,6 +156,11 @@ def _listed(folder: str) -> list[TakenFile]:
         name = file_system(file)[1]
         found.append(TakenFile(name.removeprefix(inner.rstrip("/") + "/"), sizes[name], digest))
     return found
+
+
+def _is_whole(name: str) -> bool:
+    """Whether no part of a file's name marks it as one that is being written."""
+    return not any(part.startswith((".", "_")) and "=" not in part for part in name.split("/"))
 
 
 def _found(filesystem: Any, inner: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain_lib.config.base import Section
-from posttrain_lib.config.data import GeneratedConversations
 from posttrain_lib.config.evaluation import AnyTask, MetricGate
 from posttrain_lib.config.load import build_config, load_yaml
 from posttrain_lib.config.run import RunConfig
@@ -19,11 +18,18 @@ from posttrain_lib.errors import ConfigError
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
+class GeneratedRows(Section):
+    """Conversations made by the project's own generator, other ones in each file."""
+
+    rows: int = Field(400, ge=10, description="conversations in a file")
+    seed: int = 0
+
+
 class Landing(Section):
     """Where new rows land: files that are written once. What is new is told by content, never by a date."""
 
     path: str | None = Field(None, description="folder or URL of a store's folder; JSON lines and Parquet")
-    generate: GeneratedConversations | None = Field(
+    generate: GeneratedRows | None = Field(
         None, description="no folder of yours: each run that finds nothing new first lands a file of such rows"
     )
     name: str = Field("landed", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the source's, in receipts")
@@ -45,6 +51,10 @@ class Landing(Section):
     def _one_origin(self) -> Landing:
         if (self.path is None) == (self.generate is None):
             raise ValueError("rows land in one place: give exactly one of 'path' and 'generate'")
+        if self.generate is not None and (self.format != "messages" or self.fields):
+            raise ValueError(
+                "generated rows are of format messages, with its own fields: leave 'format' and 'fields' out"
+            )
         return self
 
 
@@ -82,6 +92,7 @@ class Limits(Section):
 class RetrainConfig(Section):
     """Everything that a retrain depends on. The run file is read when the flow is started or deployed."""
 
+    recipe: Literal["retrain"] = "retrain"
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the model: models/<name>")
     run_file: str | None = Field(
         None, description="how it is trained: any recipe's run file; a relative path is below the project's folder"

@@ -51,7 +51,13 @@ def config(deployed: Retrains) -> Path:
     """The tiny retrain with a suite that the code package brings."""
     raw = yaml.safe_load(TINY.read_text().replace("${LANDING}", str(deployed.landing)))
     raw["suites"] = [
-        {"task": "multiple_choice", "name": "suite", "file": "configs/retrain/suite.jsonl", "chat": True, "limit": 20}
+        {
+            "task": "multiple_choice",
+            "name": "suite",
+            "file": "posttrain_lib/embedded/suite.jsonl",
+            "chat": True,
+            "limit": 20,
+        }
     ]
     raw["gates"] = {"held_out.loss": {"max_change": 0.1}, "suite.answer_probability": {"min_change": -0.5}}
     raw["limits"] = {"retries": 2, "minutes_between_retries": 3, "step_hours": 5}

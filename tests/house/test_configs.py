@@ -8,16 +8,18 @@ import yaml
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.convert import ConvertConfig, parse_convert_config
 from posttrain_lib.config.load import load_run_config
+from posttrain_lib.config.retrain import RetrainConfig, parse_retrain_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
-def load(path: Path) -> RunConfig | ConvertConfig:
+def load(path: Path) -> RunConfig | ConvertConfig | RetrainConfig:
     """By the model of its recipe."""
     text = path.read_text(encoding="utf-8")
-    if yaml.safe_load(text)["recipe"] == "convert":
-        return parse_convert_config(text, where=str(path))
+    own = {"convert": parse_convert_config, "retrain": parse_retrain_config}.get(yaml.safe_load(text)["recipe"])
+    if own is not None:
+        return own(text, where=str(path))
     return load_run_config(path)
 
 

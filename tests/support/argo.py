@@ -6,6 +6,7 @@ import base64
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -94,7 +95,8 @@ class Pods:
         for each in (out, pod):
             each.mkdir(parents=True)
         filled = [self._filled(part, step, retries) for part in container["command"]]
-        command = [*_with_a_mnt(folder / "mnt"), *(part.replace("/tmp/mf-input-paths", str(paths)) for part in filled)]
+        # One file for every pod of the machine, which here are several.
+        command = [*_with_a_mnt(folder / "mnt"), *(re.sub(r"/\w+/mf-input-paths", str(paths), part) for part in filled)]
         environment = {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(folder),

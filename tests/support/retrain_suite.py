@@ -1,4 +1,4 @@
-"""Makes ``configs/retrain/suite.jsonl``: ``python -m tests.support.retrain_suite > configs/retrain/suite.jsonl``."""
+"""Makes the default retrain's suite: ``python -m tests.support.retrain_suite > posttrain_lib/embedded/suite.jsonl``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.support.retrain_suite import suite_text
 
 DEFAULT = PROJECT_ROOT / "configs" / "retrain" / "default.yaml"
 MINIMAL: dict[str, Any] = {
-    "name": "mine", "run_file": "configs/retrain/sft.yaml", "landing": {"path": "/data/landing"}
+    "name": "mine", "run_file": "configs/sft/retrain.yaml", "landing": {"path": "/data/landing"}
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_the_default_is_whole() -> None:
 
 
 def test_the_default_s_suite_is_what_its_maker_makes() -> None:
-    assert (PROJECT_ROOT / "configs" / "retrain" / "suite.jsonl").read_text() == suite_text()
+    assert (PROJECT_ROOT / "posttrain_lib" / "embedded" / "suite.jsonl").read_text() == suite_text()
 
 
 def test_values_of_the_run_file_are_laid_over_it() -> None:
@@ -71,6 +71,7 @@ def test_a_misspelt_key_names_the_nearest(changes: dict[str, Any], place: str, n
     [
         ({"run_file": "nowhere.yaml"}, "run file of a retrain cannot be read"),
         ({"landing": {}}, "exactly one of 'path' and 'generate'"),
+        ({"landing": {"generate": {}, "format": "preference"}}, "generated rows are of format messages"),
         ({"landing": {"path": "x", "name": "generated"}}, "is a source of the run file too"),
         ({"gates": {"suit.accuracy": {"min": 0.5}}}, "gates names 'suit.accuracy'"),
         ({"gates": {}}, "at least 1 item"),
@@ -91,5 +92,5 @@ def test_a_file_without_a_run_is_refused() -> None:
 
 def test_a_run_file_anywhere(tmp_path: Path) -> None:
     copy = tmp_path / "mine.yaml"
-    copy.write_text((PROJECT_ROOT / "configs" / "retrain" / "sft.yaml").read_text())
+    copy.write_text((PROJECT_ROOT / "configs" / "sft" / "retrain.yaml").read_text())
     assert parsed(run_file=str(copy)).run == parsed().run

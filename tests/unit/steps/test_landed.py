@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from posttrain_lib.config.data import GeneratedConversations
+from posttrain_lib.config.retrain import GeneratedRows
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.pointer import TakenFile
 from posttrain_lib.lineage.store import Store
@@ -105,6 +105,8 @@ def test_days_without_rows(tmp_path: Path, isolated_store: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert new_files(str(empty), (), "stop").files == ()
+    (empty / ".b.jsonl").write_text('{"text": "half')  # being written
+    assert new_files(str(empty), (), "stop").files == ()
     (empty / "a.jsonl").touch()
     found = new_files(str(empty), (), "stop")
     assert found.files == () and found.remarks == ("a.jsonl is empty: not taken",)
@@ -119,7 +121,7 @@ def test_a_file_changed_between_look_and_copy_is_named(folder: Path) -> None:
 
 
 def test_rows_that_land_by_themselves(isolated_store: Path) -> None:
-    wanted = GeneratedConversations(rows=10, seed=5)
+    wanted = GeneratedRows(rows=10, seed=5)
     folder = Path(land_generated(Store(), "mine", wanted, ()))
     land_generated(Store(), "mine", wanted, ())  # nothing was taken: nothing more lands
     assert [path.name for path in folder.iterdir()] == ["rows-00001.jsonl"]

@@ -155,7 +155,7 @@ def test_a_test_branch_has_a_model_of_its_own() -> None:
 
 def test_the_run_file_of_the_first_version_and_of_later_ones(isolated_store: Path, folder: Path) -> None:
     (folder / "a.jsonl").write_text('{"messages": []}\n')
-    suite = {"task": "exact_match", "name": "suite", "file": "configs/retrain/suite.jsonl"}
+    suite = {"task": "exact_match", "name": "suite", "file": "posttrain_lib/embedded/suite.jsonl"}
     gates = {"suite.exact_match": {"min_change": -0.1}}
     raw = config(landing={"path": str(folder)}, suites=[suite], gates=gates)
     due = look(raw)
@@ -163,7 +163,7 @@ def test_the_run_file_of_the_first_version_and_of_later_ones(isolated_store: Pat
     first = training_config(raw, due)
     assert [source["name"] for source in first["data"]["sources"]] == ["a", "landed"]
     assert first["model"]["path"] == "folder" and first["evaluation"]["gates"]["min_exact_match"] == 0.5
-    assert first["evaluation"]["tasks"][0]["file"] == str(PROJECT_ROOT / "configs/retrain/suite.jsonl")
+    assert first["evaluation"]["tasks"][0]["file"] == str(PROJECT_ROOT / "posttrain_lib/embedded/suite.jsonl")
     decided(due.rows, "one", landing={"path": str(folder)})
     assert not look(raw).is_due
     (folder / "b.jsonl").write_text('{"messages": [1]}\n')
