@@ -145,6 +145,7 @@ class RetrainFlow(FlowSpec):
                 self.decision,
                 history,
                 self.manifests,
+                retrain.lineage(self.manifests),
             )
         self.next(self.end)
 

@@ -19,6 +19,7 @@ from posttrain_lib.config.retrain import PROJECT_ROOT, RetrainConfig, build_retr
 from posttrain_lib.errors import DataError, ExportError, PosttrainError, VerificationError
 from posttrain_lib.lineage import pointer, promoted
 from posttrain_lib.lineage.digests import digest_value
+from posttrain_lib.lineage.graph import Graph
 from posttrain_lib.lineage.pointer import Entry, Pointer, TakenFile, TakenRows
 from posttrain_lib.lineage.promoted import Promoted
 from posttrain_lib.lineage.store import Store
@@ -26,6 +27,7 @@ from posttrain_lib.schema.manifests import StepManifest
 from steps import landed, pipeline, report
 from steps.base import Say, run_step, say_line
 from steps.promote import decision, user
+from steps.recorded import lineage_of
 from steps.start_from import RunNames, with_models_found
 
 #: what speaks against a candidate; anything else is trouble of the run's, which a later one may not have
@@ -149,8 +151,13 @@ def training_config(raw: Plain, due: Due, run: RunNames | None = None, say: Say 
         plain["model"] = {**plain["model"], "path": named, "from_scratch": None, "origin": None, "vocabulary": grown}
         gates = {name: gate.model_dump(mode="json") for name, gate in config.gates.items()}
         plain["evaluation"]["gates"] = {"metrics": gates}
-    found = build_config(RunConfig, pipeline.without_derived(plain), where="the retrain's run file")
+    found = build_config(RunConfig, plain, where="the retrain's run file")
     return with_models_found(found, run=run, say=say).model_dump(mode="json")
+
+
+def lineage(manifests: Mapping[str, Plain]) -> Graph:
+    """What the results came from, back to raw rows and the first version's model."""
+    return lineage_of(pipeline.load_manifests(manifests))
 
 
 def before_training(run_config: Plain) -> list[str]:

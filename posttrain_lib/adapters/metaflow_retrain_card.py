@@ -7,9 +7,11 @@ from typing import Any
 
 from metaflow.cards import Markdown, Table
 
-from posttrain_lib.adapters.metaflow_card import checks_table, lineage_table, show
+from posttrain_lib.adapters.metaflow_card import checks_table, show
 from posttrain_lib.adapters.metaflow_comparison import comparison_parts
+from posttrain_lib.adapters.metaflow_lineage import lineage_parts
 from posttrain_lib.adapters.metaflow_parts import FAILED, PASSED, block, text
+from posttrain_lib.lineage.graph import Graph
 from posttrain_lib.lineage.pointer import Entry, TakenRows
 from posttrain_lib.schema.manifests import Check, StepManifest
 
@@ -22,6 +24,7 @@ def fill_retrain(
     decision: Entry | None,
     history: Sequence[Entry],
     manifests: Mapping[str, Mapping[str, Any]],
+    lineage: Graph,
 ) -> None:
     """Draw the whole report into Metaflow's ``card``. ``manifests`` are in plain form; none where nothing was new."""
     made = {name: StepManifest.from_dict(dict(raw)) for name, raw in manifests.items()}
@@ -43,8 +46,8 @@ def fill_retrain(
     if made:
         card.append(Markdown("## Verification"))
         card.append(checks_table([(name, check) for name, manifest in made.items() for check in manifest.checks]))
-        card.append(Markdown("## Lineage"))
-        card.append(lineage_table(made))
+        for part in lineage_parts(lineage):
+            card.append(part)
 
 
 def fill_audit(card: Any, name: str, checks: Sequence[Check], history: Sequence[Entry]) -> None:
