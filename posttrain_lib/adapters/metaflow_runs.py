@@ -57,7 +57,7 @@ def run_by_id(flow: str, run: str, *, where: str) -> FlowRun:
     Raises:
         ConfigError: no such flow or run; the nearest ids and the latest runs are named.
     """
-    with _every_user():
+    with every_user():
         runs = _runs(flow, where)
         try:
             found = Run(f"{flow}/{run}")
@@ -80,7 +80,7 @@ def latest_run(flow: str, *, where: str, tag: str | None = None) -> FlowRun:
     Raises:
         ConfigError: there is none; what there is instead is named.
     """
-    with _every_user():
+    with every_user():
         known = []
         for run in _runs(flow, where, tag):
             if run.successful:
@@ -105,14 +105,14 @@ def latest_run(flow: str, *, where: str, tag: str | None = None) -> FlowRun:
 
 def tagged_runs() -> list[FlowRun]:
     """Every run of every flow that people gave a tag."""
-    with _every_user():
+    with every_user():
         return [_plain(flow.id, run) for flow in Metaflow() for run in flow if run.user_tags]
 
 
 def resumed_runs(flow: str, run: str | None) -> tuple[str, ...]:
     """``run``, the run that it resumed, the one that that resumed, and so on; empty for None."""
     found: list[str] = []
-    with _every_user():
+    with every_user():
         while run is not None and run not in found:
             found.append(run)
             try:
@@ -130,7 +130,8 @@ def flow_file(flow: str) -> str:
 
 
 @contextmanager
-def _every_user() -> Iterator[None]:
+def every_user() -> Iterator[None]:
+    """Runs of all users are seen inside."""
     before = get_namespace()
     namespace(None)
     try:
