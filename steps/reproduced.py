@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain_lib.lineage.kept import packages_of, sources_of
-from posttrain_lib.lineage.store import Store
+from posttrain_lib.lineage.store import Store, first_damage, published_place
 from posttrain_lib.lineage.tree import SHORT
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
 from steps.unfinished import changes, differences, told
@@ -87,7 +87,7 @@ def _step(one: StepManifest, other: StepManifest, store: Store, rounding: float 
     seconds = (None if one.reused else one.seconds, other.seconds)
     what = f"{equal} of {equal + len(unlike) + len(unknown)} results equal"
     if unknown:
-        what += f"; gone, so not compared: {', '.join(unknown)}"
+        what += f"; gone or damaged, so not compared: {', '.join(unknown)}"
     if not unlike and not largest:
         return Step(one.step, "equal", what, largest, seconds=seconds)
     ground = list(_ground(one, other, store))
@@ -139,13 +139,19 @@ def _outputs(one: StepManifest, other: StepManifest) -> tuple[int, list[str], li
             equal += 1
         elif before.kind not in _CONTENT:
             unlike.append(name)
-        elif not Path(before.uri).exists():
+        elif not _is_whole(before):
             unknown.append(name)
         elif _content(before) == _content(after):
             equal += 1
         else:
             unlike.append(name)
     return equal, unlike, unknown
+
+
+def _is_whole(ref: ArtifactRef) -> bool:
+    """Whether a result that was recorded is still there to be read."""
+    place = published_place(ref.uri)
+    return Path(ref.uri).exists() and (place is None or first_damage(place[0]) is None)
 
 
 def _content(ref: ArtifactRef) -> Any:
