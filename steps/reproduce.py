@@ -186,6 +186,13 @@ def _made_environment(lock: str, root: Path) -> tuple[tuple[str, ...], str]:
     Raises:
         ConfigError: the recorded code has no such lock, or it does not resolve any more.
     """
+    if root == PROJECT_ROOT:
+        raise ConfigError(
+            "this checkout keeps its own environment, and the run had another",
+            where="--code here",
+            got=f"lock {lock[:12]} was recorded, this environment's is {environment_digest()[:12]}",
+            fix="add --environment here; or leave --code at recorded: its environment is then made beside it",
+        )
     files = [path for path in sorted((root / "infra" / "locks").glob("*.txt")) if digest_file(path) == lock]
     instead = "--environment here runs it in this environment, and the comparison says what differs"
     if not files:
@@ -247,11 +254,13 @@ def _watched(command: list[str], variables: dict[str, str], say: Say) -> tuple[i
 
 def _variables(plan: Plan) -> dict[str, str]:
     """This process's own but Metaflow's of the task that it may be; records and store of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("METAFLOW_", "MF_"))}
+    not_kept = ("METAFLOW_", "MF_")
+    kept = {
+        name: value for name, value in os.environ.items() if name == "METAFLOW_USER" or not name.startswith(not_kept)
+    }
     path = [str(plan.root), str(plan.root / "flows"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **kept,
-        "METAFLOW_USER": os.environ["METAFLOW_USER"],
         "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(plan.folder),
         "METAFLOW_DEFAULT_DATASTORE": "local",
         "METAFLOW_DEFAULT_METADATA": "local",

@@ -51,7 +51,7 @@ def check_inputs(recorded: Recorded, moved: Mapping[str, str]) -> None:
                 "this is not the input that the run had",
                 where=f"--input {name}={moved[name]}",
                 got=state,
-                expected=f"content of digest {ref.digest}",
+                expected=f"content of digest {ref.digest}; of rows, the names of their files belong to it",
             )
         if state != HERE:
             found[name] = state

@@ -122,8 +122,10 @@ def test_after_a_change_of_the_code(clone: Path) -> None:
     assert_reproduced(sft, 7)
     assert re.search(r"code +commit [0-9a-f]{12}\n", sft.stdout)
     rows = clone.parent / "pairs.jsonl"
-    rows.rename(clone.parent / "elsewhere.jsonl")
-    dpo = reproduce(clone, "DPOFlow/latest", "--input", f"source:p={clone.parent / 'elsewhere.jsonl'}")
+    moved = clone.parent / "elsewhere" / rows.name
+    moved.parent.mkdir()
+    rows.rename(moved)
+    dpo = reproduce(clone, "DPOFlow/latest", "--input", f"source:p={moved}")
     assert_reproduced(dpo, 8)
     assert re.search(r"code +commit [0-9a-f]{12} with patch [0-9a-f]{12}\n", dpo.stdout)
     assert_reproduced(reproduce(clone, "GRPOFlow/latest"), 8)
@@ -140,7 +142,7 @@ def test_the_changed_code_is_named_with_the_step_that_it_changes(clone: Path) ->
 
 
 def test_rows_that_were_changed_or_are_gone_are_named(clone: Path) -> None:
-    elsewhere = clone.parent / "elsewhere.jsonl"
+    elsewhere = clone.parent / "elsewhere" / "pairs.jsonl"
     gone = reproduce(clone, "DPOFlow/latest")
     assert gone.returncode != 0 and "cannot be reproduced without its inputs" in gone.stdout
     assert "pairs.jsonl: gone; it was digest" in gone.stdout and "--input source:p=PATH" in gone.stdout
@@ -166,3 +168,11 @@ def test_rows_that_were_changed_or_are_gone_are_named(clone: Path) -> None:
 def test_what_cannot_be_asked(clone: Path, options: list[str], said: str) -> None:
     done = reproduce(clone, *options)
     assert done.returncode != 0 and said in done.stdout and "Traceback" not in done.stdout, done.stdout
+
+
+def test_without_git_the_code_is_in_metaflow_s_package(clone: Path) -> None:
+    """The last one, for it takes the clone's history away."""
+    (clone / ".git").rename(clone / "history")
+    done = reproduce(clone, "SFTFlow/latest")
+    assert_reproduced(done, 7)
+    assert "Metaflow's package of the run's code" in done.stdout

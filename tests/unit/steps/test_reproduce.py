@@ -160,6 +160,22 @@ def test_a_lock_that_does_not_resolve_any_more(tmp_path: Path, monkeypatch: pyte
     assert "--environment here" in str(error.value)
 
 
+def test_this_checkout_s_environment_is_not_made_again(recorded: Recorded, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="keeps its own environment") as error:
+        reproduce.make_plan(with_lock(recorded, "e" * 64), tmp_path / "again", code="here")
+    assert "--environment here" in str(error.value)
+
+
+def test_code_that_is_nowhere(recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain_lib.adapters import metaflow_code
+
+    monkeypatch.setattr(metaflow_code, "unpack_code", lambda *_: False)
+    lost = dataclasses.replace(recorded, code=Code("0" * 40, None, None, ""))
+    with pytest.raises(ConfigError, match="code cannot be had again") as error:
+        reproduce.make_plan(with_lock(lost, "e" * 64), tmp_path / "again")
+    assert "which git does not have here" in str(error.value) and "--code here" in str(error.value)
+
+
 def test_a_lock_that_the_code_does_not_have(tmp_path: Path) -> None:
     checkout_with_lock(tmp_path / "code", "torch==1\n")
     with pytest.raises(ConfigError, match="its lock is not in its code"):
