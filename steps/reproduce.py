@@ -1,7 +1,7 @@
 """A run done again from its lineage alone: its config, its inputs by digest, its code, its environment.
 
-    plan = make_plan("SFTFlow/1795696944952819", folder)
-    made = carry_out(plan)
+    plan = begin("SFTFlow/1795696944952819", "1", moved="", code="recorded", environment="recorded")
+    found = report(plan, carry_out(plan))
 
 The recorded code's own flow runs it, with a store and Metaflow records that are its own: nothing is reused, and no name
 such as ``SFTFlow/latest`` comes to mean it.
@@ -164,7 +164,8 @@ def _code(recorded: Recorded, folder: Path, store: Store, which: Which, same_loc
     clean = {"commit": code.commit, "uncommitted_changes": "no"} == here and code.patch is None and not code.lacks
     if which == "here" or (same_lock and (clean or not _differing(recorded, PROJECT_ROOT, store))):
         return PROJECT_ROOT, f"this checkout, commit {here.get('commit', 'not known')[:12]}"
-    if code.commit is not None and not code.lacks and has_commit(code.commit):
+    whole = code.patch_file is not None or not code.lacks  # what a patch left out is data, most likely
+    if code.commit is not None and whole and has_commit(code.commit):
         patch = "" if code.patch is None else f" with patch {code.patch[:12]}"
         return check_out(code.commit, code.patch_file, folder), f"commit {code.commit[:12]}{patch}"
     from posttrain_lib.adapters.metaflow_code import unpack_code

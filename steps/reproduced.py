@@ -3,7 +3,8 @@
 Data must be the same bits always. What is computed must be, where hardware, environment and code are the same;
 otherwise it may differ by rounding. How much a logit of the run's own model moves by rounding was measured and recorded
 by the gate (``convert_model``). A loss is a mean of differences of two logits, and each update adds such a rounding: so
-a loss may be ``2 * limit * (1 + updates)`` off.
+a loss may be ``2 * limit * (1 + updates)`` off, and never by more than a hundredth of itself, for in half precision the
+first would soon allow anything.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ Verdict = Literal["equal", "within noise", "differs", "not reached"]
 _DATA = ("inputs", "prepare_data", "check_serving")
 #: what of a training step's report a clock or the machine's memory says
 _MEASURED = re.compile(r"\w*seconds|mfu\w*|hfu|peak_memory_gib|memory_gib|(?:time|idle)/.*")
+#: share of a loss that rounding never moves it by
+_MOST = 0.01
 #: the recorded rounding of logits in a training precision: the check of the gate that measured it
 _ROUNDING = {"fp32": "logits, float32", "bf16": "logits, bfloat16, mean"}
 
@@ -94,19 +97,28 @@ def _step(one: StepManifest, other: StepManifest, store: Store, rounding: float 
     what += f"; others: {', '.join(unlike)}" if unlike else ""
     moved = [name for name, value in apart.items() if value > 0]
     what += f"; first loss that differs: {moved[0]}, {losses[moved[0]]!r} -> {later[moved[0]]!r}" if moved else ""
-    noise = _is_noise(one, unlike, apart, rounding)
+    noise = _is_noise(one, unlike, losses, apart, rounding)
     if ground and noise:
         return Step(one.step, "within noise", what, largest, tuple(ground), seconds)
     causes = ground or ["nondeterminism: the same inputs, config, code, environment and hardware gave something else"]
     return Step(one.step, "differs", what, largest, tuple(causes), seconds)
 
 
-def _is_noise(one: StepManifest, unlike: list[str], apart: Mapping[str, float], rounding: float | None) -> bool:
+def _is_noise(
+    one: StepManifest,
+    unlike: list[str],
+    losses: Mapping[str, float],
+    apart: Mapping[str, float],
+    rounding: float | None,
+) -> bool:
     """Of a step on another ground: whether rounding may have done it."""
     if one.step in _DATA or rounding is None or any(name.startswith("check ") for name in unlike):
         return False
     steps = one.config.get("train", {}).get("steps") or 0
-    return all(value <= 2 * rounding * (1 + _updates(name, steps)) for name, value in apart.items())
+    allowed = {
+        name: min(2 * rounding * (1 + _updates(name, steps)), _MOST * abs(value)) for name, value in losses.items()
+    }
+    return all(value <= allowed[name] for name, value in apart.items())
 
 
 def _updates(loss: str, steps: int) -> int:
@@ -159,9 +171,9 @@ def _content(ref: ArtifactRef) -> Any:
 
 
 def _verification(path: Path) -> Any:
-    """All but where the model lay."""
+    """The gate's report but for where the model lay; the export's list of checks."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in found.items() if name != "folder"}
+    return {**found, "folder": None} if isinstance(found, dict) else found
 
 
 def _reports(path: Path) -> list[Any]:

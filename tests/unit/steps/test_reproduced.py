@@ -103,6 +103,26 @@ def test_checkpoints_are_compared_by_all_but_their_times(store: Store, origin: R
     assert compared(store, one, saved("c", 1.0, "others"))["train"].verdict == "differs"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [
+        ({"folder": "a", "difference": 1.0}, {"folder": "b", "difference": 1.0}, "equal"),
+        ({"folder": "a", "difference": 1.0}, {"folder": "a", "difference": 2.0}, "differs"),
+        ([{"name": "greedy", "value": 1.0}], [{"name": "greedy", "value": 2.0}], "differs"),
+    ],
+)
+def test_reports_of_checks_are_compared_but_for_the_place(
+    store: Store, origin: Run, tmp_path: Path, before: Any, after: Any, wanted: str
+) -> None:
+    runs = []
+    for name, found in (("a", before), ("b", after)):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(found))
+        ref = ArtifactRef(str(path), "verification", f"{name:0>64}")
+        runs.append(other(origin, "export", outputs={"verification": ref}))
+    assert compared(store, *runs)["export"].verdict == wanted
+
+
 def test_nondeterminism_is_what_is_left(store: Store, origin: Run) -> None:
     steps = compared(store, origin, other_output(other_output(origin, "export", "hf"), "prepare_data", "train"))
     first = first_difference(list(steps.values()))
@@ -142,6 +162,16 @@ def test_noise_needs_another_ground_and_grows_with_the_updates(store: Store, ori
     assert compared(store, one, other(far, "train", hardware={"cpu": "another"}))["train"].verdict == "differs"
     early = with_losses(origin, tmp_path / "d", [2.0 + 0.9 * allowed, 2.0, 2.0])
     assert compared(store, one, other(early, "train", hardware={"cpu": "another"}))["train"].verdict == "differs"
+
+
+def test_noise_is_never_more_than_a_hundredth_of_a_loss(store: Store, origin: Run, tmp_path: Path) -> None:
+    coarse = other(origin, "convert_model", checks=(Check("logits, float32", True, 0.1, 0.1),))
+    one = with_losses(coarse, tmp_path / "a", [2.0])
+    found = {}
+    for name, loss in (("near", 2.0 * 1.009), ("far", 2.0 * 1.011)):
+        made = other(with_losses(coarse, tmp_path / name, [loss]), "train", hardware={"cpu": "another"})
+        found[name] = compared(store, one, made)["train"].verdict
+    assert found == {"near": "within noise", "far": "differs"}
 
 
 def test_data_has_no_noise(store: Store, origin: Run) -> None:
