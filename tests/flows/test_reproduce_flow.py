@@ -5,6 +5,7 @@ All of it in a clone of the checkout, whose code is changed on purpose on the wa
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -78,6 +79,16 @@ def assert_reproduced(done: subprocess.CompletedProcess[str], steps: int) -> Non
     assert len(re.findall(r"compare/.*\] \w+ +equal +[-\d.]+ ->", done.stdout)) == steps, done.stdout
 
 
+def card_of(clone: Path, done: subprocess.CompletedProcess[str]) -> str:
+    """What the card of a reproduction holds, as JSON."""
+    run, path = re.search(r"run-id (\d+)", done.stdout), clone.parent / "card.html"
+    assert run is not None
+    shown = flow(clone, "reproduce", "card", "get", f"{run[1]}/compare", str(path), "--id", "report")
+    data = re.search(r'__MF_DATA__\["[^"]+"\] = "([A-Za-z0-9+/=]+)"', path.read_text(encoding="utf-8"))
+    assert data is not None, shown.stdout
+    return base64.b64decode(data[1]).decode()
+
+
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(TINY.read_text(encoding="utf-8"))
@@ -90,6 +101,8 @@ def test_sft_on_the_same_code(clone: Path, tiny: dict[str, Any]) -> None:
     assert_reproduced(done, 7)
     assert "this checkout, commit" in done.stdout and re.search(r"\d+ s to prepare, \d+ s to run", done.stdout)
     assert not list((clone.parent / "store" / "tmp").glob("reproduced-*")), "cleared away where all is equal"
+    card = card_of(clone, done)
+    assert "reproduced, bit for bit" in card and card.count(">equal<") == 7
 
 
 def test_dpo_and_grpo_on_the_same_changed_checkout(clone: Path, tiny: dict[str, Any]) -> None:
