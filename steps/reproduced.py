@@ -44,6 +44,7 @@ class Step:
         largest: the largest difference of a loss, in nats; None where no loss was compared.
         causes: what differs of what went in; one word where nothing does. Empty where the results are equal.
         seconds: of the step then and now; None: not done, or taken over from another run.
+        missing: results that cannot be compared, because the recorded ones are gone or damaged.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Step:
     largest: float | None = None
     causes: tuple[str, ...] = ()
     seconds: tuple[float | None, float | None] = (None, None)
+    missing: tuple[str, ...] = ()
 
 
 def compare(
@@ -72,7 +74,7 @@ def compare(
             why = () if stopped is None or any(step.verdict == "not reached" for step in found) else (stopped,)
             found.append(Step(name, "not reached", "no result", causes=why, seconds=(one.seconds, None)))
         else:
-            found.append(_step(one, other, store, rounding))
+            found.append(_step(one, other, store, rounding, first_difference(found)))
     return found
 
 
@@ -81,7 +83,8 @@ def first_difference(steps: list[Step]) -> Step | None:
     return next((step for step in steps if step.verdict in ("differs", "not reached")), None)
 
 
-def _step(one: StepManifest, other: StepManifest, store: Store, rounding: float | None) -> Step:
+def _step(one: StepManifest, other: StepManifest, store: Store, rounding: float | None, earlier: Step | None) -> Step:
+    """``earlier``: the first step before this one that differs; what follows from it is no noise."""
     equal, unlike, unknown = _outputs(one, other)
     unlike += [f"check {check.name!r}" for check in one.checks if (check.name, check.passed) not in _outcomes(other)]
     losses, later = _losses(one), _losses(other)
@@ -89,19 +92,20 @@ def _step(one: StepManifest, other: StepManifest, store: Store, rounding: float 
     largest = max(apart.values(), default=None)
     seconds = (None if one.reused else one.seconds, other.seconds)
     what = f"{equal} of {equal + len(unlike) + len(unknown)} results equal"
-    if unknown:
-        what += f"; gone or damaged, so not compared: {', '.join(unknown)}"
+    missing = tuple(unknown)
+    if missing:
+        what += f"; gone or damaged, so not compared: {', '.join(missing)}"
     if not unlike and not largest:
-        return Step(one.step, "equal", what, largest, seconds=seconds)
-    ground = list(_ground(one, other, store))
+        return Step(one.step, "equal", what, largest, seconds=seconds, missing=missing)
+    ground = [] if earlier is None else [f"follows from {earlier.name}"]
+    ground += _ground(one, other, store)
     what += f"; others: {', '.join(unlike)}" if unlike else ""
     moved = [name for name, value in apart.items() if value > 0]
     what += f"; first loss that differs: {moved[0]}, {losses[moved[0]]!r} -> {later[moved[0]]!r}" if moved else ""
-    noise = _is_noise(one, unlike, losses, apart, rounding)
-    if ground and noise:
-        return Step(one.step, "within noise", what, largest, tuple(ground), seconds)
+    if earlier is None and ground and _is_noise(one, unlike, losses, apart, rounding):
+        return Step(one.step, "within noise", what, largest, tuple(ground), seconds, missing)
     causes = ground or ["nondeterminism: the same inputs, config, code, environment and hardware gave something else"]
-    return Step(one.step, "differs", what, largest, tuple(causes), seconds)
+    return Step(one.step, "differs", what, largest, tuple(causes), seconds, missing)
 
 
 def _is_noise(
@@ -255,7 +259,8 @@ def verdict(steps: list[Step]) -> str:
         return f"NOT reproduced: the first step that differs is {first.name} ({first.what})"
     noisy = [step.name for step in steps if step.verdict == "within noise"]
     bits = f"within the recorded noise in {', '.join(noisy)}, else bit for bit" if noisy else "bit for bit"
-    return f"reproduced, {bits}"
+    missing = [f"{step.name} {name}" for step in steps for name in step.missing]
+    return f"reproduced, {bits}" + (f"; gone or damaged, so not compared: {', '.join(missing)}" if missing else "")
 
 
 def as_text(steps: list[Step]) -> str:

@@ -174,6 +174,13 @@ def test_noise_is_never_more_than_a_hundredth_of_a_loss(store: Store, origin: Ru
     assert found == {"near": "within noise", "far": "differs"}
 
 
+def test_what_follows_from_a_difference_is_no_noise(store: Store, origin: Run, tmp_path: Path) -> None:
+    one = with_losses(origin, tmp_path / "a", [2.0])
+    made = other_output(with_losses(origin, tmp_path / "b", [3.0]), "export", "hf")
+    found = compared(store, one, other(made, "export", hardware={"cpu": "another"}))
+    assert found["export"].verdict == "differs" and found["export"].causes[0] == "follows from train"
+
+
 def test_data_has_no_noise(store: Store, origin: Run) -> None:
     made = other(other_output(origin, "prepare_data", "train"), "prepare_data", hardware={"cpu": "another"})
     assert compared(store, origin, made)["prepare_data"].verdict == "differs"
@@ -199,3 +206,4 @@ def test_what_is_gone_cannot_be_compared_and_is_named(store: Store, origin: Run,
     (tmp_path / "a" / "metrics.jsonl").unlink()
     found = compared(store, one, two)["train"]
     assert found.verdict == "equal" and found.what == "0 of 1 results equal; gone or damaged, so not compared: metrics"
+    assert verdict([found]) == "reproduced, bit for bit; gone or damaged, so not compared: train metrics"
