@@ -184,18 +184,28 @@ def _check_optimizer(config: RunConfig) -> None:
 
 
 def _check_rollouts(config: RunConfig) -> None:
-    """Graders with their options, advantage rule and engine, by name: none is made."""
+    """Graders, environment, constraint and engine with their options, and the advantage rule. What loads much, and what
+    is the user's, is not made."""
     if config.grpo is None:
         return
     from posttrain_lib.rl.advantages import RULES
-    from posttrain_lib.rl.rewards.base import named_grader
-    from posttrain_lib.rl.run import ENGINES
-    from steps.rollouts import specs
+    from posttrain_lib.rl.constrain import named_constraint
+    from posttrain_lib.rl.environments.base import ENVIRONMENTS, environment_maker
+    from posttrain_lib.rl.rewards.base import check_grader
+    from posttrain_lib.rl.run import check_engine
+    from steps.rollouts import constraint, environment, specs
 
     for spec in specs(config.grpo):
-        named_grader(spec)
+        check_grader(spec)
+    if (played := environment(config)) is not None:
+        if played.name in ENVIRONMENTS:
+            environment_maker(played)
+        else:
+            resolve(played.name, ENVIRONMENTS, what="environment", where="grpo.environment.name")
+    if (bound := constraint(config)) is not None:
+        named_constraint(bound)
     resolve(config.grpo.advantage, RULES, what="advantage rule", where="grpo.advantage")
-    resolve(config.grpo.rollout.engine, ENGINES, what="rollout engine", where="grpo.rollout.engine")
+    check_engine(config.grpo.rollout.engine, config.grpo.rollout.options)
     warm = config.grpo.warm_start
     for source in () if warm is None else warm.data.sources:
         check_fields(source.format, source.fields)

@@ -201,14 +201,14 @@ def _sources_table(training: Mapping[str, Any], reports: list[dict[str, Any]]) -
 
 
 def _performance_table(training: Mapping[str, Any]) -> list[list[str]]:
-    """Speed, shares of the peak, where the time of a step went, and what held memory."""
+    """Speed, shares of the peak, where the time of an update went, and what held memory."""
     rows = [
         ["tokens/s", f"{training['tokens_per_second']:,.0f}"],
         ["trained tokens/s", f"{training['trained_tokens_per_second']:,.0f}"],
         ["model TFLOP/s", f"{training['model_tflops']:.4g}"],
     ]
     rows += [[name, f"{training[key]:.1%}"] for name, key in _PEAK_SHARES.items() if training[key] is not None]
-    rows += [[f"time: {kind}", f"{share:.1%}"] for kind, share in training["time_shares"].items()]
+    rows += [[f"time of an update: {kind}", f"{share:.1%}"] for kind, share in training["time_shares"].items()]
     rows += [[f"memory: {kind}", f"{size:.3f} GiB"] for kind, size in training["memory_gib"].items()]
     return [*rows, ["memory: peak", f"{training['peak_memory_gib']:.3f} GiB"]]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from posttrain_lib.adapters.metaflow_runs import FlowRun
 
 #: flows whose runs export a model
-FLOWS = ("SFTFlow", "DPOFlow", "RewardFlow", "DistillFlow")
+FLOWS = ("SFTFlow", "DPOFlow", "RewardFlow", "DistillFlow", "GRPOFlow")
 _FLOW = re.compile(r"(?P<flow>\w+)/(?P<run>tag:.+|[^/]+)")
 _PROMOTED = re.compile(r"models/(?P<name>[\w.-]+)(@(?P<version>\d+))?")
 #: what a step may need a model for; a reward model's head is not one over the vocabulary

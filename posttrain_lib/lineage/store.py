@@ -303,7 +303,7 @@ def _parse(path: Path) -> StepManifest:
             return StepManifest.from_dict(raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(
-            "the manifest cannot be read",
+            "the manifest cannot be read: it is torn, or was changed by hand",
             where=path,
             got=f"{type(error).__name__}: {error}",
             fix="remove the result's folder: a run that needs it makes it again",

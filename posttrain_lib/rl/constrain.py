@@ -37,11 +37,21 @@ def make_constrain(spec: ConstraintSpec, tokenizer: ChatTokenizer) -> Constrain:
     Raises:
         ConfigError: no such constraint, or options that it does not take; and what it raises.
     """
+    made: Constrain = named_constraint(spec)(tokenizer, **spec.options)
+    return made
+
+
+def named_constraint(spec: ConstraintSpec) -> Any:
+    """What makes the constraint of a spec, which takes the spec's options; nothing is made.
+
+    Raises:
+        ConfigError: no such constraint, or options that it does not take.
+    """
     where = "grpo.constraint"
     named: Any = resolve(spec.name, CONSTRAINTS, what="constraint", where=f"{where}.name")
     signature = inspect.signature(named)
     try:
-        signature.bind(tokenizer, **spec.options)
+        signature.bind(None, **spec.options)
     except TypeError as error:
         raise ConfigError(
             "the constraint does not take these options",
@@ -50,8 +60,7 @@ def make_constrain(spec: ConstraintSpec, tokenizer: ChatTokenizer) -> Constrain:
             expected=", ".join(list(signature.parameters)[1:]) or "none",
             fix=str(error),
         ) from error
-    made: Constrain = named(tokenizer, **spec.options)
-    return made
+    return named
 
 
 class Catalogue:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -109,7 +110,7 @@ def _roles(
         pulse.beat("policy")
         policy, frozen = closing.enter_context(models(job, device, say))
         pulse.beat("engine")
-        make_engine = resolve(rollouts.engine, ENGINES, what="rollout engine", where="grpo.rollout.engine")
+        make_engine = check_engine(rollouts.engine, rollouts.engine_options)
         window = rollouts.longest_prompt + settings.sampling.max_new_tokens
         engine: RolloutRole = make_engine(
             job.model_folder,
@@ -135,6 +136,29 @@ def engine_device(device: torch.device, ranks: int, placement: str, say: Callabl
         say("grpo.placement is split, and there is no device besides the policy's: the engine shares it, and is awake")
         return device
     return torch.device("cuda", ranks)
+
+
+def check_engine(name: str, options: Mapping[str, Any]) -> Callable[..., RolloutRole]:
+    """What makes the engine of that name, which takes these options; nothing is made.
+
+    Raises:
+        ConfigError: no such engine, or options that it does not take.
+    """
+    make: Callable[..., RolloutRole] = resolve(name, ENGINES, what="rollout engine", where="grpo.rollout.engine")
+    given = ("window", "decode", "device")
+    signature = inspect.signature(make)
+    try:
+        signature.bind("", **dict.fromkeys(given), **options)
+    except TypeError as error:
+        known = [each for each in list(signature.parameters)[1:] if each not in given]
+        raise ConfigError(
+            "the rollout engine does not take these options",
+            where="grpo.rollout.options",
+            got=dict(options),
+            expected=", ".join(known) or "none",
+            fix=str(error),
+        ) from error
+    return make
 
 
 def embedded_engine(

@@ -45,7 +45,9 @@ class ProgressLine:
         if (reward := report.figures.get("reward/mean")) is not None:
             parts.append(f"reward {reward:.3f}")
         if report.held_out is not None:
-            parts.append(f"held-out {report.held_out['all']:.4f}")
+            # of rollouts the value that picks the best checkpoint says nothing that its figures do not
+            told = "" if "reward" in report.held_out_figures else f" {report.held_out['all']:.4f}"
+            parts.append(f"held-out{told}")
             first_figures = list(report.held_out_figures.items())[:_FIGURES]
             parts += [f"{name.rpartition('/')[2]} {value:.3f}" for name, value in first_figures]
         if first < report.step < report.total_steps:

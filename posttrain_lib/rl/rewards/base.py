@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from posttrain_lib.errors import ConfigError, DataError
+from posttrain_lib.errors import ConfigError, DataError, PosttrainError
 from posttrain_lib.registry import resolve
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ REWARDS: dict[str, str] = {
     "overlong": "posttrain_lib.rl.rewards.length:Overlong",
     "regex": "posttrain_lib.rl.rewards.pattern:Regex",
 }
+#: those that load a model or a large library to be made
+_HEAVY = frozenset({"maths", "model"})
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,28 @@ def make_grader(spec: RewardSpec) -> Grader:
     return grader
 
 
+def check_grader(spec: RewardSpec) -> None:
+    """That a spec can be made, as far as it costs little: the project's own graders look at their options.
+
+    Raises:
+        ConfigError: as :func:`make_grader`; it cannot be made.
+    """
+    if spec.name not in REWARDS or spec.name in _HEAVY:
+        named_grader(spec)
+        return
+    try:
+        make_grader(spec)
+    except PosttrainError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            "the grader cannot be made",
+            where=f"rewards: {spec.title}",
+            got=f"{type(error).__name__}: {error}",
+            expected=f"{spec.name} made with {dict(spec.options)}",
+        ) from error
+
+
 def named_grader(spec: RewardSpec) -> Any:
     """The class or function that a spec names, which takes the spec's options; nothing is made.
 
@@ -98,6 +122,13 @@ def named_grader(spec: RewardSpec) -> Any:
     """
     where = f"rewards: {spec.title}"
     named: Any = resolve(spec.name, REWARDS, what="reward", where=where)
+    if not callable(named):
+        raise ConfigError(
+            "the reward is nothing that can be called",
+            where=where,
+            got=f"{spec.name}, a {type(named).__name__}",
+            expected="a function of an answer, or a class of such",
+        )
     is_class = inspect.isclass(named)
     signature = inspect.signature(named)
     try:

@@ -20,7 +20,7 @@ from steps import convert_pipeline, evaluate, inputs
 from steps.base import content_key
 from steps.convert_model import STEP as CONVERT
 from steps.promote import promote
-from steps.start_from import RunNames, exported_by, is_name, resolve_model, told, with_models_found
+from steps.start_from import FLOWS, RunNames, exported_by, is_name, resolve_model, told, with_models_found
 from tests.support.exported import RAW, folder_of, publish_run
 
 
@@ -236,7 +236,7 @@ def test_later_steps_go_by_the_content_not_by_the_name(tmp_path: Path, family_fo
 def test_every_flow_here_stands_in_the_file_that_an_error_names() -> None:
     root = Path(__file__).resolve().parents[3] / "flows"
     classes = {path.name: path.read_text() for path in root.glob("*_flow.py")}
-    for flow in ("SFTFlow", "DPOFlow", "RewardFlow", "DistillFlow", "ConvertFlow"):
+    for flow in (*FLOWS, "ConvertFlow"):
         text = classes.get(flow_file(flow))
         assert text is None or f"class {flow}(" in text
     assert flow_file("SFTFlow") in classes
