@@ -237,6 +237,21 @@ def answers_html(answers: Sequence[Mapping[str, Any]]) -> str:
     return f"<div><table style='font-size:12px'><tr>{head}</tr>{body}</table></div>"
 
 
+def _append_curves(card: Any, reports: Sequence[StepReport]) -> None:
+    """Charts; those of a kind of figures, the part of a name before its slash, below a heading."""
+    card.append(Markdown("## Curves"))
+    above = ""
+    for name, spec in sorted(curves(reports).items(), key=lambda item: _kind(item[0])):
+        if (kind := _kind(name)) != above:
+            card.append(Markdown(f"### {kind}"))
+            above = kind
+        card.append(VegaChart(spec))
+
+
+def _kind(name: str) -> str:
+    return name.partition("/")[0] if "/" in name else ""
+
+
 def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, StepManifest]) -> None:
     """The card of a finished run. ``report`` is what ``steps.report.collect`` returns."""
     reports = [StepReport(**row) for row in report["reports"]]
@@ -252,9 +267,7 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
         card.append(part)
     if report["calibration"]:
         card.append(VegaChart(reliability_chart(report["calibration"])))
-    card.append(Markdown("## Curves"))
-    for spec in curves(reports).values():
-        card.append(VegaChart(spec))
+    _append_curves(card, reports)
     shown = [report.answers for report in reports if report.answers]
     if shown:
         card.append(Markdown("## Answers of the policy, at first and at last"))
@@ -266,15 +279,17 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(Table(report["data"], headers=["", "rows", "examples", "tokens", "trained tokens"]))
     card.append(Table(report["roles"], headers=["source", "role", "tokens", "trained tokens"]))
     sources = ["source", "tokens given", "share of examples", "share of tokens", "first loss", "last loss"]
-    card.append(Markdown("### What training saw of each source"))
-    card.append(Table(report["sources"], headers=sources))
+    if report["sources"]:  # of rollouts training sees no source's rows
+        card.append(Markdown("### What training saw of each source"))
+        card.append(Table(report["sources"], headers=sources))
     if report["findings"]:
         findings = [[text(cell) for cell in row] for row in report["findings"]]
         card.append(Table(findings, headers=["worth a look", "rows", "first ones"]))
     if report["notes"]:
         card.append(Table(report["notes"], headers=["counted on the way", ""]))
     card.append(VegaChart(bar_chart("Length of examples (tokens)", report["lengths"], "tokens")))
-    card.append(Markdown("### Samples: what is trained is coloured"))
+    trained = any(weight for sample in report["samples"] for weight in sample["weights"])
+    card.append(Markdown("### Samples: what is trained is coloured" if trained else "### Samples: prompts"))
     for sample in report["samples"]:
         card.append(coloured_sample(sample))
     card.append(Markdown("## Before and after"))
