@@ -53,7 +53,8 @@ class WandBSink:
         self._run.log(values)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        """The summary, and an exit code that says whether the run came to its end."""
+        """The summary, and an exit code that says whether the run came to its end. W&B's own process may still be
+        writing the last of them into the folder when this returns; the end of the driver's process waits for it."""
         if summary is not None:
             self._run.summary.update(flat(summary))
         self._run.finish(exit_code=0 if summary is not None else 1)

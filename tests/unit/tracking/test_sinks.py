@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -169,27 +170,32 @@ def test_wandb_offline_folders_hold_every_step_of_both_attempts_once(
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     entry = {"to": "wandb", "mode": "offline", "folder": str(tmp_path / "w")}
-    one = driven(tmp_path, built(**entry), steps=range(3))
-    two = driven(tmp_path, built(**entry), steps=range(1, 5))
-    assert [receipt["error"] for driver in (one, two) for receipt in driver.receipt()] == ["", ""]
-    files = sorted((tmp_path / "w").rglob("*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    assert [path.name for path in files] == ["run-0123456789abcdef.wandb"] * 2
-    rows = [row for path in files for row in _wandb_history(path)]
+    rows, read = [], set[Path]()
+    for steps in (range(3), range(1, 5)):
+        assert [receipt["error"] for receipt in driven(tmp_path, built(**entry), steps=steps).receipt()] == [""]
+        (new,) = set((tmp_path / "w").rglob("*.wandb")) - read
+        assert new.name == "run-0123456789abcdef.wandb"
+        rows += _wandb_history(new)
+        read.add(new)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["loss/train"] for row in rows[1:]] == [pytest.approx(2.0 - step / 10) for step in range(1, 5)]
 
 
 def _wandb_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run that ended. W&B's own process writes them, and may still do so when ``finish`` has returned:
+    what comes last is the run's exit code."""
+    deadline = time.monotonic() + 60
+    while not (records := _wandb_records(path)) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline, f"{path}: no exit code behind {len(records)} records"
+        time.sleep(0.05)
+    items = [record.history.item for record in records if record.history.item]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in items]
+
+
+def _wandb_records(path: Path) -> list[Any]:
     from wandb.proto import wandb_internal_pb2
 
-    rows = []
-    for data in _records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
-        if record.history.item:
-            names = ((item.key or "/".join(item.nested_key), item.value_json) for item in record.history.item)
-            rows.append({name: json.loads(value) for name, value in names})
-    return rows
+    return [wandb_internal_pb2.Record.FromString(data) for data in _records(path.read_bytes())]  # type: ignore[attr-defined]
 
 
 def _records(data: bytes) -> Iterator[bytes]:
@@ -201,6 +207,8 @@ def _records(data: bytes) -> Iterator[bytes]:
             place += 32768 - place % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, place + 4)
+        if place + 7 + length > len(data):  # still being written
+            return
         held += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
