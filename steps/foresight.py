@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ def check_names(config: RunConfig) -> None:
         ConfigError, DataError: naming the field or the file.
     """
     from posttrain_lib.data.chat_tokenizer import read_template
+    from posttrain_lib.optim import named_optimizer
 
     for source in config.data.sources:
         check_fields(source.format, source.fields)
@@ -35,7 +35,7 @@ def check_names(config: RunConfig) -> None:
     if config.data.chat_template is not None:
         read_template(config.data.chat_template)
     check_start(config)
-    _check_optimizer(config)
+    named_optimizer(config.train.optimizer)
     _check_weights(config)
     _check_rollouts(config)
     check_evaluation(config)
@@ -162,25 +162,6 @@ def check_model(config: RunConfig, folder: Path, tokenizer: str | Path | None) -
 
     check_folder_headers(folder, config.model.backend, tokenizer or folder)
     check_files(Path(tokenizer or folder))
-
-
-def _check_optimizer(config: RunConfig) -> None:
-    """By the signature of what is named: to build one, torch imports its compiler, which takes seconds."""
-    from posttrain_lib.optim import OPTIMIZERS
-
-    wanted = config.train.optimizer
-    factory = resolve(wanted.name, OPTIMIZERS, what="optimiser", where="train.optimizer.name")
-    taken = inspect.signature(factory).parameters
-    unknown = sorted(set(wanted.options) - set(taken))
-    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        near = difflib.get_close_matches(unknown[0], taken, n=1)
-        raise ConfigError(
-            "the optimiser does not take these options",
-            where="train.optimizer.options",
-            got=", ".join(unknown),
-            expected=f"arguments of {wanted.name}: {', '.join(name for name in taken if name != 'params')}",
-            fix=f"did you mean {near[0]!r}?" if near else "leave them out",
-        )
 
 
 def _check_rollouts(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.registry import resolve
+from posttrain_lib.registry import check_options, resolve
 
 if TYPE_CHECKING:
     from posttrain_lib.config.train import Optimizer as OptimizerConfig
@@ -38,6 +38,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": own, "weight_decay": weight_decay if decays else 0.0} for (decays, _), own in ordered]
 
 
+def named_optimizer(config: OptimizerConfig) -> Any:
+    """The class that a config names, which takes the config's options; nothing is made.
+
+    Raises:
+        ConfigError: no such optimiser, or options that it does not take.
+    """
+    named = resolve(config.name, OPTIMIZERS, what="optimiser", where="train.optimizer.name")
+    where = "train.optimizer.options"
+    check_options(named, config.options, what="optimiser", where=where, leading=1, given=("lr",))
+    return named
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser of a run: one of :data:`OPTIMIZERS`, or ``module:Class`` of an installed library.
 
@@ -45,9 +57,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     has neither. ``options`` come last and may replace any of them.
 
     Raises:
-        ConfigError: no such optimiser, or options that it does not take.
+        ConfigError: no such optimiser, or options or values that it does not take.
     """
-    factory = resolve(config.name, OPTIMIZERS, what="optimiser", where="train.optimizer.name")
+    factory = named_optimizer(config)
     taken = inspect.signature(factory).parameters
     common = {name: getattr(config, name) for name in ("betas", "eps") if name in taken}
     settings = {"lr": config.lr, **common, **_DEFAULTS.get(config.name, {}), **config.options}
@@ -55,10 +67,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         built: torch.optim.Optimizer = factory(parameter_groups(model, config.weight_decay), **settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            "the optimiser does not take these options",
-            where="train.optimizer.options",
-            got=dict(config.options),
-            expected="arguments of " + config.name + ": " + ", ".join(name for name in taken if name != "params"),
+            "the optimiser cannot be made with these values",
+            where="train.optimizer",
+            got=settings,
+            expected=f"what {config.name} accepts",
             fix=str(error),
         ) from error
     return built

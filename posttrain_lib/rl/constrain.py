@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.errors import ConfigError, DataError
-from posttrain_lib.registry import resolve
+from posttrain_lib.registry import check_options, resolve
 from posttrain_lib.rl.constraints import Trie
 
 if TYPE_CHECKING:
@@ -49,17 +48,7 @@ def named_constraint(spec: ConstraintSpec) -> Any:
     """
     where = "grpo.constraint"
     named: Any = resolve(spec.name, CONSTRAINTS, what="constraint", where=f"{where}.name")
-    signature = inspect.signature(named)
-    try:
-        signature.bind(None, **spec.options)
-    except TypeError as error:
-        raise ConfigError(
-            "the constraint does not take these options",
-            where=f"{where}.options",
-            got=dict(spec.options),
-            expected=", ".join(list(signature.parameters)[1:]) or "none",
-            fix=str(error),
-        ) from error
+    check_options(named, spec.options, what="constraint", where=f"{where}.options", leading=1)
     return named
 
 

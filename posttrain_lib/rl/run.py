@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.parallel.compilation import check_compiler
-from posttrain_lib.registry import resolve
+from posttrain_lib.registry import check_options, resolve
 from posttrain_lib.rl.advantages import rule_of
 from posttrain_lib.rl.controller import Controller, Roles
 from posttrain_lib.rl.engine.embedded import EmbeddedEngine
@@ -146,18 +145,7 @@ def check_engine(name: str, options: Mapping[str, Any]) -> Callable[..., Rollout
     """
     make: Callable[..., RolloutRole] = resolve(name, ENGINES, what="rollout engine", where="grpo.rollout.engine")
     given = ("window", "decode", "device")
-    signature = inspect.signature(make)
-    try:
-        signature.bind("", **dict.fromkeys(given), **options)
-    except TypeError as error:
-        known = [each for each in list(signature.parameters)[1:] if each not in given]
-        raise ConfigError(
-            "the rollout engine does not take these options",
-            where="grpo.rollout.options",
-            got=dict(options),
-            expected=", ".join(known) or "none",
-            fix=str(error),
-        ) from error
+    check_options(make, options, what="rollout engine", where="grpo.rollout.options", leading=1, given=given)
     return make
 
 

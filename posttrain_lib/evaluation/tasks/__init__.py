@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_lib.errors import ConfigError
 from posttrain_lib.evaluation.tasks.base import Given, Task, TaskResult
-from posttrain_lib.registry import resolve
+from posttrain_lib.registry import check_options, resolve
 
 __all__ = ["TASKS", "Given", "Task", "TaskResult", "build_task"]
 
@@ -29,13 +26,6 @@ def build_task(task: str, options: Mapping[str, Any], where: str = "evaluation.t
         ConfigError: no such task, or options that it does not take.
     """
     factory = resolve(task, TASKS, what="evaluation task", where=where)
-    try:
-        made: Task = factory(**options)
-    except TypeError as error:
-        known = list(inspect.signature(factory).parameters)
-        near = [close for name in options if name not in known for close in difflib.get_close_matches(name, known, n=1)]
-        fix = f"did you mean '{near[0]}'?" if near else str(error)
-        raise ConfigError(
-            "the task does not take these options", where=where, got=dict(options), expected=", ".join(known), fix=fix
-        ) from error
+    check_options(factory, options, what="task", where=where)
+    made: Task = factory(**options)
     return made

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.registry import resolve
+from posttrain_lib.registry import check_options, resolve
 
 if TYPE_CHECKING:
     from posttrain_lib.rl.prompts import RolloutPrompt
@@ -80,16 +79,7 @@ def environment_maker(spec: EnvironmentSpec) -> Callable[[], Environment]:
     """
     where = "grpo.environment"
     named: Any = resolve(spec.name, ENVIRONMENTS, what="environment", where=f"{where}.name")
-    try:
-        inspect.signature(named).bind(**spec.options)
-    except TypeError as error:
-        raise ConfigError(
-            "the environment does not take these options",
-            where=f"{where}.options",
-            got=dict(spec.options),
-            expected=", ".join(inspect.signature(named).parameters) or "none",
-            fix=str(error),
-        ) from error
+    check_options(named, spec.options, what="environment", where=f"{where}.options")
 
     def make() -> Environment:
         made: Environment = named(**spec.options)

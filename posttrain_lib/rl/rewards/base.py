@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.errors import ConfigError, DataError, PosttrainError
-from posttrain_lib.registry import resolve
+from posttrain_lib.registry import check_options, resolve
 
 if TYPE_CHECKING:
     from posttrain_lib.schema.rollouts import Answer
@@ -122,28 +121,7 @@ def named_grader(spec: RewardSpec) -> Any:
     """
     where = f"rewards: {spec.title}"
     named: Any = resolve(spec.name, REWARDS, what="reward", where=where)
-    if not callable(named):
-        raise ConfigError(
-            "the reward is nothing that can be called",
-            where=where,
-            got=f"{spec.name}, a {type(named).__name__}",
-            expected="a function of an answer, or a class of such",
-        )
-    is_class = inspect.isclass(named)
-    signature = inspect.signature(named)
-    try:
-        signature.bind(*(() if is_class else (None,)), **spec.options)
-    except TypeError as error:
-        known = list(signature.parameters)[0 if is_class else 1 :]
-        strange = [name for name in spec.options if name not in known]
-        near = [close for name in strange for close in difflib.get_close_matches(name, known, n=1)]
-        raise ConfigError(
-            "the reward does not take these options",
-            where=where,
-            got=dict(spec.options),
-            expected=", ".join(known) or "none",
-            fix=f"did you mean '{near[0]}'?" if near else str(error),
-        ) from error
+    check_options(named, spec.options, what="reward", where=where, leading=0 if inspect.isclass(named) else 1)
     return named
 
 

@@ -94,7 +94,7 @@ def test_a_tokenizer_needs_rows_to_be_made_of() -> None:
 @pytest.mark.parametrize(
     ("sections", "where", "said"),
     [
-        ({"train": {"optimizer": {"options": {"x": 1}}}}, "train.optimizer.options", "leave them out"),
+        ({"train": {"optimizer": {"options": {"x": 1}}}}, "train.optimizer.options", "unexpected keyword argument 'x'"),
         ({"train": {"optimizer": {"options": {"foraech": True}}}}, "train.optimizer.options", "mean 'foreach'"),
         ({"train": {"mixture": {"sources": {"a": {"weight": 0}}}}}, "train.mixture.sources", "step 1: all are 0"),
         (
