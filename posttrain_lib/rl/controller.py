@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,8 +47,6 @@ from posttrain_lib.training import pulse
 from posttrain_lib.training.preemption import preempted
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from posttrain_lib.rl.ledger import Ledger
     from posttrain_lib.rl.prompts import RolloutPrompt
     from posttrain_lib.rl.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole
@@ -332,26 +330,21 @@ class Controller:
     async def _push(self) -> None:
         """The policy's weights into the engine, and the proof that they are there.
 
-        The engine's thread takes what the policy's thread gives, one call at a time. That one is free: only ``_train``
-        asks the policy, and it waits here.
+        In the policy's thread, as all that asks the policy, while the engine's own stands still. That one is free: only
+        ``_train`` asks the policy, and it waits here.
         """
         guard, policy, rollout = self.roles.guard, self.roles.policy, self.roles.rollout
 
-        def asked(work: Callable[[], T]) -> T:
-            return self._policy_thread.submit(work).result()
-
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            coming = asked(policy.weights)
-            while (one := asked(lambda: next(coming, None))) is not None:
-                yield one
-
         def score(canaries: Sequence[Sequence[int]]) -> list[np.ndarray]:
             samples = [_canary(ids, number) for number, ids in enumerate(canaries)]
-            return asked(lambda: policy.logprobs(samples, temperature=1.0))
+            return policy.logprobs(samples, temperature=1.0)
+
+        def push() -> None:
+            guard.push(rollout, policy.weights(), policy.version, score)
 
         self._learned[policy.version] = self.batch
         with self.times.part("push"):
-            await self.pump.exclusive(lambda: guard.push(rollout, weights(), policy.version, score))
+            await self.pump.exclusive(lambda: self._policy_thread.submit(push).result())
 
     async def _look(self) -> dict[str, Any]:
         """Fields of a report: how the policy does on held-out prompts."""

@@ -105,12 +105,17 @@ def check_grader(spec: RewardSpec) -> None:
     except PosttrainError:
         raise
     except Exception as error:
-        raise ConfigError(
-            "the grader cannot be made",
-            where=f"rewards: {spec.title}",
-            got=f"{type(error).__name__}: {error}",
-            expected=f"{spec.name} made with {dict(spec.options)}",
-        ) from error
+        raise cannot_be_made(spec, f"{type(error).__name__}: {error}") from error
+
+
+def cannot_be_made(spec: RewardSpec, said: str) -> ConfigError:
+    """The error for a grader that raised while it was made, which said this."""
+    return ConfigError(
+        "the grader cannot be made",
+        where=f"rewards: {spec.title}",
+        got=said,
+        expected=f"{spec.name} made with {dict(spec.options)}",
+    )
 
 
 def named_grader(spec: RewardSpec) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.source_digest import module_file
-from posttrain_lib.rl.rewards.base import RewardSpec, Verdict
+from posttrain_lib.rl.rewards.base import RewardSpec, Verdict, cannot_be_made
 from posttrain_lib.schema.rollouts import Answer
 
 #: by its name, so that a step's source digest finds it
@@ -68,12 +68,7 @@ class GradingProcess:
             letter, content = self._hear()
             if letter != b"R":
                 self.close()
-                raise ConfigError(
-                    "the grader cannot be made",
-                    where=f"rewards: {self._spec.title}",
-                    got=content.decode(errors="replace"),
-                    expected=f"{self._spec.name} made with {dict(self._spec.options)}",
-                )
+                raise cannot_be_made(self._spec, content.decode(errors="replace"))
             self._ready = bool(json.loads(content)["batched"])
         return self._ready
 

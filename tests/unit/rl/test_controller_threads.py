@@ -1,4 +1,4 @@
-"""The controller's threads: each role works in its own, whatever is asked of it."""
+"""The controller's threads: the policy works in one and the engine in another, which stands still for a push."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Threads:
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_all_that_is_asked_of_the_policy_runs_in_one_thread_and_the_engine_in_another(
+def test_all_that_is_asked_of_the_policy_runs_in_one_thread_pushes_too_and_the_engine_in_another(
     tmp_path: Path, staleness: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policys, engines = Threads(), Threads()
@@ -72,5 +72,8 @@ def test_all_that_is_asked_of_the_policy_runs_in_one_thread_and_the_engine_in_an
     assert job.rollouts is not None
     list(train_on_rollouts(job, job.rollouts, models))
     assert policys.by_method.keys() == {*ASKED, "reference"}
-    found = [set.union(*threads.by_method.values()) for threads in (policys, engines)]
-    assert [len(idents) for idents in found] == [1, 1] and found[0] != found[1], (policys.by_method, engines.by_method)
+    pushing = {name: engines.by_method.pop(name) for name in ("push", "logprobs")}
+    policy, engine = (set.union(*threads.by_method.values()) for threads in (policys, engines))
+    told = f"{dict(policys.by_method)} {dict(engines.by_method)} {pushing}"
+    assert len(policy) == len(engine) == 1 and policy != engine, told
+    assert all(idents == policy for idents in pushing.values()), told
