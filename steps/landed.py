@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from posttrain_lib.config.retrain import GeneratedRows
 from posttrain_lib.errors import DataError
@@ -20,6 +21,8 @@ from posttrain_lib.lineage.pointer import TakenFile
 from posttrain_lib.lineage.store import Store, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
+
+T = TypeVar("T")
 
 _BLOCK = 1 << 20
 #: kinds to which lines may be added at the end
@@ -149,12 +152,14 @@ def _listed(folder: str) -> list[TakenFile]:
     if not any(_is_whole(name.removeprefix(inner.rstrip("/") + "/")) for name in sizes):
         return []
     known = known_digests()
-    listed = list_files(folder, known)
-    known.save()
     found = []
-    for file, digest in listed:
+    for file, digest in list_files(folder, known):
         name = file_system(file)[1]
-        found.append(TakenFile(name.removeprefix(inner.rstrip("/") + "/"), sizes[name], digest))
+        size = sizes[name]
+        if "://" in file:  # the store's word for a version is another for the same content, written again
+            digest = known.remote(file, size, digest, partial(_digest, file, size))
+        found.append(TakenFile(name.removeprefix(inner.rstrip("/") + "/"), size, digest))
+    known.save()
     return found
 
 
@@ -173,35 +178,67 @@ def _place(folder: str, name: str) -> str:
 
 
 def _grew(file: str, before: TakenFile, size: int) -> bool:
-    """Whether lines were added to a local file behind what was taken of it, and nothing else was changed."""
-    if "://" in file or not file.endswith(_GROWING) or size <= before.size:
+    """Whether lines were added to a file behind what was taken of it, and nothing else was changed."""
+    if not file.endswith(_GROWING) or size <= before.size:
         return False
-    with open(file, "rb") as handle:
-        state, left, last = hashlib.sha256(), before.size, b""
-        while left and (block := handle.read(min(_BLOCK, left))):
-            state.update(block)
-            left, last = left - len(block), block[-1:]
-        return state.hexdigest() == before.digest and b"\n" in (last, handle.read(1))
+
+    def attempt() -> bool:
+        state, last, behind = hashlib.sha256(), b"", b""
+        for position, block in _blocks(file, before.size + 1):
+            behind = block[before.size - position :]
+            old = block[: before.size - position]
+            state.update(old)
+            last = old[-1:] or last
+        return state.hexdigest() == before.digest and b"\n" in (last, behind)
+
+    return _read(file, attempt)
 
 
 def _copy(source: str, file: TakenFile, target: Path) -> str:
-    """Copy the part of the file that is to be taken; the digest of what was read, as listings tell it."""
-    from posttrain_lib.data.remote import file_system, patiently
-    from posttrain_lib.data.sources import list_files
-
-    filesystem, inner = file_system(source)
+    """Copy the part of the file that is to be taken; the digest of all that was read."""
 
     def attempt() -> str:
-        state, position = hashlib.sha256(), 0
-        with filesystem.open(inner, "rb") as handle, open(target, "wb") as copy:
-            while position < file.size and (block := handle.read(min(_BLOCK, file.size - position))):
+        state = hashlib.sha256()
+        with open(target, "wb") as copy:
+            for position, block in _blocks(source, file.size):
                 state.update(block)
                 copy.write(block[max(0, file.first_byte - position) :])
-                position += len(block)
         return state.hexdigest()
 
-    digest = patiently(source, attempt)
-    return list_files(source, known_digests())[0][1] if "://" in source else digest
+    return _read(source, attempt)
+
+
+def _digest(file: str, size: int) -> str:
+    """sha256 hex of the file's first ``size`` bytes."""
+
+    def attempt() -> str:
+        state = hashlib.sha256()
+        for _, block in _blocks(file, size):
+            state.update(block)
+        return state.hexdigest()
+
+    return _read(file, attempt)
+
+
+def _read(file: str, attempt: Callable[[], T]) -> T:
+    """The attempt's result; a store's faults are outlasted, or told with the file's name."""
+    from posttrain_lib.data.remote import patiently
+    from posttrain_lib.data.sources import client_errors
+
+    with client_errors(file):
+        return patiently(file, attempt)
+
+
+def _blocks(file: str, size: int) -> Iterator[tuple[int, bytes]]:
+    """The first ``size`` bytes of a local or remote file, in blocks, each behind its offset."""
+    from posttrain_lib.data.remote import file_system
+
+    filesystem, inner = file_system(file)
+    position = 0
+    with filesystem.open(inner, "rb") as handle:
+        while block := handle.read(min(_BLOCK, size - position)):
+            yield position, block
+            position += len(block)
 
 
 STEP: Step = Step("take_rows", 1, "steps.landed", settings, inputs, body)  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def files_of(path: str) -> list[str]:
     """
     if is_hub_id(path):
         return [path]
-    with _client_errors(path):
+    with client_errors(path):
         return [file for file, _ in _expand(path)]
 
 
@@ -106,7 +106,7 @@ def read_from(
             the rows before the cut first: who counts a file as read waits for its end), was replaced or changed
             while it was read, or its store kept failing. Each names the file.
     """
-    with _client_errors(file):
+    with client_errors(file):
         yield from _read(file, place, name or names_of([file])[0])
 
 
@@ -119,7 +119,7 @@ def pinned(path: str) -> str:
         DataError: the hub does not answer, or has no such data set or revision, or the id is malformed.
     """
     if is_hub_id(path):
-        with _client_errors(path):
+        with client_errors(path):
             return str(HubId.parse(path).at_commit())
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
@@ -140,7 +140,7 @@ def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
 
     A datasets folder has the digest of all files in it. A hub id is listed with its commit.
     """
-    with _client_errors(path):
+    with client_errors(path):
         if is_hub_id(path):
             hub = HubId.parse(path).at_commit()
             return [(str(hub), hub.version)]
@@ -169,7 +169,7 @@ def _file_digest(file: str, told: dict[str, Any], known: FileDigests) -> str:
 
 
 @contextlib.contextmanager
-def _client_errors(where: str) -> Iterator[None]:
+def client_errors(where: str) -> Iterator[None]:
     """Every file system has a client with exceptions of its own (credentials, connections, codecs): name the path."""
     try:
         yield

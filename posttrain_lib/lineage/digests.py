@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def list_files(folder: Path) -> list[Path]:
 
 
 class FileDigests:
-    """File digests remembered by (path, size, modification time), so that a large folder is read once.
+    """File digests remembered by (path, size, modification time), of a store's files by (URL, size, version), so that a
+    large folder is read once.
 
     The memory is a JSON file, replaced atomically; losing it costs time, never correctness.
     """
@@ -72,6 +73,13 @@ class FileDigests:
         digest = digest_file(path)
         self._known[str(path)] = [status.st_size, status.st_mtime_ns, digest]
         return digest
+
+    def remote(self, url: str, size: int, version: str, read: Callable[[], str]) -> str:
+        """sha256 hex of a store's file, which ``read`` finds out."""
+        entry = self._known.get(url)
+        if entry is None or entry[:2] != [size, version]:
+            entry = self._known[url] = [size, version, read()]
+        return str(entry[2])
 
     def path(self, path: Path) -> str:
         """Digest of a file, or of a folder as the digests of its files by relative name."""

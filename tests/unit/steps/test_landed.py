@@ -14,6 +14,7 @@ from posttrain_lib.config.retrain import GeneratedRows
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.pointer import TakenFile
 from posttrain_lib.lineage.store import Store
+from steps import landed
 from steps.base import run_step
 from steps.landed import STEP, RowsToTake, land_generated, new_files
 from tests.support.s3 import s3_environment, s3_server
@@ -145,3 +146,51 @@ def test_rows_in_an_object_store(isolated_store: Path) -> None:
         s3.pipe("landing/rows/a.jsonl", b'{"text": "changed"}\n')
         with pytest.raises(DataError, match="changed after"):
             new_files("s3://landing/rows", found.files, "stop")
+
+
+def test_what_happens_to_files_in_an_object_store_is_told_by_content_too(isolated_store: Path) -> None:
+    one, two, late = (json.dumps({"text": text}).encode() + b"\n" for text in ("one", "two", "late"))
+    with s3_server() as url, s3_environment(url):
+        s3 = fsspec.filesystem("s3")
+        s3.mkdir("landing")
+        s3.pipe({"landing/rows/a.jsonl": one, "landing/rows/b.jsonl": two})
+        taken = new_files("s3://landing/rows", (), "stop").files
+        s3.pipe({"landing/rows/a.jsonl": one, "landing/rows/c.jsonl": two})  # written again; copied
+        found = new_files("s3://landing/rows", taken, "stop")
+        assert not found.files and found.remarks[0].startswith("c.jsonl has the content of b.jsonl")
+        s3.pipe("landing/rows/b.jsonl", two + late)
+        found = new_files("s3://landing/rows", taken, "stop")
+        assert [(file.path, file.first_byte) for file in found.files] == [("b.jsonl", len(two))]
+        (copied,) = [path for path in take("s3://landing/rows", found.files).rglob("*") if path.is_file()]
+        assert copied.read_bytes() == late
+        assert new_files("s3://landing/rows", (*taken, *found.files), "stop").files == ()
+
+
+def test_a_file_of_an_object_store_is_read_once_while_it_stays(
+    isolated_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    digest = landed._digest
+    monkeypatch.setattr(landed, "_digest", lambda file, size: read.append(file) or digest(file, size))
+    with s3_server() as url, s3_environment(url):
+        s3 = fsspec.filesystem("s3")
+        s3.mkdir("landing")
+        for name in ("a", "b"):
+            s3.pipe(f"landing/rows/{name}.jsonl", json.dumps({"text": name}).encode())
+            new_files("s3://landing/rows", (), "stop")
+        s3.pipe("landing/rows/b.jsonl", b'{"text": "other"}')
+        new_files("s3://landing/rows", (), "stop")
+    assert [file.rpartition("/")[2] for file in read] == ["a.jsonl", "b.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_growth_is_seen_where_blocks_of_reading_end(
+    folder: Path, isolated_store: Path, monkeypatch: pytest.MonkeyPatch, extra: int
+) -> None:
+    path = folder / "2026-03-01.jsonl"
+    monkeypatch.setattr(landed, "_BLOCK", path.stat().st_size // 2 + extra)
+    taken = new_files(str(folder), (), "stop").files
+    with open(path, "a") as handle:
+        handle.write('{"text": "late"}\n')
+    found = new_files(str(folder), taken, "stop")
+    assert [file.first_byte for file in found.files] == [taken[0].size]
