@@ -16,7 +16,7 @@ import yaml
 
 from posttrain_lib.lineage import promoted
 from posttrain_lib.lineage.store import Store
-from tests.support.argo import Pods, deployment, has_namespaces, rendered
+from tests.support.argo import Pods, deploy_packages, deployment, has_namespaces, rendered
 from tests.support.retrains import FLOW, TINY, Retrains
 from tests.support.s3 import s3_environment, s3_server
 
@@ -27,11 +27,10 @@ STORE = '{"POSTTRAIN_STORE": "%s"}'
 
 @pytest.fixture(scope="module")
 def packages() -> Path:
-    """Folder of infra/locks/deploy.txt."""
-    folder = Path(os.environ.get("POSTTRAIN_DEPLOY", "/nowhere"))
-    if not (folder / "kubernetes").is_dir():
-        pytest.skip("POSTTRAIN_DEPLOY names no folder with the packages of infra/locks/deploy.txt")
-    return folder
+    try:
+        return deploy_packages()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"infra/locks/deploy.txt cannot be installed: {error.stderr[-500:]}")
 
 
 @pytest.fixture(scope="module")

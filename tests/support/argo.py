@@ -9,11 +9,30 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain_lib.lineage.digests import digest_file
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def deploy_packages() -> Path:
+    """The folder with the packages of infra/locks/deploy.txt, beside the environment; made when first asked for.
+
+    Raises:
+        CalledProcessError: pip could not install them; its words are in ``stderr``.
+    """
+    lock = ROOT / "infra" / "locks" / "deploy.txt"
+    folder = Path(sys.prefix) / f"deploy-{digest_file(lock)[:12]}"
+    if not folder.is_dir():
+        coming = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(coming)]
+        subprocess.run([*command, "-r", str(lock)], check=True, capture_output=True, text=True)
+        coming.rename(folder)
+    return folder
 
 
 def deployment(home: Path, url: str, packages: Path) -> dict[str, str]:
