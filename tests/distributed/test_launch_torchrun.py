@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain_lib.compute.heart import read_pulses
+from posttrain_lib.losses.base import Loss
 from tests.distributed.test_launch_faults import LONG, lines
 from tests.support.launched import Family, command, start, wait_for
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 TWO = ["--nproc-per-node", "2"]
 
 
-class BrokenOnRankOne:
+class BrokenOnRankOne(Loss):
     """A user's loss with a mistake that shows on the second rank."""
 
     def divisor(self, batch: object) -> float:
