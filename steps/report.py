@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "headline": _headline(run_config["recipe"], manifests),
         "data_end": train.metrics["data_end"],
         "reports": reports,
-        "performance": _performance_table(train.metrics),
+        "performance": _performance_table(train.metrics) + _batches_table(reports),
         "data": _data_table(receipt),
         "roles": _roles_table(receipt),
         "sources": _sources_table(train.metrics, reports),
@@ -211,6 +212,21 @@ def _performance_table(training: Mapping[str, Any]) -> list[list[str]]:
     rows += [[f"time of an update: {kind}", f"{share:.1%}"] for kind, share in training["time_shares"].items()]
     rows += [[f"memory: {kind}", f"{size:.3f} GiB"] for kind, size in training["memory_gib"].items()]
     return [*rows, ["memory: peak", f"{training['peak_memory_gib']:.3f} GiB"]]
+
+
+def _batches_table(reports: list[dict[str, Any]]) -> list[list[str]]:
+    """Of rollouts: where the time of batches went, in the controller's own path, and how long roles had no work."""
+    batches = [figures for report in reports if "time/batch_seconds" in (figures := report["figures"])][1:]
+    spent, idle = Counter[str](), Counter[str]()
+    for figures in batches:
+        for name, value in figures.items():
+            if name.startswith("time/"):
+                spent[name.removeprefix("time/").removesuffix("_seconds")] += value
+            elif name.startswith("idle/"):
+                idle[name.removeprefix("idle/")] += value * figures["time/batch_seconds"]
+    whole = spent.pop("batch", 0.0)
+    rows = [[f"time of a batch: {name.replace('_', ' ')}", f"{time / whole:.1%}"] for name, time in spent.items()]
+    return rows + [[f"without work: {role}", f"{time / whole:.1%}"] for role, time in idle.items()]
 
 
 def _findings_table(receipt: Mapping[str, Any]) -> list[list[str]]:

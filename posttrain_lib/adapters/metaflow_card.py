@@ -276,8 +276,10 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     card.append(Markdown("## Performance"))
     card.append(Table(report["performance"], headers=["over all steps but the first", ""]))
     card.append(Markdown("## Data"))
-    card.append(Table(report["data"], headers=["", "rows", "examples", "tokens", "trained tokens"]))
-    card.append(Table(report["roles"], headers=["source", "role", "tokens", "trained tokens"]))
+    trained = any(weight for sample in report["samples"] for weight in sample["weights"])
+    for name, heads in (("data", ["", "rows", "examples", "tokens"]), ("roles", ["source", "role", "tokens"])):
+        heads += ["trained tokens"] if trained else []  # prompts have none
+        card.append(Table([row[: len(heads)] for row in report[name]], headers=heads))
     sources = ["source", "tokens given", "share of examples", "share of tokens", "first loss", "last loss"]
     if report["sources"]:  # of rollouts training sees no source's rows
         card.append(Markdown("### What training saw of each source"))
@@ -288,7 +290,6 @@ def fill_report(card: Any, report: Mapping[str, Any], manifests: Mapping[str, St
     if report["notes"]:
         card.append(Table(report["notes"], headers=["counted on the way", ""]))
     card.append(VegaChart(bar_chart("Length of examples (tokens)", report["lengths"], "tokens")))
-    trained = any(weight for sample in report["samples"] for weight in sample["weights"])
     card.append(Markdown("### Samples: what is trained is coloured" if trained else "### Samples: prompts"))
     for sample in report["samples"]:
         card.append(coloured_sample(sample))

@@ -231,3 +231,28 @@ def test_the_card_has_every_part_and_no_text_of_a_row_leaves_its_block(finished:
     assert sum(DATA_END in text for text in texts) == 1
     assert not any("![x]" in cell for cell in cells if isinstance(cell, str))
     assert sum("![x]" in text for text in texts) >= 6 and not any("\r" in text for text in texts)
+
+
+def test_of_rollouts_the_card_says_where_the_time_of_batches_went_and_counts_no_trained_tokens(
+    finished: tuple[dict[str, Any], Any], tmp_path: Path
+) -> None:
+    run, manifests = finished
+    lines = [json.loads(line) for line in Path(manifests["train"].outputs["metrics"].uri).read_text().splitlines()]
+    # The first batch pays for warm-up and does not count; the others by their length.
+    for line, seconds in zip(lines, (50.0, 1.0, 3.0), strict=True):
+        parts = {"time/wait_for_rollouts_seconds": seconds / 2, "time/push_seconds": 0.5}
+        idle = {"idle/reward": 1.0 - 1.0 / seconds}
+        line["figures"] = {**parts, **idle, "time/batch_seconds": seconds, "rollout/trained": 1.0}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train = manifest("train", manifests["train"].metrics, metrics=tmp_path / "metrics.jsonl")
+    report = collect(run, {**manifests, "train": train})
+    assert report["performance"][-3:] == [
+        ["time of a batch: wait for rollouts", "50.0%"],
+        ["time of a batch: push", "25.0%"],
+        ["without work: reward", "50.0%"],
+    ]
+    report["samples"] = [{**sample, "weights": [0.0] * len(sample["weights"])} for sample in report["samples"]]
+    card: list[Any] = []
+    fill_report(card, report, manifests)
+    heads = [part._headers for part in card if isinstance(part, Table)]
+    assert ["", "rows", "examples", "tokens"] in heads and not any("trained tokens" in head for head in heads)
