@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.grpo import GRPO
+from posttrain_lib.errors import DataError
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, StepContext
 
@@ -50,6 +52,31 @@ def specs(grpo: GRPO) -> tuple[RewardSpec, ...]:
     return tuple(
         RewardSpec(term.name, term.shown_as, term.weight, term.options, term.deadline_seconds) for term in grpo.rewards
     )
+
+
+def check_answers(config: RunConfig, manifests: Manifests) -> None:
+    """That a reward which compares with the rows' answers has any, before a step is paid for.
+
+    Raises:
+        DataError: no prompt has one. Where only some have none, their gradings fail and are counted.
+    """
+    from posttrain_lib.rl.prompts import read_prompts
+    from posttrain_lib.rl.rewards.base import named_grader
+
+    if config.grpo is None:
+        return
+    needing = [spec.title for spec in specs(config.grpo) if getattr(named_grader(spec), "needs_answer", False)]
+    if not needing:
+        return
+    prompts = read_prompts(Path(manifests["prepare_data"].outputs["train_prompts"].uri))
+    if all(prompt.answer is None for prompt in prompts):
+        raise DataError(
+            "no prompt has an answer that the reward could compare with",
+            where=f"rewards: {', '.join(needing)}",
+            got=f"{len(prompts):,} prompts without one, the first is {prompts[0].name}",
+            expected="a text or a number in the field 'answer' of rows",
+            fix="say which field has it (data.sources.fields: {answer: NAME}), or name another reward",
+        )
 
 
 def sampling(grpo: GRPO, tokenizer: ChatTokenizer) -> Sampling:

@@ -11,6 +11,7 @@ from typing import Any
 from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
+from steps.rollouts import check_answers
 
 
 def is_needed(config: RunConfig) -> bool:
@@ -34,6 +35,7 @@ def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     from posttrain_lib.data.sources import digest_rows, pinned
 
     assert config.grpo is not None and config.grpo.warm_start is not None
+    check_answers(config, manifests)
     found = {"model": manifests["convert_model"].outputs["model"]}
     for source in config.grpo.warm_start.data.sources:
         if source.path is not None:

@@ -49,6 +49,8 @@ def named_constraint(spec: ConstraintSpec) -> Any:
     where = "grpo.constraint"
     named: Any = resolve(spec.name, CONSTRAINTS, what="constraint", where=f"{where}.name")
     check_options(named, spec.options, what="constraint", where=f"{where}.options", leading=1)
+    if named is Catalogue:
+        named.check(**spec.options)
     return named
 
 
@@ -63,6 +65,21 @@ class Catalogue:
     """
 
     def __init__(self, tokenizer: ChatTokenizer, *, entries: Sequence[str] = (), field: str | None = None) -> None:
+        self.check(entries=entries, field=field)
+        if tokenizer.eos_id is None:
+            raise ConfigError(
+                "the tokenizer has no end of sequence, which ends an entry of a catalogue", where="grpo.constraint"
+            )
+        self._tokenizer, self._end, self._field = tokenizer, tokenizer.eos_id, field
+        self._shared = self._trie(entries) if entries else None
+
+    @staticmethod
+    def check(*, entries: Sequence[str] = (), field: str | None = None) -> None:
+        """That these are options of a catalogue.
+
+        Raises:
+            ConfigError: both or neither.
+        """
         if bool(entries) == (field is not None):
             raise ConfigError(
                 "a catalogue is the run's, or each row's",
@@ -70,12 +87,6 @@ class Catalogue:
                 got=f"{len(entries)} entries, field {field}",
                 expected="entries, or the field of the rows that holds them",
             )
-        if tokenizer.eos_id is None:
-            raise ConfigError(
-                "the tokenizer has no end of sequence, which ends an entry of a catalogue", where="grpo.constraint"
-            )
-        self._tokenizer, self._end, self._field = tokenizer, tokenizer.eos_id, field
-        self._shared = self._trie(entries) if entries else None
 
     def __call__(self, prompt: RolloutPrompt) -> Trie:
         """The prompt's catalogue. DataError where its row has none."""

@@ -43,6 +43,7 @@ ANSWERS = "rollouts.jsonl"
 _CANARIES = 4
 #: largest difference of one of their log-probabilities, by precision: bfloat16 rounds logits of 16 by 0.06
 _CANARY_BOUNDS = {"fp32": 0.05, "bf16": 0.5}
+_SLOTS = 128
 _ENGINE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 ENGINES: dict[str, str] = {
@@ -141,16 +142,18 @@ def check_engine(name: str, options: Mapping[str, Any]) -> Callable[..., Rollout
     """What makes the engine of that name, which takes these options; nothing is made.
 
     Raises:
-        ConfigError: no such engine, or options that it does not take.
+        ConfigError: no such engine, options that it does not take, or of the embedded one values.
     """
     make: Callable[..., RolloutRole] = resolve(name, ENGINES, what="rollout engine", where="grpo.rollout.engine")
     given = ("window", "decode", "device")
     check_options(make, options, what="rollout engine", where="grpo.rollout.options", leading=1, given=given)
+    if name == "embedded":
+        _check_embedded(**options)
     return make
 
 
 def embedded_engine(
-    folder: str, *, window: int, decode: Decode, device: torch.device, slots: int = 128, dtype: str = "float32"
+    folder: str, *, window: int, decode: Decode, device: torch.device, slots: int = _SLOTS, dtype: str = "float32"
 ) -> EmbeddedEngine:
     """The engine over our own definition of the model in ``folder``; its weights come with the first push.
 
@@ -159,8 +162,22 @@ def embedded_engine(
         dtype: of its weights and arithmetic: float32, or bfloat16.
 
     Raises:
-        ConfigError: another dtype.
+        ConfigError: another dtype, or no slots.
     """
+    _check_embedded(slots, dtype)
+    spec = spec_from_folder(folder)
+    model = build_model(spec, dtype=_ENGINE_DTYPES[dtype], device=device).eval().requires_grad_(False)
+    return EmbeddedEngine(model, spec, window=window, slots=slots, decode=decode)
+
+
+def _check_embedded(slots: int = _SLOTS, dtype: str = "float32") -> None:
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+        raise ConfigError(
+            "the embedded engine needs slots for answers",
+            where="grpo.rollout.options.slots",
+            got=slots,
+            expected="a whole number, 1 or more",
+        )
     if dtype not in _ENGINE_DTYPES:
         raise ConfigError(
             "the embedded engine does not compute in this dtype",
@@ -168,9 +185,6 @@ def embedded_engine(
             got=dtype,
             expected=", ".join(_ENGINE_DTYPES),
         )
-    spec = spec_from_folder(folder)
-    model = build_model(spec, dtype=_ENGINE_DTYPES[dtype], device=device).eval().requires_grad_(False)
-    return EmbeddedEngine(model, spec, window=window, slots=slots, decode=decode)
 
 
 def _tokenizer(rollouts: RolloutJob) -> ChatTokenizer:

@@ -42,7 +42,8 @@ class Verdict:
 
 
 #: Gives a number, or a Verdict. One that has ``grade_many`` as well (a list of answers -> as many numbers or Verdicts,
-#: in order) is asked for several at once.
+#: in order) is asked for several at once. A class whose ``needs_answer`` is true compares with the rows' answers: a run
+#: in which no row has one stops before it trains.
 Grader = Callable[["Answer"], "float | Verdict"]
 
 

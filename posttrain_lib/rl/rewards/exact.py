@@ -15,6 +15,8 @@ class Exact(Cheap):
         ignore_case: whether upper and lower case are the same.
     """
 
+    needs_answer = True
+
     def __init__(self, extract: str = "whole", ignore_case: bool = False) -> None:
         self._extract, self._ignore_case = extractor(extract, "rewards: extract"), ignore_case
 

@@ -34,6 +34,8 @@ class Maths:
         marked: whether only a ``\\boxed{}`` or ``####`` counts.
     """
 
+    needs_answer = True
+
     def __init__(self, marked: bool = False) -> None:
         import math_verify
 
