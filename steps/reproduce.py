@@ -37,6 +37,8 @@ from steps.reproduced import as_text, compare, first_difference, verdict
 #: as recorded, or as it is here
 Which = Literal["recorded", "here"]
 _TOLD_LINES = 15
+#: what a run that is asked to stop gets to write its checkpoint and to end
+_GRACE_SECONDS = 30.0
 _TELL = (
     "import json, sys; from steps.recorded import recorded_run; found = recorded_run(sys.argv[1]);"
     "print(json.dumps({step: each.to_dict() for step, each in found.manifests.items()}))"
@@ -249,6 +251,10 @@ def _watched(command: list[str], variables: dict[str, str], say: Say) -> tuple[i
                 say(f"  {lines[-1]}")
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
             raise
     return process.returncode, lines
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from posttrain_lib.errors import RolloutError
 
 
-class Condition:
+class Condition(ABC):
     """An engine's: open until it is closed, and usable but between a push that failed and the next good one, when some
     of its weights are new and some old. For engines (``rl.roles.RolloutRole``) to inherit."""
 
@@ -14,9 +16,9 @@ class Condition:
     _unusable: str | None = None
 
     @property
+    @abstractmethod
     def unfinished(self) -> int:
         """Requests that were submitted and have not come back."""
-        raise NotImplementedError
 
     def _check_open(self) -> None:
         """Raises RolloutError once the engine is closed."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from steps import reproduce
 from steps.recorded import Code, Recorded, from_outside
 from steps.reproduce_inputs import check_inputs, parse_moved, with_inputs
 from tests.support.exported import RAW
+from tests.support.launched import wait_for
 from tests.support.traced import model_folder, publish_chain, rows_file
 
 
@@ -211,3 +214,38 @@ def test_rows_have_the_digest_of_their_names_and_contents(recorded: Recorded, tm
     again = rows_file(tmp_path / "other", name="rows.jsonl")
     assert digest_rows(str(again), FileDigests()) == recorded.inputs["source:a"].digest
     check_inputs(recorded, {"source:a": str(again)})
+
+
+#: starts a process of its own and says its number; "deaf" does not hear that it shall stop
+RUNS = """
+import signal, subprocess, sys, time
+if sys.argv[1] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("hears", ["hears", "deaf"])
+def test_a_run_whose_watcher_is_stopped_ends_with_all_its_processes(
+    hears: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "_GRACE_SECONDS", 0.5)
+    children: list[int] = []
+
+    def stop(line: str) -> None:
+        children.append(int(line))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce._watched([sys.executable, "-c", RUNS, hears], dict(os.environ), stop)
+    wait_for(lambda: not alive(children[0]), 20, "the end of the run's own process")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
