@@ -40,6 +40,7 @@ PARTS = {
     "ceilings": 8,
     "head": 35,
     "push": 30,
+    "decode": 50,
     "step": 120,
     "attention": 55,
     "kernels": 40,

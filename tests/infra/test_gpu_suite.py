@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks.gpu import attention, ceilings, head, kernels, push, step, vocabulary
+from tests.benchmarks.gpu import attention, ceilings, decode, head, kernels, push, step, vocabulary
 from tests.benchmarks.gpu.common import Part, document_lengths, measure, ratio
 from tests.benchmarks.gpu.documents import documents_of, packed_rows, padded_batches
 from tests.benchmarks.gpu.table import lines
@@ -23,7 +23,7 @@ from tests.benchmarks.gpu.table import lines
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (ceilings, head, push, step, vocabulary, attention, kernels)
+    for module in (ceilings, head, push, decode, step, vocabulary, attention, kernels)
 }
 #: not on the bare machine
 MISSING = ("pydantic", "ray", "verl", "vllm", "metaflow", "datasets", "tensordict", "liger_kernel")

@@ -39,6 +39,14 @@ COLUMNS: dict[str, dict[str, str]] = {
         "GiB": "gib",
         "GiB/s": "push_gib_per_s",
     },
+    "decode": {
+        "ours tok/s": "tokens_per_second/ours",
+        "hf tok/s": "tokens_per_second/transformers",
+        "hf/ours": "transformers_over_ours",
+        "ms a step": "ms_per_step",
+        "device ms": "of_a_step/device_ms",
+        "first s": "first_seconds/ours",
+    },
     "vocabulary": {"best": "best_pad", "64/best": "default_over_best", "odd/64": "unpadded_over_default"},
     "attention": {
         "ours ms": "times/ours/median_ms",
