@@ -33,6 +33,7 @@ from steps.base import Say, say_line
 from steps.recorded import Recorded, recorded_run
 from steps.reproduce_inputs import check_inputs, parse_moved, with_inputs
 from steps.reproduced import as_text, compare, first_difference, verdict
+from steps.start_from import FLOWS
 
 #: as recorded, or as it is here
 Which = Literal["recorded", "here"]
@@ -226,16 +227,25 @@ def carry_out(plan: Plan, *, store: Store | None = None, say: Say = say_line) ->
     plan.folder.mkdir(parents=True, exist_ok=True)
     config, run_id = plan.folder / "config.json", plan.folder / "run-id"
     config.write_text(json.dumps(plan.config, indent=1), encoding="utf-8")
-    flow = str(plan.root / "flows" / flow_file(plan.recorded.flow))
+    flow = flow_of(plan.recorded)
+    program = str(plan.root / "flows" / flow_file(flow))
     options = ["--no-pylint", "--config", str(config), "run", "--run-id-file", str(run_id)]
     started = time.monotonic()
     with store.lock("tmp", plan.folder.name):  # the clean-up leaves it alone
-        status, lines = _watched([*plan.python, flow, *options], _variables(plan), say)
+        status, lines = _watched([*plan.python, program, *options], _variables(plan), say)
     seconds, stopped = time.monotonic() - started, None if status == 0 else _last(lines)
-    name = f"{plan.recorded.flow}/{run_id.read_text(encoding='utf-8').strip()}" if run_id.is_file() else ""
+    name = f"{flow}/{run_id.read_text(encoding='utf-8').strip()}" if run_id.is_file() else ""
     for record in sorted((plan.folder / "store" / RECORDS).glob("*.*")):
         keep(store, record.read_bytes(), record.suffix[1:])  # so that the comparison can name files and packages
     return Reproduction(name, _told(plan, name) if name else {}, seconds, stopped)
+
+
+def flow_of(recorded: Recorded) -> str:
+    """The flow that does the run's steps: its recipe's, also where they were a part of a retrain; else its own."""
+    from posttrain_lib.adapters.metaflow_runs import flow_file
+
+    recipe = recorded.config.get("recipe")
+    return next((flow for flow in FLOWS if flow_file(flow) == f"{recipe}_flow.py"), recorded.flow)
 
 
 def _watched(command: list[str], variables: dict[str, str], say: Say) -> tuple[int, list[str]]:

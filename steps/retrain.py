@@ -22,7 +22,7 @@ from posttrain_lib.lineage.digests import digest_value
 from posttrain_lib.lineage.graph import Graph
 from posttrain_lib.lineage.pointer import Entry, Pointer, TakenFile, TakenRows
 from posttrain_lib.lineage.promoted import Promoted
-from posttrain_lib.lineage.store import Store
+from posttrain_lib.lineage.store import Store, published_place
 from posttrain_lib.schema.manifests import StepManifest
 from steps import landed, pipeline, report
 from steps.base import Say, run_step, say_line
@@ -37,6 +37,10 @@ _STATED_OTHERWISE = "evaluate"
 #: it stops at a failed check unless the run file accepts that by name
 _ACCEPTS = "check_serving"
 
+_MENDED = (
+    "The rows of a rejected candidate stay out. Mended ones go into a file of another name; "
+    "or landing.rejected: offer_again takes them all again beside what is new."
+)
 #: characters of an error in the history
 _MOST_TOLD = 300
 
@@ -101,7 +105,7 @@ def look(raw: Plain, say: Say = say_line) -> Due:
     for remark in found.remarks:
         say(f"landed: {remark}")
     begun = "there is no version yet" if current.current is None else f"version {current.current} is the current one"
-    names = ", ".join(file.path for file in found.files) or "no new rows"
+    names = ", ".join(file.path for file in found.files) or "nothing"
     say(f"models/{config.name}: {begun}; {len(taken)} files were taken before; new: {names}")
     return Due(TakenRows(config.name, current.current, found.files), folder, found.remarks)
 
@@ -185,11 +189,22 @@ def attempt(
         try:
             made = pipeline.advance(name, run_config, made, reuse=reuse, observe=observe)
         except AGAINST_THE_CANDIDATE as error:
-            if isinstance(error, DataError) and error.__cause__ is not None:
-                raise  # rows that could not be read, as of a store that does not answer, were not judged
+            if isinstance(error, DataError) and not _is_of_the_rows(error):
+                raise  # what could not be read, as of a store that does not answer, was not judged
             say_line(f"{name}: {error}")
             return made, Refusal(name, error.what, _shortened(error))
     return made, None
+
+
+def _is_of_the_rows(error: DataError) -> bool:
+    """Whether the rows are at fault, and not what they are read with: what was taken lies on a local disk, and what
+    its reader then raises is about the content."""
+    cause = error.__cause__
+    if cause is None:
+        return True
+    taken = published_place(str(error.where).removeprefix("file://"))
+    of_the_system = isinstance(cause, OSError) and cause.errno is not None  # Arrow raises OSErrors without a number
+    return taken is not None and taken[1] == landed.STEP.name and not of_the_system
 
 
 def decide(
@@ -236,7 +251,9 @@ def told(raw: Plain, entry: Entry | None) -> str:
         return f"models/{raw['name']}: no new rows; nothing to train, {current} stays the current one"
     kept = "" if entry.action == "promoted" else f", {current} stays the current one"
     moved = f" as version {entry.version}" if entry.action == "promoted" else ""
-    return f"models/{raw['name']}: {entry.action}{moved} by {entry.run}{kept}: {entry.why}"
+    stays_out = entry.action == "rejected" and raw["landing"]["rejected"] == "leave_out"
+    mended = f"\n{_MENDED}" if stays_out else ""
+    return f"models/{raw['name']}: {entry.action}{moved} by {entry.run}{kept}: {entry.why}{mended}"
 
 
 def history(raw: Plain) -> tuple[Entry, ...]:

@@ -39,13 +39,14 @@ def fill_retrain(
             card.append(part)
     card.append(Markdown("## Rows"))
     taken = [[text(file.path), f"{file.size - file.first_byte:,}", file.digest[:12]] for file in rows.files]
-    card.append(Table(taken, headers=["file that is new", "bytes", "digest"]))
+    card.append(Table(taken, headers=["file that is new", "bytes", "digest"]) if taken else text("None that is new."))
     for remark in remarks:
         card.append(text(remark))
     _history(card, history)
     if made:
+        checks = [(name, check) for name, manifest in made.items() for check in manifest.checks]
         card.append(Markdown("## Verification"))
-        card.append(checks_table([(name, check) for name, manifest in made.items() for check in manifest.checks]))
+        card.append(checks_table(checks) if checks else text("No step with checks was reached."))
         for part in lineage_parts(lineage):
             card.append(part)
 

@@ -113,7 +113,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError("an override is not of the form section.key=value", got=override, expected="train.steps=100")
-    path = key.strip().split(".")
+    path = _names(raw, key.strip())
     result = dict(raw)
     node: Any = result
     for name in path[:-1]:
@@ -129,6 +129,18 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
             "the value of an override is not valid YAML", where=key, got=value, fix="quote it: key='\"text\"'"
         ) from error
     return result
+
+
+def _names(raw: dict[str, Any], key: str) -> list[str]:
+    """The key's parts; of several that together are one key of the file, as ``held_out.loss`` among gates, that one."""
+    names, parts, node = [], key.split("."), raw
+    while parts:
+        several = range(len(parts), 1, -1) if isinstance(node, dict) else ()
+        taken = next((count for count in several if ".".join(parts[:count]) in node), 1)
+        names.append(".".join(parts[:taken]))
+        node = node.get(names[-1]) if isinstance(node, dict) else None
+        parts = parts[taken:]
+    return names
 
 
 def _expand(value: Any, where: str, place: tuple[str, ...]) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import zoneinfo
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain_lib.config.base import Section
+from posttrain_lib.config.cron import check_cron
 from posttrain_lib.config.evaluation import AnyTask, MetricGate
 from posttrain_lib.config.load import build_config, load_yaml
 from posttrain_lib.config.run import RunConfig
@@ -39,7 +42,7 @@ class Landing(Section):
     changed: Literal["stop", "take"] = Field(
         "stop",
         description="a file that was taken and has other content by now: the run stops and names it, or takes it "
-        "again. Of JSON lines that grew behind what was taken, the new lines are taken in either case",
+        "again, whole. Of JSON lines that grew behind what was taken, the new lines are taken in either case",
     )
     rejected: Literal["leave_out", "offer_again"] = Field(
         "leave_out",
@@ -71,6 +74,20 @@ class ScheduleConfig(Section):
         description="of the schedule, as Europe/Berlin; Argo alone takes one. Default: the scheduler's, UTC unless "
         "someone set it otherwise",
     )
+
+    @field_validator("cron")
+    @classmethod
+    def _is_cron(cls, text: str) -> str:
+        return check_cron(text)
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        known = zoneinfo.available_timezones()  # none, where a system has no such files
+        if name is not None and known and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"no time zone is called {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        return name
 
 
 class Resources(Section):

@@ -279,7 +279,7 @@ def _data_in(path: str, folder: str, found: dict[str, dict[str, Any]]) -> dict[s
             where=path,
             got=", ".join(sorted(wrong)[:_NAMED_AT_MOST]) + more,
             expected=_KNOWN_KINDS,
-            fix="name the data by a glob, or move the others out of the folder",
+            fix="move the others out of the folder, or let their names begin with _; data.sources take a glob, too",
         )
     return data
 

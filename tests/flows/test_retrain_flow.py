@@ -123,6 +123,15 @@ def test_the_card_shows_gates_and_history(week: Retrains, played: dict[str, str]
         assert said in shown, said
 
 
+def test_a_candidate_that_was_rejected_is_made_again_from_its_lineage(week: Retrains, played: dict[str, str]) -> None:
+    """By the flow of its recipe, which ends with the gate that did not hold."""
+    program = str(FLOW.with_name("reproduce_flow.py"))
+    command = [sys.executable, program, "--no-pylint", "run", "--origin", week.pointer.history[2].run]
+    done = subprocess.run(command, env=week.environment(), cwd=week.home, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "reproduced, bit for bit" in done.stdout, done.stdout + done.stderr
+    assert "the gate on the change of suite.logprob does not hold" in done.stdout
+
+
 def test_a_pointer_changed_by_hand_stops_the_next_run(week: Retrains, played: dict[str, str]) -> None:
     path = week.home / "store" / "models" / "tiny" / "pointer.json"
     right = path.read_text()

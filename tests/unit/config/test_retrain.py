@@ -47,6 +47,9 @@ def test_overrides_reach_into_the_run_file() -> None:
     raw = parsed().model_dump(mode="json")
     config = build_retrain_config(raw, overrides=["run.train.steps=90,landing.rejected=offer_again"])
     assert (config.run.train.steps, config.landing.rejected) == (90, "offer_again")
+    bounds = {"min": None, "max": None, "min_change": None, "max_change": -5.0}
+    config = build_retrain_config(raw, overrides=["gates.held_out.loss.max_change=-5"])
+    assert config.gates["held_out.loss"].model_dump() == bounds
     with pytest.raises(ConfigError, match="read when the flow's own config is"):
         build_retrain_config(raw, overrides=["run_file=configs/sft/default.yaml"])
 
@@ -75,6 +78,8 @@ def test_a_misspelt_key_names_the_nearest(changes: dict[str, Any], place: str, n
         ({"landing": {"path": "x", "name": "generated"}}, "is a source of the run file too"),
         ({"gates": {"suit.accuracy": {"min": 0.5}}}, "gates names 'suit.accuracy'"),
         ({"gates": {}}, "at least 1 item"),
+        ({"schedule": {"cron": "0 3 * *"}}, "4 fields where 6 are wanted"),
+        ({"schedule": {"timezone": "Europe/Berln"}}, "did you mean 'Europe/Berlin'"),
         ({"gates": {"held_out.loss": {}}}, "a gate demands something"),
         ({"name": "a/b"}, "config field 'name'"),
         ({"run": {"train": {"row_tokens": 64}}}, "train.row_tokens"),

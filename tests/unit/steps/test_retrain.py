@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import gzip
 import json
 import threading
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import yaml
 
 from posttrain_lib.config.retrain import PROJECT_ROOT, parse_retrain_config
-from posttrain_lib.errors import ConfigError, StoreError
+from posttrain_lib.errors import ConfigError, DataError, StoreError
 from posttrain_lib.lineage import promoted
 from posttrain_lib.lineage.pointer import TakenFile, TakenRows
 from posttrain_lib.lineage.store import Store
@@ -187,6 +189,47 @@ def test_the_part_of_landed_rows_in_a_mixture(isolated_store: Path, folder: Path
 def test_trouble_that_is_no_fault_of_the_candidate_ends_the_run(isolated_store: Path) -> None:
     with pytest.raises(ConfigError):
         retrain.attempt(["warm_start"], config()["run"], {}, reuse=True)
+
+
+CUT = gzip.compress(b'{"messages": []}\n' * 50)[:-12]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.parquet", b"PAR1 nothing"), ("a.jsonl.gz", b"no gzip"), ("b.jsonl.gz", CUT)]
+)
+def test_a_file_that_cannot_be_read_is_the_candidate_s_fault(
+    isolated_store: Path, folder: Path, name: str, content: bytes
+) -> None:
+    (folder / name).write_bytes(content)
+    wanted = {"name": "mine", "run_file": "configs/sft/retrain.yaml", "landing": {"path": str(folder)}}
+    raw = parse_retrain_config(yaml.safe_dump(wanted)).model_dump(mode="json")
+    plain = training_config(raw, look(raw, lambda _: None), say=lambda _: None)
+    _, refused = retrain.attempt(["inputs", "prepare_data"], plain, {}, reuse=True)
+    assert refused is not None and refused.step == "prepare_data" and name in refused.details
+
+
+@pytest.mark.parametrize(
+    ("cause", "where", "is_theirs"),
+    [
+        (None, "s3://bucket/rows.jsonl", True),  # said by the project about what it read
+        (ValueError("magic bytes"), "/store/steps/take_rows/%s/rows/a.parquet", True),
+        (OSError("thrift"), "file:///store/steps/take_rows/%s/rows/a.parquet", True),
+        (OSError(errno.EIO, "disk"), "file:///store/steps/take_rows/%s/rows/a.parquet", False),
+        (ValueError("magic bytes"), "s3://bucket/rows.parquet", False),
+    ],
+)
+def test_whose_fault_it_is_that_rows_were_not_read(cause: Exception | None, where: str, is_theirs: bool) -> None:
+    error = DataError("the data cannot be read", where=where.replace("%s", "0" * 64))
+    error.__cause__ = cause
+    assert retrain._is_of_the_rows(error) == is_theirs
+
+
+def test_of_a_rejected_candidate_it_is_said_how_mended_rows_come_in(isolated_store: Path) -> None:
+    decided(FIRST, "one")
+    entry = decided(SECOND, "two", exact_match=0.1)
+    assert "a file of another name" in retrain.told(config(), entry)
+    offered = config(landing={"path": "/nowhere", "rejected": "offer_again"})
+    assert "another name" not in retrain.told(offered, entry)
 
 
 def test_rollback_and_history_on_the_command_line(isolated_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
