@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
@@ -133,7 +133,8 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
 def _names(raw: dict[str, Any], key: str) -> list[str]:
     """The key's parts; of several that together are one key of the file, as ``held_out.loss`` among gates, that one."""
-    names, parts, node = [], key.split("."), raw
+    names: list[str] = []
+    parts, node = key.split("."), cast(Any, raw)
     while parts:
         several = range(len(parts), 1, -1) if isinstance(node, dict) else ()
         taken = next((count for count in several if ".".join(parts[:count]) in node), 1)
