@@ -244,11 +244,13 @@ def _reason(store: Store, step: Step, config: RunConfig, parts: dict[str, str], 
     """Why the stored results do not serve."""
     if not reuse:
         return "because reuse is off"
-    newest = store.newest(step.name)
+    made_by = _made_by.get()
+    newest = store.newest(step.name, None if made_by is None else made_by.flow)
     if newest is None:
         return "no earlier result in the store"
     changed = [name for name, value in parts.items() if newest.key_parts.get(name) != value]
     line = f"{' and '.join(changed) or 'nothing'} changed since {newest.key[:12]}"
+    line += "" if newest.made_by is None else f" of {newest.made_by.name}"
     if "config" in changed:
         settings = json.loads(json.dumps(step.settings(config), default=str))
         line += f" ({unfinished.told(unfinished.differences(newest.config, settings))})"

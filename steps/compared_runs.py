@@ -25,11 +25,15 @@ _COUNTED = ("sources", "refused")
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two. ``config``: the run file, or each step's where no run is known; ``manifests`` in their order."""
+    """One of the two. ``config``: the run file; None where it is not known; ``manifests`` in their order."""
 
     name: str
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] | None
     manifests: Mapping[str, StepManifest]
+
+    def by_step(self) -> Mapping[str, Any]:
+        """The config of each step."""
+        return {step: manifest.config for step, manifest in self.manifests.items()}
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,11 @@ class Differences:
 
 
 def compare_runs(store: Store, a: Side, b: Side) -> Differences:
-    """Hold two runs side by side."""
+    """Hold two runs side by side; by the configs of their steps where the run file of one is not known."""
+    configs = (a.by_step(), b.by_step()) if a.config is None or b.config is None else (a.config, b.config)
     parts = {
         "data": [*_changes(_data(a), _data(b))],
-        "config": [*changes(a.config, b.config)],
+        "config": [*changes(*configs)],
         "code": [*_changes(_code(store, a), _code(store, b))],
         "environment": [*_changes(_environment(store, a), _environment(store, b))],
         "checks": [*_changes(_checks(a), _checks(b))],
@@ -152,7 +157,8 @@ def _said(check: Check) -> str:
 
 
 def _results(a: Side, b: Side) -> Iterator[Row]:
-    one, other = _figures(a), _figures(b)
+    summarised = _is_summarised(a) and _is_summarised(b)
+    one, other = (_summary(side) if summarised else _metrics(side) for side in (a, b))
     for name in dict.fromkeys([*one, *other]):
         before, after = one.get(name), other.get(name)
         if before != after:
@@ -160,12 +166,19 @@ def _results(a: Side, b: Side) -> Iterator[Row]:
             yield name, _figure(before), _figure(after) + ("" if change is None else f"  ({change:+.4g})")
 
 
-def _figures(side: Side) -> dict[str, Any]:
-    """The summary that the run's flow ends with, its comparison by task; of what did not come so far the metrics."""
-    if not {"train", "evaluate", "export"} <= side.manifests.keys() or "name" not in side.config:
-        kept = {step: manifest.metrics for step, manifest in side.manifests.items() if step != "prepare_data"}
-        return {name: value for name, value in _flat(kept) if _is_number(value)}
-    summary = report.summarise(dict(side.config), side.manifests)
+def _is_summarised(side: Side) -> bool:
+    """Whether the run came as far as its summary."""
+    return bool(side.config) and {"train", "evaluate", "export"} <= side.manifests.keys()
+
+
+def _metrics(side: Side) -> dict[str, Any]:
+    kept = {step: manifest.metrics for step, manifest in side.manifests.items() if step != "prepare_data"}
+    return {name: value for name, value in _flat(kept) if _is_number(value)}
+
+
+def _summary(side: Side) -> dict[str, Any]:
+    """The summary that the run's flow ends with, its comparison by task."""
+    summary = report.summarise(dict(side.config or {}), side.manifests)
     rows = summary.pop("comparison")
     named = {f"{row['task']}.{row['metric']} of {row['group']}": row["after"] for row in rows}
     return {**{name: value for name, value in _flat(summary) if _is_number(value)}, **named}

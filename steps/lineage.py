@@ -15,22 +15,30 @@ from posttrain_lib.lineage import promoted
 from posttrain_lib.lineage.graph import DEPTH, Graph, result_of, trace
 from posttrain_lib.lineage.missing import Missing, missing
 from posttrain_lib.lineage.picture import picture
-from posttrain_lib.lineage.store import MANIFEST, Store, read_manifest
+from posttrain_lib.lineage.store import MANIFEST, Store, disk_errors, read_manifest
 from posttrain_lib.lineage.tree import title, tree
 from posttrain_lib.schema.manifests import StepManifest
+from steps import export
 from steps.base import known_digests
 from steps.compared_runs import Side, compare_runs, text
-from steps.pipeline import plain_errors
-from steps.recorded import Recorded, is_run, look, recorded_run
+from steps.pipeline import STEPS, plain_errors
+from steps.recorded import FLOWS, Recorded, is_run, look, nearest_name, recorded_run
 
 _PROMOTED = re.compile(r"models/(?P<name>[\w.-]+)(@(?P<version>\d+))?")
-_KEY = re.compile(r"((?P<step>\w+)/)?(?P<key>[0-9a-f]{6,64})")
-_NAMES = """NAME is one of
+#: characters of a key that name a result
+_KEY_LEAST = 6
+_KEY = re.compile(rf"((?P<step>\w+)/)?(?P<key>[0-9a-f]{{{_KEY_LEAST},64}})")
+_NAMES = f"""NAME is one of
   SFTFlow/1795696944952819   a run of a flow; also SFTFlow/latest and SFTFlow/tag:TAG
   models/my-model@3          a promoted model; without @3 the current one
-  train/1a2b3c4d5e6f         a step's result by its key, or the beginning of it; also without the step
+  train/1a2b3c4d5e6f         a step's result by its key, or by the first {_KEY_LEAST} characters of it or more; also
+                             without the step
   some/folder                a folder or file of the store, or a copy of one anywhere
 """
+_EXPECTED = (
+    f"a run of {', '.join(FLOWS)}; a promoted model; {_KEY_LEAST} characters of a key or more; a folder: "
+    "python -m steps.lineage --help has examples"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ def find(reference: str, *, store: Store, where: str) -> Found:
         ConfigError: it stands for none; a beginning of a key that several have.
         StoreError: a manifest was changed by hand.
     """
+    if not reference.strip():
+        raise ConfigError("an empty name", where=where, expected=_EXPECTED)
     model = _PROMOTED.fullmatch(reference)
     if is_run(reference):
         return _run(store, reference, where)
@@ -63,13 +73,19 @@ def find(reference: str, *, store: Store, where: str) -> Found:
     manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
     if len(manifests) == 1:
         return Found(f"{manifests[0].step}/{manifests[0].key}", (manifests[0],))
+    if manifests:
+        raise ConfigError(
+            "several results have keys that begin so",
+            where=where,
+            got=f"{reference}: {', '.join(f'{m.step}/{m.key[:20]}' for m in manifests)}",
+            expected="a longer part of the key",
+        )
     raise ConfigError(
-        "several results have keys that begin so" if manifests else "this names no result",
+        "this names no result",
         where=where,
-        got=f"{reference}: {', '.join(f'{m.step}/{m.key[:20]}' for m in manifests)}" if manifests else reference,
-        expected="a longer part of the key"
-        if manifests
-        else f"a run, a promoted model, a key or a folder ({store.root})",
+        got=f"{reference}, in {store.root}",
+        expected=_EXPECTED,
+        fix=nearest_name(reference),
     )
 
 
@@ -78,13 +94,18 @@ def _run(store: Store, name: str, where: str) -> Found:
     try:
         run = recorded_run(name, store=store, where=where)
     except ConfigError as unknown:
-        folders = (file.parent for file in (store.root / "steps").glob(f"*/*/{MANIFEST}") if _names(file, name))
-        made = [found for folder in folders if (found := read_manifest(folder)) is not None]
-        own = sorted((m for m in made if m.made_by and m.made_by.name == name), key=lambda m: m.started_at)
+        own = _made_by(store, name)
         if not own:
             raise unknown
-        return Found(f"{name}, of which the store has what it made itself, and Metaflow no record", tuple(own))
+        return Found(f"{name}, of which the store has what it made itself, and Metaflow no record", own)
     return Found(run.name, tuple(run.manifests.values()), run)
+
+
+def _made_by(store: Store, run: str) -> tuple[StepManifest, ...]:
+    """What the store has of a run's own results, in the order of their making."""
+    folders = (file.parent for file in (store.root / "steps").glob(f"*/*/{MANIFEST}") if _names(file, run))
+    made = [found for folder in folders if (found := read_manifest(folder)) is not None]
+    return tuple(sorted((m for m in made if m.made_by and m.made_by.name == run), key=lambda m: m.started_at))
 
 
 def _names(manifest: Path, run: str) -> bool:
@@ -170,33 +191,80 @@ def _graph(found: Found, store: Store) -> Graph:
 
 
 def side_of(found: Found, store: Store) -> Side:
-    """What :func:`compare_runs` takes: a run as it is recorded, of a result all that it came from, by step; of several
-    results of one step the nearest."""
+    """What :func:`compare_runs` takes: a run as it is recorded; of a result the run that made it, up to that step.
+
+    Where Metaflow has no record of the run, of what the result came from the steps up to the exports of other runs, and
+    what the store has of the run besides; no run file is known then."""
     if found.run is not None:
         return Side(found.name, found.run.config, found.run.manifests)
-    graph = _graph(found, store)
-    nearest: dict[str, StepManifest] = {}
-    for root in graph.roots:
-        for node in graph.below(root):
-            if node.manifest is not None:
-                nearest.setdefault(node.manifest.step, node.manifest)
-    ordered = dict(sorted(reversed(nearest.items()), key=lambda item: item[1].started_at))
-    return Side(found.name, {step: manifest.config for step, manifest in ordered.items()}, ordered)
+    last = max((_place(manifest.step) for manifest in found.manifests), default=0)
+    run = _maker(found, store)
+    if run is not None:
+        until = {step: manifest for step, manifest in run.manifests.items() if _place(step) <= last}
+        return Side(found.name, run.config, until)
+    steps = _nearest(_graph(found, store))
+    for name in {manifest.made_by.name for manifest in found.manifests if manifest.made_by is not None}:
+        steps = {m.step: m for m in _made_by(store, name) if _place(m.step) <= last} | steps
+    return Side(found.name, None, dict(sorted(steps.items(), key=lambda item: _place(item[0]))))
 
 
-def _by_step(side: Side) -> Side:
-    return dataclasses.replace(side, config={step: manifest.config for step, manifest in side.manifests.items()})
+def _maker(found: Found, store: Store) -> Recorded | None:
+    """The run that made a single result, where Metaflow has it recorded."""
+    manifest = found.manifests[0]
+    if len(found.manifests) > 1 or manifest.made_by is None:
+        return None
+    try:
+        run = recorded_run(manifest.made_by.name, store=store)
+    except ConfigError:
+        return None  # its record is gone, or stands elsewhere: the store knows what the result came from
+    recorded = run.manifests.get(manifest.step)
+    return run if recorded is not None and recorded.key == manifest.key else None
+
+
+def _nearest(graph: Graph) -> dict[str, StepManifest]:
+    """Of each step the result nearest to a root. An export that is no root is a model of another run, whose steps are
+    not those of this one."""
+    found: dict[str, StepManifest] = {}
+    pending = list(graph.roots)
+    seen = set(pending)
+    while pending:
+        node = graph.nodes[pending.pop(0)]
+        if node.manifest is None or (node.manifest.step == export.STEP.name and node.id not in graph.roots):
+            continue
+        found.setdefault(node.manifest.step, node.manifest)
+        further = [edge.node for edge in node.inputs if edge.node not in seen]
+        seen.update(further)
+        pending += further
+    return found
+
+
+def _place(step: str) -> int:
+    """Where a step stands in the chain of every recipe; what lands rows stands before all."""
+    names = [each.name for each in STEPS]
+    return names.index(step) if step in names else -1
 
 
 def diff(a: Found, b: Found, store: Store, *, as_json: bool = False) -> str:
     """What differs between two runs, for a terminal or as JSON."""
     one, other = side_of(a, store), side_of(b, store)
-    if a.run is None or b.run is None:  # of one of them no run file is known
-        one, other = _by_step(one), _by_step(other)
     found = compare_runs(store, one, other)
     if not as_json:
         return text(found, one, other)
     return json.dumps({"a": one.name, "b": other.name, **dataclasses.asdict(found)}, indent=1)
+
+
+def _steps(text: str) -> int:
+    """How far back is shown."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps: 0, 1, 2, ...")
+    return int(text)
+
+
+def _svg(text: str) -> Path:
+    """A picture is SVG; under another ending no program would show it."""
+    if not text.lower().endswith(".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .svg")
+    return Path(text).expanduser()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,8 +278,10 @@ def _parser() -> argparse.ArgumentParser:
     options: dict[str, Any] = {"epilog": _NAMES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     showing = commands.add_parser("show", help="the tree of what a result came from", **options)
     showing.add_argument("name", metavar="NAME")
-    showing.add_argument("--depth", type=int, default=DEPTH, help="steps from the result that are shown (%(default)s)")
-    showing.add_argument("--picture", type=Path, metavar="FILE.svg", help="also draw it")
+    showing.add_argument(
+        "--depth", type=_steps, default=DEPTH, help="steps from the result that are shown (%(default)s)"
+    )
+    showing.add_argument("--picture", type=_svg, metavar="FILE.svg", help="also draw it")
     differing = commands.add_parser("diff", help="data, config, code, environment, checks, results", **options)
     differing.add_argument("a", metavar="NAME")
     differing.add_argument("b", metavar="NAME")
@@ -233,7 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
         shown = graph.nearest(options.depth)
         print(show(one, graph, shown))
         if options.picture is not None:
-            options.picture.write_text(picture(shown), encoding="utf-8")
+            with disk_errors("drawing the picture", options.picture):
+                options.picture.write_text(picture(shown), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from steps import (
 from steps.base import Say, Step, run_step, say_line
 from steps.start_from import RunNames, with_models_found
 
+_NOBODY_READS = 141  # as shells report SIGPIPE
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "sft" / "default.yaml"
 
 #: The steps of every recipe, each with what it needs standing before it; the last for those who ask for it.
@@ -165,14 +167,30 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, as behind ``| head``; then what is printed from now on is dropped,
+    or Python would tell of it once more when it ends."""
+    if sys.stdout is None:  # it was closed from the start: then nothing is printed
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 class plain_errors:  # noqa: N801 - used as a statement
     """Show a :class:`PosttrainError` as its message instead of a traceback, and exit with 1; with 75 (EX_TEMPFAIL)
-    where the same command goes on from a checkpoint."""
+    where the same command goes on from a checkpoint; without a word, with 141 as of SIGPIPE, where nobody reads what is
+    printed any more."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if _reader_is_gone() and (error is None or isinstance(error, BrokenPipeError)):
+            raise SystemExit(_NOBODY_READS) from None
         if isinstance(error, PosttrainError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(RETRY_EXIT_CODE if isinstance(error, PreemptedError) else 1) from None

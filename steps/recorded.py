@@ -9,10 +9,13 @@ Config, manifests and code come from Metaflow's records, patches from the store.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import glob
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,12 @@ from posttrain_lib.lineage.graph import GONE, HERE, Graph, Raw, trace
 from posttrain_lib.lineage.kept import read_record, record_file
 from posttrain_lib.lineage.store import Store, check_manifest, published_place
 from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
+from steps import landed, start_from
 from steps.base import known_digests
 
+#: flows whose runs leave results
+FLOWS = (*start_from.FLOWS, "RetrainFlow", "ConvertFlow")
+_BLOCK = 1 << 20
 _RUN = re.compile(r"(?P<flow>\w*Flow)/(?P<run>tag:.+|[^/]+)")
 
 
@@ -79,6 +86,19 @@ def is_run(reference: str) -> bool:
     return _RUN.fullmatch(reference) is not None
 
 
+def nearest_name(reference: str) -> str | None:
+    """Which run's name was meant, where a flow's name is misspelt or its run left out; None where no flow is near."""
+    flow, _, run = reference.partition("/")
+    spelt = {name.lower(): name for name in FLOWS}
+    near = difflib.get_close_matches(flow.lower(), spelt, n=1, cutoff=0.75)
+    return f"did you mean {spelt[near[0]]}/{run or 'latest'}?" if near else None
+
+
+def _of_a_model(reference: str) -> str | None:
+    known = f"python -m steps.lineage show {reference} tells the run that made it"
+    return known if reference.startswith("models/") else None
+
+
 def recorded_run(reference: str, *, store: Store | None = None, where: str = "run") -> Recorded:
     """The run of that name, whatever became of it (``latest`` and ``tag:`` mean successful ones).
 
@@ -91,9 +111,21 @@ def recorded_run(reference: str, *, store: Store | None = None, where: str = "ru
     store, parts = store or Store(), _RUN.fullmatch(reference)
     if parts is None:
         raise ConfigError(
-            "this names no run", where=where, got=reference, expected="<flow>/<run id>, as SFTFlow/latest"
+            "this names no run",
+            where=where,
+            got=reference,
+            expected=f"<flow>/<run id>, <flow>/latest or <flow>/tag:<tag>, with <flow> one of {', '.join(FLOWS)}",
+            fix=nearest_name(reference) or _of_a_model(reference),
         )
     flow, run = parts["flow"], parts["run"]
+    if flow not in FLOWS and flow not in (known := metaflow_runs.flows()):
+        raise ConfigError(
+            "there is no such flow",
+            where=where,
+            got=reference,
+            expected=f"one of {', '.join(dict.fromkeys([*FLOWS, *known]))}",
+            fix=nearest_name(reference),
+        )
     if run == "latest" or run.startswith("tag:"):
         tag = None if run == "latest" else run.removeprefix("tag:")
         found = metaflow_runs.latest_run(flow, where=where, tag=tag)
@@ -179,11 +211,14 @@ def lineage_of(manifests: Mapping[str, StepManifest], store: Store | None = None
     return trace(store or Store(), manifests.values(), look)
 
 
-def look(ref: ArtifactRef) -> Raw:
-    """What has become of an input from outside. A large file is read once, then remembered."""
-    digests = known_digests()
+def look(ref: ArtifactRef, reader: StepManifest | None = None) -> Raw:
+    """What has become of an input from outside. A large file is read once, then remembered.
+
+    ``reader`` is the step that read it: of a landed file only what was there then belongs to the input.
+    """
+    digests, taken = known_digests(), None if reader is None else _bytes_taken(ref, reader)
     try:
-        found = _now(ref, digests)
+        found = _now(ref, digests) if taken is None else _landed_now(ref, taken, digests)
     except PosttrainError as error:
         return Raw(f"cannot be read: {error.what}")
     digests.save()
@@ -191,6 +226,50 @@ def look(ref: ArtifactRef) -> Raw:
         return Raw(GONE)
     digest, files = found
     return Raw(HERE, files) if digest == ref.digest else Raw(f"changed: its digest is {digest[:12]} now")
+
+
+def _bytes_taken(ref: ArtifactRef, reader: StepManifest) -> int | None:
+    """How large a landed file was when the step ``take_rows`` read it, whose inputs have the digests of contents; None
+    of any other step's input."""
+    if reader.step != landed.STEP.name:
+        return None
+    files: Any = reader.config
+    sizes = {path: size for path, _, size in files}
+    return next(sizes[name] for name, each in reader.inputs.items() if each == ref)
+
+
+def _landed_now(ref: ArtifactRef, taken: int, digests: FileDigests) -> tuple[str, tuple[tuple[str, str], ...]] | None:
+    """As :func:`_now`, of a landed file. Lines may be added to it: its digest is that of its first ``taken`` bytes
+    where these are what they were, else that of all."""
+    from posttrain_lib.data.remote import file_system, patiently
+    from posttrain_lib.data.sources import client_errors
+    from posttrain_lib.data.sources import list_files as list_rows
+
+    if "://" not in ref.uri and not Path(ref.uri).exists():
+        return None
+    ((file, version),) = list_rows(ref.uri, digests)
+    filesystem, inner = file_system(file)
+
+    def first(size: int) -> str:
+        return patiently(file, partial(_digest_of_first, filesystem, inner, size))
+
+    with client_errors(file):
+        size = patiently(file, lambda: filesystem.size(inner))
+        whole = digests.remote(file, size, version, lambda: first(size)) if "://" in ref.uri else version
+        if whole == ref.digest or size <= taken:
+            return whole, ()
+        start = digests.remote(f"{file} up to byte {taken}", size, version, lambda: first(taken))
+    return (start if start == ref.digest else whole), ()
+
+
+def _digest_of_first(filesystem: Any, inner: str, size: int) -> str:
+    """sha256 hex of a file's first ``size`` bytes."""
+    state = hashlib.sha256()
+    with filesystem.open(inner, "rb") as handle:
+        while block := handle.read(min(_BLOCK, size)):
+            state.update(block)
+            size -= len(block)
+    return state.hexdigest()
 
 
 def _now(ref: ArtifactRef, digests: FileDigests) -> tuple[str, tuple[tuple[str, str], ...]] | None:

@@ -68,7 +68,7 @@ def _needed(store: Store, tagged: Iterable[FlowRun]) -> dict[tuple[str, str], st
         wanted.append((f"{run.flow}/{run.run}, tagged {', '.join(run.tags)}", manifests))
     found: dict[tuple[str, str], str] = {}
     for reason, manifests in wanted:
-        for result in trace(store, manifests, lambda _: Raw(HERE)).results():
+        for result in trace(store, manifests, lambda *_: Raw(HERE)).results():
             found.setdefault(result, reason)
     return found
 

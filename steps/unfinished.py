@@ -25,8 +25,10 @@ def changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str,
         for number in range(max(len(before), len(after))):
             old, new = (each[number] if number < len(each) else _MISSING for each in (before, after))
             yield from changes(old, new, f"{path}[{number}]")
+    elif _are_rows(before) and _are_rows(after):
+        yield from changes(_by_name(before), _by_name(after), path)
     elif before != after:
-        yield path, _shown(before), _shown(after)
+        yield path or "config", _shown(before), _shown(after)
 
 
 def differences(before: Any, after: Any) -> Iterator[str]:
@@ -41,6 +43,18 @@ def shortened(text: str, limit: int = 40) -> str:
 
 def _are_sections(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether this is a list of lists that each begin with a name of its own, as [file, first byte, size]."""
+    if not isinstance(value, list) or not all(isinstance(row, list) and len(row) > 1 for row in value):
+        return False
+    names = [row[0] for row in value]
+    return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+
+def _by_name(rows: list[list[Any]]) -> dict[str, list[Any]]:
+    return {name: rest for name, *rest in rows}
 
 
 def told(found: Iterator[str]) -> str:

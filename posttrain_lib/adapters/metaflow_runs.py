@@ -103,6 +103,12 @@ def latest_run(flow: str, *, where: str, tag: str | None = None) -> FlowRun:
         )
 
 
+def flows() -> tuple[str, ...]:
+    """Names of all flows that have runs, sorted."""
+    with every_user():
+        return tuple(sorted(flow.id for flow in Metaflow()))
+
+
 def tagged_runs() -> list[FlowRun]:
     """Every run of every flow that people gave a tag."""
     with every_user():

@@ -32,7 +32,8 @@ class Raw:
     files: tuple[tuple[str, str], ...] = ()
 
 
-Look = Callable[[ArtifactRef], Raw]
+#: of an input, and the step that read it
+Look = Callable[[ArtifactRef, StepManifest], Raw]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def trace(store: Store, manifests: Iterable[StepManifest], look: Look) -> Graph:
 
     Args:
         manifests: of a run, or of single results. They are believed where the store has lost its own.
-        look: tells what has become of a raw input.
+        look: tells what has become of a raw input that a step read.
 
     Raises:
         StoreError: a manifest in the store cannot be read, or was changed by hand.
@@ -122,7 +123,7 @@ def trace(store: Store, manifests: Iterable[StepManifest], look: Look) -> Graph:
             else:
                 node = f"{ref.uri} {ref.digest}"
                 if node not in nodes:
-                    nodes[node] = _raw(node, ref, look)
+                    nodes[node] = _raw(node, ref, manifest, look)
             found.setdefault(node, []).append(name)
         edges = tuple(Edge(tuple(names), node) for node, names in found.items())
         now = there(folder, manifest.step, manifest.key)
@@ -154,10 +155,10 @@ def _there(store: Store, folder: Path, step: str, key: str) -> StepManifest | No
     return read_manifest(_now(store, folder, step, key))
 
 
-def _raw(node: str, ref: ArtifactRef, look: Look) -> Node:
+def _raw(node: str, ref: ArtifactRef, reader: StepManifest, look: Look) -> Node:
     if published_place(ref.uri) is not None:
         return Node(node, "gone from the store, and no manifest tells what it was made from", ref=ref)
-    raw = look(ref)
+    raw = look(ref, reader)
     return Node(node, raw.state, ref=ref, files=raw.files)
 
 

@@ -97,13 +97,16 @@ class Store:
         os.utime(folder / MANIFEST)  # last use, for the clean-up
         return manifest
 
-    def newest(self, step: str) -> StepManifest | None:
-        """The last published or reused result of ``step`` whatever its key, to say what changed since."""
-        folders = [folder for folder in (self.root / "steps" / step).glob("*") if (folder / MANIFEST).is_file()]
-        if not folders:
-            return None
-        newest = max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
-        return _parse(newest / MANIFEST)  # its digest is looked at where the result is used
+    def newest(self, step: str, flow: str | None = None) -> StepManifest | None:
+        """The last published or reused result of ``step`` whatever its key, to say what changed since; the last that a
+        run of ``flow`` made, where there is one."""
+        files = sorted((self.root / "steps" / step).glob(f"*/{MANIFEST}"), key=lambda file: -file.stat().st_mtime)
+        for file in files if flow is not None else ():
+            if f'"{flow}"' in file.read_text(encoding="utf-8"):  # others need not be read as manifests
+                found = _parse(file)
+                if found.made_by is not None and found.made_by.flow == flow:
+                    return found
+        return _parse(files[0]) if files else None  # its digest is looked at where the result is used
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -113,7 +113,7 @@ def tracing(results: int) -> dict[str, float]:
                 last = store.publish(out, StepManifest.from_dict({**_plain_manifest(), **links}))
             before = ref
         start = time.perf_counter()
-        graph = trace(store, [last], lambda _: Raw(HERE))
+        graph = trace(store, [last], lambda *_: Raw(HERE))
         traced = time.perf_counter() - start
         assert len(graph.results()) == results
         drawn = _seconds(lambda: picture(graph)) + _seconds(lambda: tree(graph.nearest(DEPTH)))

@@ -116,6 +116,15 @@ def test_show_and_diff(home: Path, runs: dict[str, str]) -> None:
     assert "first step that differs: train: config" in other
 
 
+def test_promoted_models_differ_as_the_runs_that_made_them(home: Path, runs: dict[str, str]) -> None:
+    names = [f"SFTFlow/{runs[which]}" for which in ("first", "second")]
+    for name in names:
+        lineage(home, "--name", "mine", "--from", name, module="steps.promote")
+    of_runs, of_models = lineage(home, "diff", *names), lineage(home, "diff", "models/mine@1", "models/mine@2")
+    assert of_models.splitlines()[:2] == ["a  models/mine@1", "b  models/mine@2"]
+    assert of_models.splitlines()[2:] == of_runs.splitlines()[2:] and "\nresults: " in of_runs
+
+
 def test_metaflow_s_copy_of_a_manifest_is_checked_too(home: Path, runs: dict[str, str]) -> None:
     script = (
         "import sys; from posttrain_lib.adapters import metaflow_runs as m; from steps import recorded\n"

@@ -21,7 +21,7 @@ from posttrain_lib.schema.manifests import ArtifactRef, StepManifest
 from tests.support.traced import model_folder, publish_chain, rows_file
 
 
-def there(ref: ArtifactRef) -> Raw:
+def there(ref: ArtifactRef, _: StepManifest) -> Raw:
     return Raw(HERE if Path(ref.uri).exists() else GONE)
 
 
@@ -149,7 +149,7 @@ def test_the_tree_tells_each_thing_once(two_runs: tuple, store: Store, tmp_path:
 def test_files_of_something_raw_are_listed(tmp_path: Path, store: Store) -> None:
     made = publish_chain(store, rows_file(tmp_path), model_folder(tmp_path / "hf"))
     files = tuple((f"part-{number}", f"{number}" * 64) for number in range(10, 20))
-    shown = tree(trace(store, [made["prepare_data"]], lambda _: Raw(HERE, files)))
+    shown = tree(trace(store, [made["prepare_data"]], lambda *_: Raw(HERE, files)))
     assert "|- part-10 101010101010" in shown and "`- and 2 more files" in shown
 
 

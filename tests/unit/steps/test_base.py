@@ -14,7 +14,7 @@ from posttrain_lib.config.train import Incidents
 from posttrain_lib.errors import DataError, StoreError
 from posttrain_lib.lineage.kept import packages_of, sources_of
 from posttrain_lib.lineage.source_digest import source_digests
-from posttrain_lib.lineage.store import Store
+from posttrain_lib.lineage.store import MANIFEST, Store
 from posttrain_lib.schema.manifests import ArtifactRef, MadeBy, StepManifest
 from steps import base, train
 from steps.base import Step, StepContext, StepResult, content_key, results_of, run_step
@@ -91,6 +91,23 @@ def test_a_change_is_named(tmp_path: Path, config: RunConfig, what: str) -> None
     assert recorder.runs == 2
     assert f"{what} changed since" in said[0]
     assert what == "version" or "steps 10 -> 11" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("flow", "like"), [("SFTFlow", "SFTFlow"), ("RetrainFlow", "RetrainFlow"), ("DPOFlow", "RetrainFlow")]
+)
+def test_a_change_is_told_since_the_last_result_of_the_same_flow(
+    tmp_path: Path, config: RunConfig, flow: str, like: str
+) -> None:
+    """Or of any, where that flow has none."""
+    recorder, store, steps = Recorder(), Store(tmp_path), {"SFTFlow": 11, "RetrainFlow": 12}
+    for number, earlier in enumerate(steps):
+        with results_of(MadeBy(earlier, "1", "fake", "tester")):
+            made, _ = run(recorder.step(), build_run_config(RAW, overrides=[f"train.steps={steps[earlier]}"]), store)
+        os.utime(store.result_folder("fake", made.key) / MANIFEST, (number, number))
+    with results_of(MadeBy(flow, "2", "fake", "tester")):
+        _, said = run(recorder.step(), config, store)
+    assert f" of {like}/1 (steps {steps[like]} -> 10)" in said[0]
 
 
 def test_reuse_can_be_turned_off(tmp_path: Path, config: RunConfig) -> None:

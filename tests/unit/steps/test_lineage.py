@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,11 @@ import pytest
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.store import MANIFEST, Store
 from posttrain_lib.schema.manifests import StepManifest
-from steps.lineage import find, main
+from steps.lineage import find, main, side_of
 from steps.promote import promote
 from tests.support.traced import model_folder, publish_chain, rows_file
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -113,20 +118,83 @@ def test_a_manifest_edited_by_hand_is_an_error(
 def test_diff_of_two_results_goes_by_their_steps(
     store: Store, made: dict[str, StepManifest], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The second began with the first's export: of each step the nearest counts."""
+    """The second began with the first's export: of each step its own counts, step inputs too, whose results it passes
+    on and keeps none of."""
     other = publish_chain(store, rows_file(tmp_path / "data"), hf(made), seed=7, run="2")
     names = [made["export"].key[:12], other["export"].key[:12]]
     main(["diff", *names])
     out = capsys.readouterr().out
-    assert "first step that differs: train: config (train.seed 0 -> 7); inputs (model)" in out
+    assert "first step that differs: inputs: inputs (model)" in out
     assert ["train.train.seed", "0", "7"] in [line.split() for line in out.splitlines()]
     main(["diff", *names, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["b"] == f"export/{other['export'].key}" and found["parts"]["environment"] == []
 
 
+def test_the_steps_of_an_ancestor_are_not_a_result_s_own(
+    store: Store, made: dict[str, StepManifest], tmp_path: Path
+) -> None:
+    second = publish_chain(store, rows_file(tmp_path / "new", "{}\n"), hf(made), seed=7, run="2")
+    found = find(second["export"].key, store=store, where="diff")
+    assert list(side_of(found, store).manifests.items()) == list(second.items())
+    shutil.rmtree(store.result_folder("prepare_data", second["prepare_data"].key))
+    del second["prepare_data"]
+    assert side_of(found, store).manifests == second, "not the one that the ancestor was trained on"
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name(store: Store, made: dict[str, StepManifest], name: str) -> None:
+    """It is no other word for the working directory."""
+    with pytest.raises(ConfigError, match="an empty name"):
+        find(name, store=store, where="show")
+
+
+def test_a_misspelt_name_and_a_short_key_are_told_what_would_do(store: Store, made: dict[str, StepManifest]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find("SFTFow/latest", store=store, where="show")
+    assert caught.value.fix == "did you mean SFTFlow/latest?" and "RetrainFlow" in str(caught.value.expected)
+    with pytest.raises(ConfigError, match="6 characters of a key or more"):
+        find(f"train/{made['train'].key[:5]}", store=store, where="show")
+    assert find(f"train/{made['train'].key[:6]}", store=store, where="show").manifests == (made["train"],)
+
+
+def test_a_picture_that_cannot_be_written(
+    store: Store, made: dict[str, StepManifest], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["show", made["export"].key, "--picture", str(tmp_path / "none" / "p.svg")])
+    assert stopped.value.code == 1 and "StoreError: drawing the picture failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (["--picture", "p.png"], "'p.png' does not end in .svg"),
+        (["--depth", "-3"], "'-3' is no number of steps"),
+        (["--depth", "some"], "'some' is no number of steps"),
+    ],
+)
+def test_options_that_cannot_be(option: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["show", "models/mine", *option])
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_what_is_printed(store: Store, made: dict[str, StepManifest], unbuffered: str) -> None:
+    """As behind ``| head``: no traceback, be the pipe found broken by a line or at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as broken:
+        command = [sys.executable, "-m", "steps.lineage", "show", made["export"].key]
+        settings = {**os.environ, "POSTTRAIN_STORE": str(store.root), "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, text=True, env=settings, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_help_tells_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["--help"], ["show", "--help"], ["diff", "--help"]):
         with pytest.raises(SystemExit):
             main(command)
-        assert "models/my-model@3" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "models/my-model@3" in out and "the first 6 characters" in out

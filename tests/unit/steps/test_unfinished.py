@@ -19,6 +19,24 @@ def test_differences_are_named_by_their_keys() -> None:
     assert list(differences(before, before)) == []
 
 
+def test_rows_that_begin_with_a_name_are_told_by_it() -> None:
+    """As the files that step take_rows has for its settings."""
+    before, after = [["a.jsonl", 0, 12], ["b.jsonl", 0, 3]], [["b.jsonl", 3, 9], ["c.jsonl", 0, 5]]
+    assert list(differences(before, after)) == [
+        "a.jsonl [0, 12] -> (none)",
+        "b.jsonl [0, 3] -> [3, 9]",
+        "c.jsonl (none) -> [0, 5]",
+    ]
+    assert list(differences({"files": before}, {"files": []})) == [
+        "files.a.jsonl [0, 12] -> (none)",
+        "files.b.jsonl [0, 3] -> (none)",
+    ]
+
+
+def test_settings_that_are_no_mapping_have_a_name() -> None:
+    assert list(differences(None, [1])) == ["config null -> [1]"]
+
+
 def test_a_line_names_a_few() -> None:
     line = told(differences({}, {str(number): "x" * 99 for number in range(6)}))
     assert line.endswith(" and 2 more") and line.count(" -> ") == 4 and len(line) < 250
