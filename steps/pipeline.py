@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from steps import (
 from steps.base import Say, Step, run_step, say_line
 from steps.start_from import RunNames, with_models_found
 
-_NOBODY_READS = 141  # as shells report SIGPIPE
+_LIKE_SIGPIPE = 141  # as shells report it
 DEFAULT_CONFIG = PROJECT_ROOT / "configs" / "sft" / "default.yaml"
 
 #: The steps of every recipe, each with what it needs standing before it; the last for those who ask for it.
@@ -167,17 +168,24 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _reader_is_gone() -> bool:
-    """Whether nobody reads what is printed any more, as behind ``| head``; then what is printed from now on is dropped,
-    or Python would tell of it once more when it ends."""
-    if sys.stdout is None:  # it was closed from the start: then nothing is printed
+def _nobody_reads(error: BaseException | None) -> bool:
+    """Whether what is printed ends in a pipe that nobody reads any more, as behind ``| head``; what is left of it is
+    dropped then, or Python would tell of it once more when it ends."""
+    if sys.stdout is None:  # closed from the start: nothing is printed
         return False
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
-    return False
+    # Unbuffered, nothing is left to flush. The error may be of another pipe, which is not to be passed over.
+    return isinstance(error, BrokenPipeError) and _is_broken(sys.stdout.fileno())
+
+
+def _is_broken(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class plain_errors:  # noqa: N801 - used as a statement
@@ -189,8 +197,8 @@ class plain_errors:  # noqa: N801 - used as a statement
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if _reader_is_gone() and (error is None or isinstance(error, BrokenPipeError)):
-            raise SystemExit(_NOBODY_READS) from None
+        if _nobody_reads(error) and (error is None or isinstance(error, BrokenPipeError)):
+            raise SystemExit(_LIKE_SIGPIPE) from None
         if isinstance(error, PosttrainError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(RETRY_EXIT_CODE if isinstance(error, PreemptedError) else 1) from None

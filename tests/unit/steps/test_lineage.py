@@ -15,6 +15,7 @@ from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.store import MANIFEST, Store
 from posttrain_lib.schema.manifests import StepManifest
 from steps.lineage import find, main, side_of
+from steps.pipeline import plain_errors
 from steps.promote import promote
 from tests.support.traced import model_folder, publish_chain, rows_file
 
@@ -190,6 +191,11 @@ def test_nobody_reads_what_is_printed(store: Store, made: dict[str, StepManifest
         settings = {**os.environ, "POSTTRAIN_STORE": str(store.root), "PYTHONUNBUFFERED": unbuffered}
         done = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, text=True, env=settings, cwd=ROOT)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error_as_any() -> None:
+    with pytest.raises(BrokenPipeError), plain_errors():
+        raise BrokenPipeError("of a worker")
 
 
 def test_help_tells_the_names(capsys: pytest.CaptureFixture[str]) -> None:
