@@ -157,7 +157,7 @@ def _listed(folder: str) -> list[TakenFile]:
         name = file_system(file)[1]
         size = sizes[name]
         if "://" in file:  # the store's word for a version is another for the same content, written again
-            digest = known.remote(file, size, digest, partial(_digest, file, size))
+            digest = known.remote(file, size, digest, partial(digest_of_first, file, size))
         found.append(TakenFile(name.removeprefix(inner.rstrip("/") + "/"), size, digest))
     known.save()
     return found
@@ -208,8 +208,12 @@ def _copy(source: str, file: TakenFile, target: Path) -> str:
     return _read(source, attempt)
 
 
-def _digest(file: str, size: int) -> str:
-    """sha256 hex of the file's first ``size`` bytes."""
+def digest_of_first(file: str, size: int) -> str:
+    """sha256 hex of the first ``size`` bytes of a local or remote file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
 
     def attempt() -> str:
         state = hashlib.sha256()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import glob
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from steps.base import known_digests
 
 #: flows whose runs leave results
 FLOWS = (*start_from.FLOWS, "RetrainFlow", "ConvertFlow")
-_BLOCK = 1 << 20
 _RUN = re.compile(r"(?P<flow>\w*Flow)/(?P<run>tag:.+|[^/]+)")
 
 
@@ -250,26 +248,14 @@ def _landed_now(ref: ArtifactRef, taken: int, digests: FileDigests) -> tuple[str
     ((file, version),) = list_rows(ref.uri, digests)
     filesystem, inner = file_system(file)
 
-    def first(size: int) -> str:
-        return patiently(file, partial(_digest_of_first, filesystem, inner, size))
-
     with client_errors(file):
         size = patiently(file, lambda: filesystem.size(inner))
-        whole = digests.remote(file, size, version, lambda: first(size)) if "://" in ref.uri else version
-        if whole == ref.digest or size <= taken:
-            return whole, ()
-        start = digests.remote(f"{file} up to byte {taken}", size, version, lambda: first(taken))
+    first = partial(landed.digest_of_first, file)
+    whole = digests.remote(file, size, version, lambda: first(size)) if "://" in ref.uri else version
+    if whole == ref.digest or size <= taken:
+        return whole, ()
+    start = digests.remote(f"{file} up to byte {taken}", size, version, lambda: first(taken))
     return (start if start == ref.digest else whole), ()
-
-
-def _digest_of_first(filesystem: Any, inner: str, size: int) -> str:
-    """sha256 hex of a file's first ``size`` bytes."""
-    state = hashlib.sha256()
-    with filesystem.open(inner, "rb") as handle:
-        while block := handle.read(min(_BLOCK, size)):
-            state.update(block)
-            size -= len(block)
-    return state.hexdigest()
 
 
 def _now(ref: ArtifactRef, digests: FileDigests) -> tuple[str, tuple[tuple[str, str], ...]] | None:

@@ -170,8 +170,8 @@ def test_a_file_of_an_object_store_is_read_once_while_it_stays(
     isolated_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    digest = landed._digest
-    monkeypatch.setattr(landed, "_digest", lambda file, size: read.append(file) or digest(file, size))
+    digest = landed.digest_of_first
+    monkeypatch.setattr(landed, "digest_of_first", lambda file, size: read.append(file) or digest(file, size))
     with s3_server() as url, s3_environment(url):
         s3 = fsspec.filesystem("s3")
         s3.mkdir("landing")
