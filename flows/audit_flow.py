@@ -2,7 +2,8 @@
 
     python flows/audit_flow.py run
 
-Deployed, it starts when a RetrainFlow of its project and branch has ended well. ``--config`` is that flow's file.
+Deployed, it starts when a RetrainFlow of its project and branch has ended well. ``--config`` is that flow's file, which
+names the model; it stands before ``run``.
 """
 
 # First, because it sets the environment that Metaflow reads when it is imported.
@@ -52,20 +53,22 @@ class AuditFlow(FlowSpec):
     @card(type="blank", id="audit")
     @step
     def start(self):
-        """Read everything again, and show it."""
+        """Read everything again, and show it. What does not hold fails the next step: a step that fails has no card."""
         from posttrain_lib.adapters.metaflow_retrain_card import fill_audit
 
         with plain_errors():
             raw = retrain.resolve(self.config, self.overrides, retrain.test_branch(current))
-            self.checks = audit.audit(Store(), raw["name"])
-            fill_audit(current.card["audit"], raw["name"], self.checks, retrain.history(raw))
-            for check in self.checks:
-                print(f"{check.name}: {check.value}", flush=True)
+            self.audit = audit.audit(Store(), raw["name"])
+            fill_audit(current.card["audit"], raw["name"], self.audit.checks, self.audit.history)
+            for check in self.audit.checks:
+                print(f"{check.name}: {'' if check.passed else 'NO: '}{check.value}", flush=True)
         self.next(self.end)
 
     @step
     def end(self):
-        """What was proved stands in the artifact ``checks``."""
+        """Fail where something does not hold. What was proved stands in the artifact ``audit``."""
+        with plain_errors():
+            self.audit.demand()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from posttrain_lib.config.evaluation import WinRateTask
 from posttrain_lib.config.origin import ModelOrigin
 from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.lineage.digests import digest_value
+from posttrain_lib.lineage.pointer import rollback_command
 from posttrain_lib.lineage.store import default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
@@ -237,12 +238,15 @@ def _check_unchanged(origin: ModelOrigin, found: ArtifactRef) -> None:
         ModelError: some file of it was changed.
     """
     if found.digest != origin.digest:
+        otherwise = "name the folder itself as model.path"
+        if origin.promoted is not None:
+            otherwise = f"go back to another version: {rollback_command(origin.promoted.partition('@')[0])}"
         raise ModelError(
             "the model's folder was changed after it was published",
             where=found.uri,
             got=f"digest {found.digest[:12]}",
             expected=f"{origin.digest[:12]}, which {origin.made_by()} has",
-            fix="make it again, or name the folder itself as model.path",
+            fix=f"make it again, or {otherwise}",
         )
 
 

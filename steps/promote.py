@@ -16,14 +16,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from posttrain_lib.errors import ConfigError, VerificationError
+from posttrain_lib.errors import ConfigError, ModelError, StoreError, VerificationError
 from posttrain_lib.lineage import pointer, promoted
+from posttrain_lib.lineage.digests import FileDigests
 from posttrain_lib.lineage.pointer import Action, Entry
 from posttrain_lib.lineage.promoted import Promoted
 from posttrain_lib.lineage.store import Store, read_manifest
 from posttrain_lib.schema.manifests import StepManifest
 from steps import report
-from steps.base import known_digests
 from steps.start_from import check_published, exported_by, is_name, kind_of, resolve_model, run_named
 
 _FROM, _ROLLBACK = "--from", "--rollback"
@@ -45,10 +45,11 @@ def promote(store: Store, name: str, source: str, *, note: str | None = None, fo
     """Record ``source`` (a run's name, another promoted model or a folder) as the next version of ``name``.
 
     Raises:
-        ConfigError, ModelError: there is no such model, or it is not whole.
+        ConfigError, ModelError: there is no such model, or it is not whole, or not what was published or promoted.
+        StoreError: the pointer of ``name`` is lost, damaged or was changed by hand.
         VerificationError: its checks, gates or run failed, and ``force`` gives no reason to take it all the same.
     """
-    found = _candidate(source)
+    found = _candidate(store, source)
     if found.against and not force:
         raise VerificationError(
             "this model is not one to promote",
@@ -81,17 +82,22 @@ def rollback(store: Store, name: str, version: int, *, note: str | None) -> Entr
 
     Raises:
         ConfigError: there is no such version, it is the current one, or no reason is given.
-        ModelError: its folder is not what it was.
-        StoreError: the pointer was changed by hand.
+        ModelError: its folder is not what was promoted.
+        StoreError: the history is damaged or was changed by hand, or the version's record was. Where only the current
+            version was, or the pointer is gone, this says anew which it is.
     """
     if not note:
         raise ConfigError("a rollback says why", where="--note", expected="a line for those who read the history")
-    with promoted.deciding(store, name) as before:
-        promoted.find(store, name, version, where=_ROLLBACK)
+    with promoted.deciding(store, name, settling=True) as before:
+        wanted = promoted.find(store, name, version, where=_ROLLBACK)
         if version == before.current:
             raise ConfigError("this version is the current one", where=_ROLLBACK, got=f"models/{name}@{version}")
-        resolve_model(f"models/{name}@{version}", where=_ROLLBACK, needs="any")
-        entry = dataclasses.replace(decision("rolled back", note), version=version)
+        promoted.check_folder(store, wanted, where=_ROLLBACK)
+        vouched = [version] if before.history else promoted.numbers_of(store, name)
+        why = note if before.history else f"{note}; the history begins here"
+        entry = dataclasses.replace(
+            decision("rolled back", why), version=version, records=promoted.record_digests(store, name, vouched)
+        )
         return pointer.append(store, name, before, entry).history[-1]
 
 
@@ -105,18 +111,30 @@ def told(store: Store, name: str) -> str:
 
     Raises:
         ConfigError: no such model.
-        StoreError: the pointer was changed by hand.
+        StoreError: the pointer is lost, damaged or was changed by hand.
     """
+    found = _history(store, name)
+    current = "none is the" if found.current is None else f"version {found.current} is the"
+    lines = [f"models/{name}: {current} current one", *map(entry_line, found.history)]
+    for version in promoted.numbers_of(store, name):
+        if version not in found.with_entry:
+            lines.append(
+                f"{'':>5} version {version} has no entry: its promotion was interrupted, or its entry was lost"
+            )
+    return "\n".join(lines)
+
+
+def _history(store: Store, name: str) -> pointer.Pointer:
     found = promoted.pointer_of(store, name)
     if not found.history:
         promoted.find(store, name, None, where="--name")
-    current = "none is the" if found.current is None else f"version {found.current} is the"
-    lines = [f"models/{name}: {current} current one", *map(entry_line, found.history)]
-    known = {entry.version for entry in found.history}
-    for entry in promoted.versions_of(store, name):
-        if entry.version not in known and (found.history or entry.version != found.current):
-            lines.append(f"{'':>5} version {entry.version} ({entry.promoted_at}): no decision made it the current one")
-    return "\n".join(lines)
+    return found
+
+
+def _history_as_json(store: Store, name: str) -> list[str]:
+    """A line for each entry of the history: every field, and its digest."""
+    history = _history(store, name).history
+    return [json.dumps({**dataclasses.asdict(entry), "digest": entry.digest()}, sort_keys=True) for entry in history]
 
 
 def entry_line(entry: Entry) -> str:
@@ -127,9 +145,13 @@ def entry_line(entry: Entry) -> str:
 
 
 def listing(store: Store) -> str:
-    """A table of all versions."""
-    lines = [f"{'model':<28}{'made by':<34}{'digest':<14}{'promoted':<27}{'by':<14}note"]
-    for entry in promoted.all_promoted(store):
+    """A table of all versions, the current ones marked; behind it the models of which it is not known which that is."""
+    lines = [f"{'model':<28}{'current':<9}{'made by':<34}{'digest':<14}{'promoted':<27}{'by':<14}note"]
+    versions = promoted.all_promoted(store)
+    found = {name: _pointer_or_problem(store, name) for name in dict.fromkeys(entry.name for entry in versions)}
+    for entry in versions:
+        its = found[entry.name]
+        current = "?" if isinstance(its, StoreError) else "yes" if its.current == entry.version else ""
         made_by = f"{entry.flow}/{entry.run}" if entry.run is not None else "a folder"
         remarks = [
             *([entry.note] if entry.note else []),
@@ -137,19 +159,39 @@ def listing(store: Store) -> str:
             *([] if Path(entry.path).is_dir() else [f"gone: {entry.path}"]),
         ]
         lines.append(
-            f"models/{entry.label:<21}{made_by:<34}{entry.digest[:12]:<14}{entry.promoted_at:<27}{entry.user:<14}"
-            f"{'; '.join(remarks)}".rstrip()
+            f"models/{entry.label:<21}{current:<9}{made_by:<34}{entry.digest[:12]:<14}{entry.promoted_at:<27}"
+            f"{entry.user:<14}{'; '.join(remarks)}".rstrip()
         )
-    return "\n".join(lines) if len(lines) > 1 else f"no model was promoted in {store.root}"
+    problems = [f"models/{name}: {its}" for name, its in found.items() if isinstance(its, StoreError)]
+    return "\n".join([*lines, *problems]) if versions else f"no model was promoted in {store.root}"
 
 
-def _candidate(source: str) -> Candidate:
+def _list_as_json(store: Store) -> list[str]:
+    """A line for each version: every field, and whether it is the current one; null where that is not known."""
+    lines = []
+    for entry in promoted.all_promoted(store):
+        its = _pointer_or_problem(store, entry.name)
+        current = None if isinstance(its, StoreError) else its.current == entry.version
+        lines.append(json.dumps({**dataclasses.asdict(entry), "current": current}, sort_keys=True))
+    return lines
+
+
+def _pointer_or_problem(store: Store, name: str) -> pointer.Pointer | StoreError:
+    """What is wrong with one model must not hide the others from a list; it is shown there."""
+    try:
+        return promoted.pointer_of(store, name)
+    except StoreError as error:
+        return error
+
+
+def _candidate(store: Store, source: str) -> Candidate:
     if not is_name(source, where=_FROM):
         return _folder(source)
     run = run_named(source, where=_FROM)
     if run is None:
-        return _again(source)
+        return _again(store, source)
     found = exported_by(run, where=_FROM, must_be_through=False)
+    _check_digest(found.path, found.digest, source)
     manifests = {step: StepManifest.from_dict(raw) for step, raw in run.manifests.items()}
     gates = report.gate_results(run.config, report.summarise(run.config, manifests))
     checks = tuple(dataclasses.asdict(check) for check in manifests["export"].checks)
@@ -157,11 +199,12 @@ def _candidate(source: str) -> Candidate:
     return Candidate(found.path, found.digest, found.lineage, checks, tuple(gates), tuple(against))
 
 
-def _again(source: str) -> Candidate:
+def _again(store: Store, source: str) -> Candidate:
     """A promoted model under another name, or an older version made the latest: what was known of it still holds."""
     found = resolve_model(source, where=_FROM, needs="any")
     name, _, version = str(found.lineage["promoted"]).partition("@")
-    entry = promoted.find(Store(), name, int(version), where=_FROM)
+    entry = promoted.find(store, name, int(version), where=_FROM)
+    promoted.check_folder(store, entry, where=_FROM)
     made_by = {key: getattr(entry, key) for key in ("flow", "run", "step", "key", "tags")}
     against = _failed(entry.checks, list(entry.gates)) or ([entry.forced] if entry.forced else [])
     return Candidate(found.path, found.digest, made_by, entry.checks, entry.gates, tuple(against))
@@ -180,15 +223,26 @@ def _folder(source: str) -> Candidate:
     export = read_manifest(folder) or read_manifest(folder.parent)
     if export is None or export.step != "export":
         kind_of(folder, _FROM, source)
-        digests = known_digests()
-        digest = digests.path(folder)
-        digests.save()
-        return Candidate(folder, digest, {}, (), (), ())
+        return Candidate(folder, FileDigests().path(folder), {}, (), (), ())
     ref = export.outputs["hf"]
     check_published(Path(ref.uri).parent, export.key, _FROM, source, "run the flow again")
+    _check_digest(Path(ref.uri), ref.digest, source)
     checks = tuple(dataclasses.asdict(check) for check in export.checks)
     made_by = {"step": "export", "key": export.key}
     return Candidate(Path(ref.uri), ref.digest, made_by, checks, (), tuple(_failed(checks, [])))
+
+
+def _check_digest(folder: Path, published: str, source: str) -> None:
+    """An export is byte for byte what was published; all of it is read, and nothing remembered."""
+    now = FileDigests().path(folder)
+    if now != published:
+        raise ModelError(
+            "the export was changed after it was published",
+            where=_FROM,
+            got=f"{source}: {folder}: digest {now[:12]}",
+            expected=f"digest {published[:12]}",
+            fix=f"remove {folder.parent} and run the flow again, which makes it anew; or promote another one",
+        )
 
 
 def _failed(checks: tuple[dict[str, Any], ...], gates: list[dict[str, Any]]) -> list[str]:
@@ -227,11 +281,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--history", action="store_true", help="show every decision about --name")
     parser.add_argument("--list", action="store_true", help="show what was promoted")
-    parser.add_argument("--json", action="store_true", help="with --list: every field, as JSON lines")
+    parser.add_argument("--json", action="store_true", help="with --list or --history: every field, as JSON lines")
     options = parser.parse_args(arguments)
     asked = [options.source is not None, options.rollback is not None, options.history]
     if sum(asked) + options.list != 1 or any(asked) != (options.name is not None):
         parser.error(f"give --name with {_FROM}, {_ROLLBACK} or --history; or --list")
+    if options.json and not (options.list or options.history):
+        parser.error("--json goes with --list or --history")
     with plain_errors():
         store = Store()
         if options.source is not None:
@@ -239,14 +295,14 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"models/{entry.label} -> {entry.path}, digest {entry.digest[:12]}")
         if options.rollback is not None:
             moved = rollback(store, options.name, options.rollback, note=options.note)
-            print(f"models/{options.name}: version {moved.version} is the current one, {moved.before} was")
+            was = "which one was is not known" if moved.before is None else f"{moved.before} was"
+            print(f"models/{options.name}: version {moved.version} is the current one, {was}")
         if options.history:
-            print(told(store, options.name))
-        if options.list and options.json:
-            for entry in promoted.all_promoted(store):
-                print(json.dumps(dataclasses.asdict(entry), sort_keys=True))
-        elif options.list:
-            print(listing(store))
+            for line in _history_as_json(store, options.name) if options.json else [told(store, options.name)]:
+                print(line)
+        if options.list:
+            for line in _list_as_json(store) if options.json else [listing(store)]:
+                print(line)
 
 
 if __name__ == "__main__":

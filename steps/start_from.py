@@ -26,6 +26,7 @@ from posttrain_lib.config.origin import ModelOrigin
 from posttrain_lib.errors import ConfigError, ModelError
 from posttrain_lib.lineage import promoted
 from posttrain_lib.lineage.digests import write_atomically
+from posttrain_lib.lineage.pointer import rollback_command
 from posttrain_lib.lineage.store import MANIFEST, Store, disk_errors, first_damage, read_manifest
 from posttrain_lib.schema.manifests import StepManifest
 from steps.base import Say, say_line
@@ -101,7 +102,8 @@ def resolve_model(reference: str, *, where: str = "model.path", needs: Kind = "c
     if model is not None:
         version = model["version"]
         entry = promoted.find(Store(), model["name"], None if version is None else int(version), where=where)
-        _check_files(Path(entry.path), entry.files, where, reference, _again(entry.flow, entry.run))
+        again = f"{_again(entry.flow, entry.run)}; or go back to another version: {rollback_command(entry.name)}"
+        _check_files(Path(entry.path), entry.files, where, reference, again)
         keys = ("flow", "run", "step", "key")
         made_by = {**{key: getattr(entry, key) for key in keys}, "tags": list(entry.tags), "promoted": entry.label}
         found = ResolvedModel(Path(entry.path), entry.digest, made_by)

@@ -52,8 +52,11 @@ def fill_retrain(
 
 
 def fill_audit(card: Any, name: str, checks: Sequence[Check], history: Sequence[Entry]) -> None:
-    """What an audit proved, and every decision about the model."""
-    card.append(Markdown(f"# Audit of models/{name}"))
+    """What an audit proved and what not, and every decision about the model."""
+    failed = sum(not check.passed for check in checks)
+    card.append(
+        Markdown(f"# Audit of models/{name}: {f'{failed} of {len(checks)} proofs failed' if failed else 'whole'}")
+    )
     card.append(checks_table([("audit", check) for check in checks]))
     _history(card, history)
 

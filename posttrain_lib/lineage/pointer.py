@@ -2,13 +2,17 @@
 
 <root>/models/<name>/pointer.json      the current version and every entry of the history, replaced as one file: a move
                                        and its entry are there together, or neither is
+<root>/models/<name>/newest.json       number and digest of the newest entry, written behind the pointer
 <root>/models/<name>/rows/<digest>.json  the rows that a retrain took, named by their own digest (:class:`TakenRows`)
 
 Entries are only ever added. Each holds the digest of the one before it, so that an entry changed, taken out or put in
 by hand is named, and so is a current version that the last entry did not make current. Entries cut off at the end leave
-a chain that holds: their versions then count as recorded and never promoted.
+a chain that holds; it is then shorter than newest.json says, and versions promoted by what was cut have no entry.
+Whoever makes newest.json fit hides rollbacks and rejections behind the last promotion that is left: nothing else
+notes them. A copy of the history kept elsewhere would tell.
 
-A name without the file is one of before there were pointers: its latest version is the current one.
+A pointer that is gone is no reason to take another version for the current one: :func:`read` refuses, also versions of
+before there were pointers; a rollback says which is the current one and begins the history anew.
 """
 
 from __future__ import annotations
@@ -26,7 +30,10 @@ from posttrain_lib.lineage.digests import digest_value, sync_folder, write_atomi
 from posttrain_lib.lineage.store import Store, disk_errors
 
 FILE = "pointer.json"
+NEWEST = "newest.json"
 ROWS = "rows"
+#: what the pointer is written as; entries of 1 hold no digests of records
+FORMAT_VERSION = 2
 
 Action = Literal["promoted", "rolled back", "rejected", "kept out"]
 
@@ -48,6 +55,8 @@ class Entry:
         rows: digest of the :class:`TakenRows` that the candidate was trained on, where they count as taken.
         gates: {name, value, limit, sense, holds} of each gate.
         previous: digest of the entry before, "" of the first.
+        records: version -> sha256 of its file <version>.json, of those that the entry vouches for: the one that it
+            makes current, and all that there are where the history begins anew. None in format 1.
     """
 
     number: int
@@ -62,10 +71,14 @@ class Entry:
     candidate: str | None = None
     rows: str | None = None
     gates: tuple[dict[str, Any], ...] = ()
+    records: dict[str, str] | None = None
 
     def digest(self) -> str:
         """sha256 over all fields, the digest of the entry before among them."""
-        return digest_value(dataclasses.asdict(self))
+        fields = dataclasses.asdict(self)
+        if self.records is None:
+            del fields["records"]  # as format 1 was digested
+        return digest_value(fields)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,16 @@ class Pointer:
 
     current: int | None
     history: tuple[Entry, ...] = ()
+
+    @property
+    def records(self) -> dict[int, str]:
+        """Version -> sha256 of its file <version>.json, where an entry notes it."""
+        return {int(version): digest for entry in self.history for version, digest in (entry.records or {}).items()}
+
+    @property
+    def with_entry(self) -> set[int]:
+        """The versions that some entry made current or vouches for."""
+        return {*self.records, *(entry.version for entry in self.history if entry.version is not None)}
 
 
 @dataclass(frozen=True)
@@ -107,53 +130,48 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def read(store: Store, name: str, versions: Sequence[int]) -> Pointer:
+def rollback_command(name: str, version: object = "VERSION") -> str:
+    """The command that makes a version the current one, for messages."""
+    return f"python -m steps.promote --name {name} --rollback {version} --note WHY"
+
+
+def read(store: Store, name: str, versions: Sequence[int], *, settling: bool = False) -> Pointer:
     """The pointer of a model that has these versions.
 
+    ``settling``: for a decision that says anew which version is the current one. Where the file is gone, where it names
+    another version than its history does, or one without a record, ``current`` is then None instead of an error.
+
     Raises:
-        StoreError: the file cannot be read, or was changed by hand; what is wrong and how to mend it is said.
+        StoreError: the file is gone, cannot be read, was changed by hand or cut; what is wrong and how to mend it is
+            said.
     """
     path = _path(store, name)
     if not path.is_file():
-        return Pointer(max(versions, default=None))
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        history = tuple(
-            (Entry(**{**entry, "gates": tuple(entry["gates"])}), digest)
-            for entry, digest in ((dict(item["entry"]), str(item["digest"])) for item in raw["history"])
-        )
-        current = raw["current"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _by_hand(path, "it cannot be read", got=f"{type(error).__name__}: {error}") from error
-    previous = ""
-    for number, (entry, digest) in enumerate(history, 1):
-        if (entry.number, entry.previous, entry.digest()) != (number, previous, digest):
-            raise _by_hand(
-                path,
-                f"entry {number} of the history is not what was written",
-                got=f"{entry.action} at {entry.at} by {entry.by}, digest {entry.digest()[:12]}",
-                expected=f"number {number}, digest {digest[:12]}, behind {previous[:12] or 'nothing'}",
-            )
-        previous = digest
-    entries = tuple(entry for entry, _ in history)
-    last = entries[-1].version if entries else None
-    if current != last:
+        if settling or not versions:
+            return Pointer(None)
         raise StoreError(
-            "the pointer of a promoted model was changed by hand",
+            "the pointer of a promoted model is gone: which version is the current one is not known",
             where=path,
-            got=f"current: {current}",
-            expected=f"{last}, which the last entry of its history made current",
-            fix=f'write "current": {json.dumps(last)} again; if {current} is what you want: '
-            f"python -m steps.promote --name {name} --rollback {current} --note WHY",
+            got=f"versions {_listed(versions)} without it",
+            fix=f"put the file back from a backup; or {_ANEW.format(command=rollback_command(name))}",
         )
-    if current is not None and current not in versions:
-        raise StoreError(
-            "the current version of a promoted model has no entry any more",
-            where=path.with_name(f"{current}.json"),
-            got=f"versions {', '.join(map(str, versions)) or 'none'}",
-            fix="put the file back",
-        )
-    return Pointer(current, entries)
+    current, entries = _parsed(path, name)
+    _check_end(path, name, entries)
+    problem = _astray(path, name, current, entries, versions)
+    if problem is not None and not settling:
+        raise problem
+    return Pointer(current if problem is None else None, entries)
+
+
+def begin(store: Store, name: str) -> None:
+    """Write an empty history where there is none. It comes before the first version's record, so that a record without
+    a pointer always means that the pointer was lost.
+
+    Raises:
+        StoreError: the disk says no.
+    """
+    if not _path(store, name).is_file():
+        _write(_path(store, name), None, ())
 
 
 def append(store: Store, name: str, before: Pointer, entry: Entry) -> Pointer:
@@ -170,12 +188,21 @@ def append(store: Store, name: str, before: Pointer, entry: Entry) -> Pointer:
         previous=before.history[-1].digest() if before.history else "",
     )
     history = (*before.history, entry)
-    items = [{"digest": each.digest(), "entry": dataclasses.asdict(each)} for each in history]
-    with disk_errors("moving the pointer of a model", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"current": entry.version, "history": items}, indent=1))
+    newest = path.with_name(NEWEST)
+    if not before.history:
+        newest.unlink(missing_ok=True)  # of a history that was lost; this one must not be held to it
+    _write(path, entry.version, history)
+    # Behind the pointer: a writer killed in between leaves a note that lags, which every longer history agrees with.
+    with disk_errors("noting the newest entry of a model", newest):
+        write_atomically(newest, json.dumps({"number": entry.number, "digest": entry.digest()}))
         sync_folder(path.parent)
     return Pointer(entry.version, history)
+
+
+def newest_noted(store: Store, name: str) -> int | None:
+    """The number in newest.json, which :func:`read` compares with the history; None where there is no such file."""
+    noted = _noted(_path(store, name).with_name(NEWEST))
+    return None if noted is None else noted[0]
 
 
 def keep_rows(store: Store, rows: TakenRows) -> str:
@@ -225,11 +252,125 @@ def _path(store: Store, name: str) -> Path:
     return store.root / "models" / name / FILE
 
 
-def _by_hand(path: Path, what: str, **said: Any) -> StoreError:
+#: what to do where a history cannot be had back
+_ANEW = (
+    "say which version is the current one: {command}. The history then begins anew, and rows that retrains took are "
+    "new to them again"
+)
+
+
+def _write(path: Path, current: int | None, history: Sequence[Entry]) -> None:
+    items = [{"digest": each.digest(), "entry": dataclasses.asdict(each)} for each in history]
+    text = json.dumps({"format_version": FORMAT_VERSION, "current": current, "history": items}, indent=1)
+    with disk_errors("moving the pointer of a model", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+        sync_folder(path.parent)
+
+
+def _parsed(path: Path, name: str) -> tuple[int | None, tuple[Entry, ...]]:
+    """What stands in the file, its chain of digests followed."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        written_as = int(raw.get("format_version", 1))
+        if written_as > FORMAT_VERSION:
+            raise StoreError(
+                "the pointer of a promoted model was written by a newer version of this project",
+                where=path,
+                got=f"format {written_as}",
+                expected=f"at most {FORMAT_VERSION}",
+                fix="update this checkout; the file is left as it is",
+            )
+        history = [
+            (Entry(**{**entry, "gates": tuple(entry["gates"])}), digest)
+            for entry, digest in ((dict(item["entry"]), str(item["digest"])) for item in raw["history"])
+        ]
+        current = raw["current"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise _lost(path, name, "the pointer of a promoted model is damaged and cannot be read", got=got) from error
+    previous = ""
+    for number, (entry, digest) in enumerate(history, 1):
+        if (entry.number, entry.previous, entry.digest()) != (number, previous, digest):
+            raise _lost(
+                path,
+                name,
+                f"the pointer of a promoted model was changed by hand: entry {number} of the history is not what was "
+                "written",
+                got=f"{entry.action} at {entry.at} by {entry.by}, digest {entry.digest()[:12]}",
+                expected=f"number {number}, digest {digest[:12]}, behind {previous[:12] or 'nothing'}",
+            )
+        previous = digest
+    return current, tuple(entry for entry, _ in history)
+
+
+def _check_end(path: Path, name: str, entries: Sequence[Entry]) -> None:
+    """The history goes at least as far as the note of its newest entry."""
+    noted = _noted(path.with_name(NEWEST))
+    if noted is None:
+        return
+    number, digest = noted
+    found = entries[number - 1].digest() if 0 < number <= len(entries) else None
+    if found != digest:
+        raise _lost(
+            path,
+            name,
+            "the history of a promoted model was cut off at its end",
+            got=f"{len(entries)} entries" if found is None else f"entry {number} with digest {found[:12]}",
+            expected=f"entry {number} with digest {digest[:12]}, as {NEWEST} beside it notes",
+        )
+
+
+def _noted(path: Path) -> tuple[int, str] | None:
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return int(raw["number"]), str(raw["digest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            "the note of a history's newest entry is damaged and cannot be read",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+            fix="put the file back from a backup; or move it away (the next decision writes it) and see whether "
+            "--history ends with the newest decision that you know of",
+        ) from error
+
+
+def _astray(
+    path: Path, name: str, current: int | None, entries: Sequence[Entry], versions: Sequence[int]
+) -> StoreError | None:
+    """What is wrong with the current version, where the history itself holds."""
+    last = entries[-1].version if entries else None
+    if current != last:
+        wanted = rollback_command(name, current if current in versions else "VERSION")
+        again = f'write "current": {json.dumps(last)} again'
+        return StoreError(
+            "the pointer of a promoted model was changed by hand",
+            where=path,
+            got=f"current: {current}",
+            expected=f"{last}, which the last entry of its history made current",
+            fix=f"{again}; or say which version is to be the current one: {wanted}" if versions else again,
+        )
+    if current is not None and current not in versions:
+        back = "put the file back from a backup"
+        return StoreError(
+            "the current version of a promoted model has no record any more",
+            where=path.with_name(f"{current}.json"),
+            got=f"versions {_listed(versions)}",
+            fix=f"{back}; or go back to another one: {rollback_command(name)}" if versions else back,
+        )
+    return None
+
+
+def _listed(versions: Sequence[int]) -> str:
+    return ", ".join(map(str, versions)) or "none"
+
+
+def _lost(path: Path, name: str, what: str, **said: Any) -> StoreError:
     return StoreError(
-        f"the pointer of a promoted model was changed by hand: {what}",
+        what,
         where=path,
         **said,
-        fix="put the file back from a backup; or move it away: the latest version is then the current one, the history "
-        "begins anew with the next promotion, and rows that retrains took are new to them again",
+        fix=f"put the file back from a backup; or move it away and {_ANEW.format(command=rollback_command(name))}",
     )

@@ -132,8 +132,9 @@ def test_promoted_models_that_are_not_there_name_those_that_are(promoted: Path) 
 
 def test_a_promoted_folder_that_changed_or_went(promoted: Path) -> None:
     (promoted / "more").write_text("x")
-    with pytest.raises(ModelError, match="is not what it was"):
+    with pytest.raises(ModelError, match="is not what it was") as caught:
         resolve_model("models/mine")
+    assert "--name mine --rollback VERSION --note WHY" in str(caught.value)
     shutil.rmtree(promoted)
     with pytest.raises(ModelError, match="folder is gone"):
         resolve_model("models/mine")
