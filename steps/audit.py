@@ -38,14 +38,15 @@ class Audit:
             ModelError, StoreError: what does not hold.
             VerificationError: several things do not; all are named.
         """
-        if len(self.problems) == 1:
-            raise self.problems[0]
-        if self.problems:
+        distinct = list({str(problem): problem for problem in self.problems}.values())
+        if len(distinct) == 1:
+            raise distinct[0]
+        if distinct:
             raise VerificationError(
                 "several things of this model are not what was promoted",
                 where=f"models/{self.name}",
-                got="; ".join(_in_a_line(problem) for problem in self.problems),
-                fix="; ".join(dict.fromkeys(problem.fix for problem in self.problems if problem.fix is not None)),
+                got="; ".join(map(_in_a_line, distinct)),
+                fix="; ".join(dict.fromkeys(problem.fix for problem in distinct if problem.fix is not None)),
             )
 
 
@@ -70,7 +71,7 @@ def audit(store: Store, name: str) -> Audit:
         )
     current = found.current
     proofs: dict[str, Callable[[], str]] = {
-        "the history is what was written": lambda: _counted(len(found.history), "entries"),
+        "the history is what was written": lambda: str(len(found.history)),
         "the newest entry is noted beside it": lambda: _newest(store, name, found),
         "the lists of files that retrains took are what was written": lambda: _taken(store, name, found),
         "every version has an entry in the history": lambda: _entries(store, name, found),
@@ -107,7 +108,7 @@ def _taken(store: Store, name: str, found: Pointer) -> str:
     digests = [entry.rows for entry in found.history if entry.rows is not None]
     for digest in digests:
         pointer.rows_of(store, name, digest)
-    return _counted(len(digests), "lists")
+    return str(len(digests))
 
 
 def _entries(store: Store, name: str, found: Pointer) -> str:
@@ -122,15 +123,15 @@ def _entries(store: Store, name: str, found: Pointer) -> str:
             fix="put pointer.json back from a backup; where a promotion was interrupted, give its version an entry: "
             f"{pointer.rollback_command(name, without[0])}; a second rollback makes another one the current one again",
         )
-    return _counted(len(versions), "versions")
+    return str(len(versions))
 
 
 def _records(store: Store, name: str, found: Pointer) -> str:
     for version in found.records:
         promoted.check_record(store, name, version, found)
     older = len(found.with_entry) - len(found.records)
-    said = _counted(len(found.records), "records")
-    return f"{said}; of {older} more the history notes no digest (format 1)" if older else said
+    unnoted = f"; of {older} more the history notes no digest (format 1)" if older else ""
+    return f"{len(found.records)}{unnoted}"
 
 
 def _current(store: Store, name: str, current: int) -> str:
@@ -142,10 +143,6 @@ def _current(store: Store, name: str, current: int) -> str:
 def _failed(what: str, error: PosttrainError) -> Check:
     reason = error.what if error.fix is None else f"{error.what}. To mend it: {error.fix}"
     return Check(what, False, error.got, error.expected, reason)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}"
 
 
 def _in_a_line(problem: PosttrainError) -> str:

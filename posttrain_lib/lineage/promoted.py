@@ -175,9 +175,9 @@ def check_folder(store: Store, entry: Promoted, *, where: str) -> None:
         where=where,
         got=f"models/{entry.label}: {folder}: {now}",
         expected=f"digest {entry.digest[:12]}",
-        fix=f"{made}; or go back to another version ({', '.join(others)}): {back}"
+        fix=f"{made}; or take another version ({', '.join(others)}): {back}"
         if others
-        else f"{made}; there is no other version to go back to",
+        else f"{made}; there is no other version",
     )
 
 

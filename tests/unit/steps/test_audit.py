@@ -48,7 +48,7 @@ def test_what_is_whole(folder: Path) -> None:
     found.demand()
     digest = promoted.find(Store(), "mine", None, where="").digest[:12]
     assert [check.value for check in found.checks] == [
-        "2 entries", "entry 2", "0 lists", "2 versions", "2 records", f"version 2, digest {digest}"
+        "2", "entry 2", "0", "2", "2", f"version 2, digest {digest}"
     ]  # fmt: skip
 
 
@@ -119,9 +119,8 @@ def test_a_record_changed_by_hand_is_named_and_not_its_folder(model: Path, folde
     assert str(path) in str(caught.value) and str(folder) not in str(caught.value)
     found = audit(Store(), "mine")
     assert failed(found)[0] == "the records of versions are what the history notes"
-    with pytest.raises(VerificationError) as several:
+    with pytest.raises(StoreError, match="changed after it was written"):
         found.demand()
-    assert str(path) in str(several.value) and str(folder) not in str(several.value)
 
 
 def test_a_record_that_is_gone_is_named(model: Path) -> None:

@@ -17,9 +17,12 @@ from posttrain_lib.checkpoint.weight_files import POINTER
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import ConfigError, DataError, ModelError, StoreError
 from posttrain_lib.lineage.digests import FileDigests
+from posttrain_lib.lineage.store import Store
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps import inputs, prepare_data
 from steps.base import StepContext, run_step
+from steps.promote import promote
+from steps.start_from import with_models_found
 
 RAW: dict[str, Any] = {
     "name": "test",
@@ -113,6 +116,19 @@ def test_a_model_folder_is_refused_before_anything_is_read_whole(
     monkeypatch.setattr(FileDigests, "path", lambda *_: pytest.fail("read"))
     with pytest.raises(ModelError, match=said):
         inputs.inputs(config, {})
+
+
+def test_a_promoted_model_that_was_changed_names_the_way_back(here: Path, tiny_folder: Callable[[str], Path]) -> None:
+    folder = here / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    promote(Store(), "mine", str(folder))
+    config = with_models_found(build_run_config({**RAW, "model": {"path": "models/mine"}}), say=lambda _: None)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ModelError, match="changed after it was published") as caught:
+        inputs.inputs(config, {})
+    assert "--name mine --rollback VERSION --note WHY" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["preference", "prompts"])
