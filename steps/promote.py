@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from posttrain_lib.errors import ConfigError, ModelError, StoreError, VerificationError
+from posttrain_lib.errors import ConfigError, StoreError, VerificationError
 from posttrain_lib.lineage import pointer, promoted
 from posttrain_lib.lineage.digests import FileDigests
 from posttrain_lib.lineage.pointer import Action, Entry
@@ -191,7 +191,6 @@ def _candidate(store: Store, source: str) -> Candidate:
     if run is None:
         return _again(store, source)
     found = exported_by(run, where=_FROM, must_be_through=False)
-    _check_digest(found.path, found.digest, source)
     manifests = {step: StepManifest.from_dict(raw) for step, raw in run.manifests.items()}
     gates = report.gate_results(run.config, report.summarise(run.config, manifests))
     checks = tuple(dataclasses.asdict(check) for check in manifests["export"].checks)
@@ -204,7 +203,6 @@ def _again(store: Store, source: str) -> Candidate:
     found = resolve_model(source, where=_FROM, needs="any")
     name, _, version = str(found.lineage["promoted"]).partition("@")
     entry = promoted.find(store, name, int(version), where=_FROM)
-    promoted.check_folder(store, entry, where=_FROM)
     made_by = {key: getattr(entry, key) for key in ("flow", "run", "step", "key", "tags")}
     against = _failed(entry.checks, list(entry.gates)) or ([entry.forced] if entry.forced else [])
     return Candidate(found.path, found.digest, made_by, entry.checks, entry.gates, tuple(against))
@@ -226,23 +224,9 @@ def _folder(source: str) -> Candidate:
         return Candidate(folder, FileDigests().path(folder), {}, (), (), ())
     ref = export.outputs["hf"]
     check_published(Path(ref.uri).parent, export.key, _FROM, source, "run the flow again")
-    _check_digest(Path(ref.uri), ref.digest, source)
     checks = tuple(dataclasses.asdict(check) for check in export.checks)
     made_by = {"step": "export", "key": export.key}
     return Candidate(Path(ref.uri), ref.digest, made_by, checks, (), tuple(_failed(checks, [])))
-
-
-def _check_digest(folder: Path, published: str, source: str) -> None:
-    """An export is byte for byte what was published; all of it is read, and nothing remembered."""
-    now = FileDigests().path(folder)
-    if now != published:
-        raise ModelError(
-            "the export was changed after it was published",
-            where=_FROM,
-            got=f"{source}: {folder}: digest {now[:12]}",
-            expected=f"digest {published[:12]}",
-            fix=f"remove {folder.parent} and run the flow again, which makes it anew; or promote another one",
-        )
 
 
 def _failed(checks: tuple[dict[str, Any], ...], gates: list[dict[str, Any]]) -> list[str]:

@@ -92,8 +92,21 @@ def record(store: Store, entry: Promoted, before: pointer.Pointer, decision: poi
     ``before`` comes from :func:`deciding`, whose lock the caller holds. ``decision`` says who, when and why.
 
     Raises:
+        ModelError: the folder is not byte for byte what the entry says.
         StoreError: the disk says no. The pointer is then what it was.
     """
+    now = _digest(Path(entry.path))
+    if now != entry.digest:
+        made = (
+            f"remove {Path(entry.path).parent}, which its flow then makes again" if entry.key else "put the folder back"
+        )
+        raise ModelError(
+            "the folder was changed after it was published",
+            where=entry.path,
+            got=f"digest {now[:12]}",
+            expected=f"digest {entry.digest[:12]}",
+            fix=f"{made}; or promote another one",
+        )
     pointer.begin(store, entry.name)
     version = max({*numbers_of(store, entry.name), *before.with_entry}, default=0) + 1
     entry = dataclasses.replace(entry, version=version)
@@ -152,15 +165,14 @@ def check_record(store: Store, name: str, version: int, found: pointer.Pointer) 
 
 
 def check_folder(store: Store, entry: Promoted, *, where: str) -> None:
-    """A version's folder is byte for byte what was promoted. All of it is read, and nothing remembered: a file changed
-    behind its size and time is what this looks for.
+    """A version's folder is byte for byte what was promoted.
 
     Raises:
         ModelError: it is not; which other versions there are to go back to is said.
     """
     folder = Path(entry.path)
-    now = f"digest {FileDigests().path(folder)[:12]}" if folder.is_dir() else "the folder is gone"
-    if now == f"digest {entry.digest[:12]}":
+    now = _digest(folder) if folder.is_dir() else None
+    if now == entry.digest:
         return
     current = pointer_of(store, entry.name, settling=True).current
     others = [
@@ -173,12 +185,17 @@ def check_folder(store: Store, entry: Promoted, *, where: str) -> None:
     raise ModelError(
         f"the folder of version {entry.version} is not what was promoted",
         where=where,
-        got=f"models/{entry.label}: {folder}: {now}",
+        got=f"models/{entry.label}: {folder}: {'the folder is gone' if now is None else f'digest {now[:12]}'}",
         expected=f"digest {entry.digest[:12]}",
         fix=f"{made}; or take another version ({', '.join(others)}): {back}"
         if others
         else f"{made}; there is no other version",
     )
+
+
+def _digest(folder: Path) -> str:
+    """All of it is read, and nothing remembered: a file changed behind its size and time is what this looks for."""
+    return FileDigests().path(folder)
 
 
 def _seems_whole(store: Store, name: str, version: int) -> bool:

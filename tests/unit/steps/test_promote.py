@@ -141,9 +141,9 @@ def test_a_rollback_reads_the_folder_before_it_moves_the_pointer(folders: list[P
 def test_a_changed_folder_is_not_promoted_whatever_names_it(folders: list[Path], source: str) -> None:
     change_a_byte(folders[0])
     names = {"the folder": str(folders[0]), "the result": str(folders[0].parent)}
-    with pytest.raises(ModelError, match=r"not what was promoted|changed after it was published"):
+    with pytest.raises(ModelError, match="changed after it was published") as caught:
         promote(Store(), "other", names.get(source, source))
-    assert not promoted.versions_of(Store(), "other")
+    assert str(folders[0]) in str(caught.value) and not promoted.versions_of(Store(), "other")
 
 
 def test_the_digest_of_a_folder_that_no_run_made_is_read_each_time(isolated_store: Path, tmp_path: Path) -> None:

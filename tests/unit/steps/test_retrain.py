@@ -14,14 +14,14 @@ import pytest
 import yaml
 
 from posttrain_lib.config.retrain import PROJECT_ROOT, parse_retrain_config
-from posttrain_lib.errors import ConfigError, DataError, StoreError
+from posttrain_lib.errors import ConfigError, DataError, ModelError, StoreError
 from posttrain_lib.lineage import promoted
 from posttrain_lib.lineage.pointer import TakenFile, TakenRows
 from posttrain_lib.lineage.store import Store
 from steps import retrain
 from steps.promote import main, rollback
 from steps.retrain import Refusal, decide, look, resolve, taken_files, training_config
-from tests.support.exported import RAW, publish_run
+from tests.support.exported import RAW, folder_of, publish_run
 
 FIRST, SECOND = (TakenRows("mine", base, (TakenFile(f"{base}.jsonl", 9, "0" * 64),)) for base in (None, 1))
 RUN = {**RAW, "evaluation": {"exact_match_prompts": 8, "gates": {"min_exact_match": 0.5}}}
@@ -70,6 +70,14 @@ def test_a_step_that_refused_the_candidate_is_said(isolated_store: Path) -> None
     raw = config()
     entry = decide(raw, FIRST, raw["run"], {}, Refusal("export", "vLLM does not load it", " (x)"), "RetrainFlow/1")
     assert (entry.action, entry.version) == ("rejected", None) and entry.why == "export: vLLM does not load it (x)"
+
+
+def test_an_export_that_was_changed_since_is_not_decided_on(isolated_store: Path) -> None:
+    raw, made = config(), publish_run(words="one")
+    (folder_of(made) / "model.safetensors").write_text("eno")
+    with pytest.raises(ModelError, match="changed after it was published"):
+        decide(raw, FIRST, raw["run"], made, None, "RetrainFlow/1")
+    assert promoted.pointer_of(Store(), "mine").history == ()
 
 
 def test_the_same_candidate_is_decided_on_once(isolated_store: Path) -> None:
