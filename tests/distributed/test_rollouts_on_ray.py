@@ -45,7 +45,7 @@ def test_two_actors_are_trained_as_one_process_is(folder: Path) -> None:
     assert not (folder / "two" / SESSION_FILE).exists()
     assert sorted(path.name for path in (folder / "two" / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
     ended = [pid for pid in family[-1].alive() if pid != os.getpid()]
-    wait_for(lambda: not [pid for pid in family[-1].alive() if pid in ended], 30, "Ray's processes to end")
+    wait_for(lambda: not [pid for pid in family[-1].alive() if pid in ended], 60, "Ray's processes to end")
 
 
 @pytest.mark.slow
