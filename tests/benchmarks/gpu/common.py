@@ -187,6 +187,17 @@ def _timed_on_host(run: Run, number: int, repeats: int) -> float:
     return 1e3 * (time.perf_counter() - begin) / repeats
 
 
+def seconds_of(part: Part, way: Callable[[], object]) -> float:
+    """Wall time of a call, with all the work that it gives the device and none from before."""
+    if part.device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    way()
+    if part.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
 def significant(value: float, digits: int = 4) -> float:
     """Rounded to what the clock knows."""
     return float(f"{value:.{digits}g}")

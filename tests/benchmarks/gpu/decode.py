@@ -8,7 +8,6 @@ waited and copied, and where its own time went.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
@@ -22,7 +21,7 @@ from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.rl.engine.embedded import EmbeddedEngine
 from posttrain_lib.rl.engine.weights import hf_weights
 from posttrain_lib.schema.rollouts import Request, Sampling
-from tests.benchmarks.gpu.common import Cases, Part, main, significant
+from tests.benchmarks.gpu.common import Cases, Part, main, seconds_of, significant
 
 #: published sizes of Qwen3-0.6B, and a model to train from scratch
 QWEN3 = {
@@ -90,10 +89,10 @@ def decode_case(
         theirs.generate(repeated, do_sample=True, top_k=0, pad_token_id=0, **length)
 
     ways: dict[str, Callable[[], None]] = {"ours": ours, "transformers": generate}
-    times: dict[str, list[float]] = {name: [_seconds(part, way)] for name, way in ways.items()}
+    times: dict[str, list[float]] = {name: [seconds_of(part, way)] for name, way in ways.items()}
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            times[name].append(_seconds(part, way))
+            times[name].append(seconds_of(part, way))
     found = {name: median(values[1:]) for name, values in times.items()}
     count = prompts * group * answered
     return {
@@ -125,14 +124,6 @@ def _profiled(part: Part, engine: EmbeddedEngine, requests: list[Request], befor
         "calls": {name: sum(event.count for event in events if event.key == name) / steps for name in COUNTED},
         "host_ms": {event.key[:60]: significant(event.self_cpu_time_total / 1e3 / steps) for event in longest},
     }
-
-
-def _seconds(part: Part, way: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    way()
-    if part.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def cases(part: Part) -> Cases:

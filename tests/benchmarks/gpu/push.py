@@ -8,7 +8,6 @@ copy of as many bytes on the device. The sizes are Qwen3-4B's, in bfloat16.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
@@ -21,7 +20,7 @@ from posttrain_lib.models.families import spec_from_config
 from posttrain_lib.models.spec import ModelSpec
 from posttrain_lib.rl.engine.weights import hf_weights, take_weights
 from posttrain_lib.rl.sync_guard import Digest
-from tests.benchmarks.gpu.common import Cases, Part, main, significant
+from tests.benchmarks.gpu.common import Cases, Part, main, seconds_of, significant
 
 #: published sizes of Qwen3-4B
 QWEN3_4B = {
@@ -104,7 +103,7 @@ def push_case(part: Part) -> Mapping[str, Any]:
         channel.call("make", part.full, device, seconds=LONG)
         for turn in range(ROUNDS + 1):
             for name, way in ways.items():
-                elapsed = _seconds(part, way)
+                elapsed = seconds_of(part, way)
                 if turn:  # the first one opens and allocates
                     times[name].append(elapsed)
     finally:
@@ -119,16 +118,6 @@ def push_case(part: Part) -> Mapping[str, Any]:
         "push_gib_per_s": significant(size / 2**30 / found["push"]),
         "push_over_copy": significant(found["push"] / found["copy"]),
     }
-
-
-def _seconds(part: Part, way: Callable[[], object]) -> float:
-    if part.device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    way()
-    if part.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def run(part: Part) -> None:
