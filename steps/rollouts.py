@@ -60,7 +60,7 @@ def check_answers(config: RunConfig, manifests: Manifests) -> None:
     Raises:
         DataError: no prompt has one. Where only some have none, their gradings fail and are counted.
     """
-    from posttrain_lib.rl.prompts import read_prompts
+    from posttrain_lib.rl.prompts import iter_prompts
     from posttrain_lib.rl.rewards.base import named_grader
 
     if config.grpo is None:
@@ -68,12 +68,16 @@ def check_answers(config: RunConfig, manifests: Manifests) -> None:
     needing = [spec.title for spec in specs(config.grpo) if getattr(named_grader(spec), "needs_answer", False)]
     if not needing:
         return
-    prompts = read_prompts(Path(manifests["prepare_data"].outputs["train_prompts"].uri))
-    if all(prompt.answer is None for prompt in prompts):
+    names = []
+    for prompt in iter_prompts(Path(manifests["prepare_data"].outputs["train_prompts"].uri)):
+        if prompt.answer is not None:
+            return
+        names.append(prompt.name)
+    if names:  # a run without prompts says so itself
         raise DataError(
             "no prompt has an answer that the reward could compare with",
             where=f"rewards: {', '.join(needing)}",
-            got=f"{len(prompts):,} prompts without one, the first is {prompts[0].name}",
+            got=f"{len(names):,} prompts without one, the first is {names[0]}",
             expected="a text or a number in the field 'answer' of rows",
             fix="say which field has it (data.sources.fields: {answer: NAME}), or name another reward",
         )

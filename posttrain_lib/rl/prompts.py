@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,20 @@ class RolloutPrompt:
         return f"{self.source}: {self.row_id}"
 
 
+def iter_prompts(path: Path) -> Iterator[RolloutPrompt]:
+    """The prompts of a file that step ``prepare_data`` wrote, in its order, read one by one."""
+    with open(path, encoding="utf-8") as handle:
+        for line in handle:
+            yield _prompt(json.loads(line))
+
+
 def read_prompts(path: Path) -> list[RolloutPrompt]:
-    """The prompts of a file that step ``prepare_data`` wrote, in its order.
+    """As :func:`iter_prompts`, all of them.
 
     Raises:
         DataError: there is none.
     """
-    with open(path, encoding="utf-8") as handle:
-        prompts = [_prompt(json.loads(line)) for line in handle]
+    prompts = list(iter_prompts(path))
     if not prompts:
         raise DataError(
             "there are no prompts", where=path, fix="give rows with a prompt (data.sources.format: prompts)"
