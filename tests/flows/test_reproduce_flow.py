@@ -172,7 +172,7 @@ def test_rows_that_were_changed_or_are_gone_are_named(clone: Path) -> None:
     ("options", "said"),
     [
         (["SFTFlow/1"], "SFTFlow has no such run"),
-        (["PretrainFlow/1"], "no run of PretrainFlow is known here"),
+        (["PretrainFlow/1"], "there is no such flow"),
         (["models/mine"], "this names no run"),
         (["SFTFlow/latest", "--input", "rows=x"], "this gives no input of the run"),
         (["SFTFlow/latest", "--code", "there"], "this is neither of two words"),
