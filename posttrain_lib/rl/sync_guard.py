@@ -23,20 +23,23 @@ from posttrain_lib.rl.roles import RolloutRole
 #: sequences -> of each one the log-probabilities, at temperature 1, of its tokens from the second on
 Score = Callable[[Sequence[Sequence[int]]], Sequence[np.ndarray]]
 
-#: words of a row, and rows of a block, of what the digest sums
-_ROW = 128
-_BLOCK = _ROW * _ROW
-#: an odd number of random bits (2^64 over the golden ratio), as a signed one
-_FACTOR = 0x9E3779B97F4A7C15 - 2**64
+#: 64-bit words of a row of what the digest sums
+_ROW = 512
+#: 2^64 over the golden ratio, as a signed number: the step of SplitMix64
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+#: SplitMix64's finaliser (Steele, Lea, Flood 2014): shifts, and the factors behind them
+_MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 
 
 class Digest:
     """A checksum of named tensors, whatever their order: of each one's bytes, bound to its name, dtype and shape.
 
-    The bytes are read as 64-bit words in square blocks; what counts are the sums of a block's rows and of its columns,
-    and the words behind the last block, modulo 2^64, each times a number of its own. A tensor stays on its device, and
-    only one number of it leaves it. On one core of a CPU the sums read 5 GB/s, CRC-32 3.3 and SHA-256 less than 2
-    (x86-64, torch 2.11). It finds accidents; it is no signature against somebody who searches for a collision.
+    The bytes are read as 64-bit words in rows; what counts are the sums of the rows and of the columns, modulo 2^64,
+    and the words behind the last row, each mixed with its place by SplitMix64. Mixed, for in a weighted sum changes of
+    the words' highest bits cancel, and there every fourth sign of a bfloat16 tensor is. A tensor stays on its device,
+    and only one number of it leaves it.
+    On one core of a CPU the sums read 6 GB/s, CRC-32 3.8 and SHA-256 1.8 (x86-64, torch 2.13). It finds accidents; it
+    is no signature against somebody who searches for a collision.
     """
 
     def __init__(self) -> None:
@@ -46,16 +49,7 @@ class Digest:
     def add(self, name: str, tensor: Tensor) -> None:
         """Count a tensor, of any dtype and device."""
         self._about[name] = (str(tensor.dtype), list(tensor.shape))
-        words = _words(tensor)
-        rest = len(words) % _BLOCK
-        whole = len(words) - rest
-        parts = []
-        if whole:
-            blocks = (words[:whole] if rest else words).view(-1, _ROW, _ROW)
-            parts = [blocks.sum(1).view(-1), blocks.sum(2).view(-1)]
-        if rest or not whole:
-            parts.append(words[whole:].clone())
-        self._sums[name] = parts
+        self._sums[name] = list(_sums(tensor))
 
     def through(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The same weights, each counted before it is passed on."""
@@ -78,22 +72,33 @@ class Digest:
     def _on(self, device: torch.device, names: list[str]) -> Iterator[tuple[str, int]]:
         sums = torch.cat([part for name in names for part in self._sums[name]])
         lengths = [sum(map(len, self._sums[name])) for name in names]
-        factors = torch.arange(max(lengths), device=device).mul_(2).add_(1).mul_(_FACTOR)
-        weighted = sums * torch.cat([factors[:length] for length in lengths])
+        places = torch.arange(1, max(lengths) + 1, device=device).mul_(_STEP)
+        mixed = _mixed(sums.add_(torch.cat([places[:length] for length in lengths])))
         ends = torch.tensor(lengths).cumsum(0).to(device)
-        totals = torch.cat([weighted.new_zeros(1), weighted.cumsum(0)])[ends]
+        totals = torch.cat([mixed.new_zeros(1), mixed.cumsum(0)])[ends]
         yield from zip(names, totals.diff(prepend=totals.new_zeros(1)).tolist(), strict=True)
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """int64 [n]: the bytes, row-major, with zeros behind the last."""
-    flat = tensor.detach().reshape(-1)
-    if flat.nbytes % 8:
-        data = flat.view(torch.uint8)
-        return pad(data, (0, -len(data) % 8)).view(torch.int64)
-    if flat.storage_offset() * flat.itemsize % 8:
-        flat = flat.clone()
-    return flat.view(torch.int64)
+def _mixed(numbers: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 [n], in place."""
+    for shift, factor in _MIX:
+        # a signed shift brings copies of the sign in from above
+        numbers.bitwise_xor_((numbers >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    return numbers
+
+
+def _sums(tensor: Tensor) -> Iterator[Tensor]:
+    """int64 [n] each: the sums of rows and columns, and the words behind the last whole row."""
+    data = tensor.detach().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = len(data) - len(data) % (8 * _ROW)
+    if whole:
+        rows = data[:whole].view(torch.int64).view(-1, _ROW)
+        yield rows.sum(1)
+        yield rows.sum(0)
+    if whole < len(data) or not whole:
+        yield pad(data[whole:], (0, -len(data) % 8)).view(torch.int64)
 
 
 def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:

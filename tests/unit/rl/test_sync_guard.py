@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from posttrain_lib.errors import RolloutError
@@ -155,3 +157,48 @@ def test_the_digest_reads_weights_once_and_passes_them_on() -> None:
     value, digest = torch.ones(3), Digest()
     passed = list(digest.through(iter([("a", value)])))
     assert passed[0][1] is value and digest.text() == digest_of([("a", value)])
+
+
+SIZE = 512 * 512 * 4 + 321
+PLACES = st.integers(0, SIZE - 1)
+
+
+@given(st.sampled_from([torch.bfloat16, torch.float32, torch.float64]), st.sets(PLACES, min_size=1, max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_the_digest_sees_any_signs_that_changed(dtype: torch.dtype, places: set[int]) -> None:
+    """The highest bit of an element: where sums modulo a power of two see least."""
+    value = torch.ones(SIZE, dtype=dtype)
+    known = digest_of([("a", value)])
+    value[list(places)] *= -1
+    assert digest_of([("a", value)]) != known
+
+
+def test_the_digest_sees_every_single_sign() -> None:
+    """Of more and more elements, in rows and behind them: no state is like another."""
+    value = torch.randn(2 * 2048 + 7).bfloat16()
+    found = {digest_of([("a", value)])}
+    for place in range(len(value)):
+        value[place] *= -1
+        found.add(digest_of([("a", value)]))
+    assert len(found) == len(value) + 1
+
+
+@pytest.mark.parametrize("size", [64, 128, 512, 1024])
+def test_the_digest_sees_what_was_put_elsewhere(size: int) -> None:
+    value = torch.randn(size, size, dtype=torch.float64)
+    swapped_rows, swapped_words = value.clone(), value.clone()
+    swapped_rows[[1, 2]] = value[[2, 1]]
+    swapped_words[1, 2], swapped_words[2, 1] = value[2, 1], value[1, 2]
+    halves = torch.cat([value[size // 2 :], value[: size // 2]])
+    others = [value, value.t(), value.flip(0), value.flip(1), value.roll(1), swapped_rows, swapped_words, halves]
+    assert len({digest_of([("a", other)]) for other in others}) == len(others)
+
+
+def test_what_a_tensor_becomes_later_is_no_matter() -> None:
+    """Its memory is given to the next one."""
+    for size in (3, 2048, 2048 + 3):
+        value, digest = torch.randn(size), Digest()
+        known = digest_of([("a", value)])
+        digest.add("a", value)
+        value.zero_()
+        assert digest.text() == known
