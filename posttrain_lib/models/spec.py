@@ -297,6 +297,16 @@ class ModelSpec:
 
         return pieces_of(self.rules, self.unpadded_shapes())
 
+    @cached_property
+    def stored(self) -> dict[str, tuple[tuple[int, ...], tuple[Piece, ...]]]:
+        """Stored tensor -> its shape and the pieces that it consists of, in order."""
+        from posttrain_lib.models.weights import stored_shapes
+
+        parts: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            parts.setdefault(piece.theirs, []).append(piece)
+        return {name: (shape, tuple(parts[name])) for name, shape in stored_shapes(self.pieces).items()}
+
     @property
     def pieces_to_load(self) -> tuple[Piece, ...]:
         """Those that the folder holds."""

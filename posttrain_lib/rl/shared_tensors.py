@@ -8,12 +8,12 @@ as much as fits a buffer of bounded size, which the other process opens once, by
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ _ALIGNMENT = 64
 _BUFFERS = 2
 #: bytes of a buffer on a device; more only where a tensor has more
 _BUFFER = 1 << 29
+#: buckets of which a buffer keeps the views, the latest ones; together the buffers' are a quarter of a terabyte
+_LAYOUTS = 256
 #: the place of the device's number among the arguments of ``rebuild_cuda_tensor``
 _DEVICE_ARGUMENT = 6
 
@@ -89,7 +91,7 @@ class DeviceMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers = [_Buffer(device, _BUFFER) for _ in range(_BUFFERS)]
+        self._buffers = [_SharedBuffer(device, _BUFFER) for _ in range(_BUFFERS)]
 
     def buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
         """As many as it takes; when one is asked for, the last but one must have been read. Tensors are kept until
@@ -97,33 +99,38 @@ class DeviceMemory:
         waiting: list[tuple[Placed, Tensor]] = []
         end, number = 0, 0
         for name, tensor in weights:
-            placed = Placed(name, tensor.dtype, tuple(tensor.shape), end)
-            if waiting and end + placed.size > _BUFFER:
-                yield self._bucket(number, waiting)
+            if waiting and end + tensor.nbytes > _BUFFER:
+                yield self._bucket(number, end, waiting)
                 waiting, end, number = [], 0, number + 1
-                placed = dataclasses.replace(placed, offset=0)
-            waiting.append((placed, tensor))
-            end = _aligned(placed.offset + placed.size)
-        yield self._bucket(number, waiting)
+            waiting.append((Placed(name, tensor.dtype, tuple(tensor.shape), end), tensor))
+            end = _aligned(end + tensor.nbytes)
+        yield self._bucket(number, end, waiting)
 
-    def _bucket(self, number: int, waiting: list[tuple[Placed, Tensor]]) -> Bucket:
+    def _bucket(self, number: int, size: int, waiting: list[tuple[Placed, Tensor]]) -> Bucket:
         place = number % _BUFFERS
-        size = sum(_aligned(placed.size) for placed, _ in waiting)
         if size > len(self._buffers[place].data):
-            self._buffers[place] = _Buffer(self._device, size)
-        buffer = self._buffers[place]
-        views = [placed.view(buffer.data) for placed, _ in waiting]
-        if views:
-            torch._foreach_copy_(views, [tensor.detach() for _, tensor in waiting])
+            self._buffers[place] = _SharedBuffer(self._device, size)
+        buffer, placed = self._buffers[place], tuple(each for each, _ in waiting)
+        if placed:
+            torch._foreach_copy_(buffer.views(placed), [tensor.detach() for _, tensor in waiting])
         torch.cuda.synchronize(self._device)  # the other process knows nothing of this one's streams
-        return Bucket(tuple(placed for placed, _ in waiting), buffer.handle)
+        return Bucket(placed, buffer.handle)
 
 
 class _Buffer:
-    """Memory on a device, and how another process opens it."""
+    """Memory on a device, uint8 [n]. Views of it are kept from push to push: making them anew took most of either end's
+    time on the host."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self.views = lru_cache(_LAYOUTS)(lambda placed: [each.view(data) for each in placed])
+
+
+class _SharedBuffer(_Buffer):
+    """The sender's, and how another process opens it."""
 
     def __init__(self, device: torch.device, size: int) -> None:
-        self.data = torch.empty(size, dtype=torch.uint8, device=device)
+        super().__init__(torch.empty(size, dtype=torch.uint8, device=device))
         self.handle: tuple[Any, ...] = reduce_tensor(self.data)[1]
 
 
@@ -133,7 +140,7 @@ class SharedTensors:
     def __init__(self, descriptor: int) -> None:
         """``descriptor``: the host memory's."""
         self._descriptor = descriptor
-        self._opened: dict[tuple[Any, ...], Tensor] = {}
+        self._opened: dict[tuple[Any, ...], _Buffer] = {}
 
     def of(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """Views of what the bucket holds; at the end of the iteration all work that was asked of them is done."""
@@ -145,10 +152,10 @@ class SharedTensors:
         if bucket.handle not in self._opened:
             # a buffer that grew has another: of those of before, the latest may still be in use
             kept = list(self._opened.items())[-(_BUFFERS - 1) :]
-            self._opened = {**dict(kept), bucket.handle: _opened(bucket.handle)}
-        data = self._opened[bucket.handle]
-        yield from ((each.name, each.view(data)) for each in bucket.placed)
-        torch.cuda.synchronize(data.device)
+            self._opened = {**dict(kept), bucket.handle: _Buffer(_opened(bucket.handle))}
+        buffer = self._opened[bucket.handle]
+        yield from zip((each.name for each in bucket.placed), buffer.views(bucket.placed), strict=True)
+        torch.cuda.synchronize(buffer.data.device)
 
 
 def _opened(handle: tuple[Any, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from posttrain_lib.errors import RolloutError
 from posttrain_lib.models.decoder import Decoder
 from posttrain_lib.models.lora import LoraDecoder, merged_state_dict, whole
 from posttrain_lib.models.spec import VOCABULARY_WEIGHTS, ModelSpec
-from posttrain_lib.models.weights import Piece, Shape, stored_shapes
+from posttrain_lib.models.weights import Piece, Shape
 
 #: names that an error shows
 _SHOWN = 4
@@ -31,10 +31,8 @@ def hf_weights(model: Decoder, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """
     adapted = isinstance(model, LoraDecoder)
     parameters = merged_state_dict(model) if adapted else dict(model.named_parameters())
-    by_stored = _pieces_by_stored(spec.pieces)
     held: dict[str, Tensor] = {}
-    for theirs, shape in stored_shapes(spec.pieces).items():
-        pieces = by_stored[theirs]
+    for theirs, (shape, pieces) in spec.stored.items():
         # Experts of one parameter are many tensors: it is gathered once for all.
         held = {name: held[name] if name in held else whole(parameters[name].detach()) for name in _ours(pieces)}
         yield theirs, _stored(pieces, held, shape)
@@ -46,10 +44,14 @@ def take_weights(model: Decoder, spec: ModelSpec, weights: Iterable[tuple[str, T
     Raises:
         RolloutError: as :func:`checked`. Weights that came before it are written: the model is then a mixture.
     """
-    parameters, pieces = dict(model.named_parameters()), _pieces_by_stored(spec.pieces)
+    parameters, shapes = dict(model.named_parameters()), {name: shape for name, (shape, _) in spec.stored.items()}
     with torch.no_grad():
-        for name, value in checked(weights, stored_shapes(spec.pieces)):
-            for piece in pieces[name]:
+        for name, value in checked(weights, shapes):
+            pieces = spec.stored[name][1]
+            if _is_one(pieces, parameters, shapes[name]):
+                parameters[pieces[0].ours].copy_(value)
+                continue
+            for piece in pieces:
                 part = value[piece.their_index]
                 parameters[piece.ours][piece.our_index].copy_(part.mT if piece.transposed else part)
         for name in VOCABULARY_WEIGHTS:
@@ -91,20 +93,20 @@ def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Shape]) 
         )
 
 
+def _is_one(pieces: Sequence[Piece], parameters: Mapping[str, Tensor], shape: Shape) -> bool:
+    """Whether the stored tensor is a whole parameter as it lies there: of most it is said without indexing."""
+    return len(pieces) == 1 and not pieces[0].transposed and parameters[pieces[0].ours].shape == shape
+
+
 def _stored(pieces: Sequence[Piece], parameters: dict[str, Tensor], shape: Shape) -> Tensor:
     """A stored tensor: a view if it is one region of a parameter."""
     first = parameters[pieces[0].ours]
+    if _is_one(pieces, parameters, shape):
+        return first
     part = first[pieces[0].our_index]
-    if len(pieces) == 1 and (part.mT if pieces[0].transposed else part).shape == shape:
-        return part.mT if pieces[0].transposed else part
-    return to_stored(pieces, parameters, shape, first.dtype)
-
-
-def _pieces_by_stored(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
-    found: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault(piece.theirs, []).append(piece)
-    return found
+    if pieces[0].transposed:
+        part = part.mT
+    return part if len(pieces) == 1 and part.shape == shape else to_stored(pieces, parameters, shape, first.dtype)
 
 
 def _ours(pieces: Sequence[Piece]) -> list[str]:
