@@ -214,8 +214,10 @@ def _batch(samples: Sequence[TrainSample], lengths: np.ndarray, units: _Units, r
     )
     (batch,) = assemble(segments, _filler(samples, segments), width, len(rows))
     ordered = [samples[sample] for sample in batch.document_ids if sample >= 0]
-    names = sorted({name for sample in ordered for name in sample.signals})
-    signals = {name: np.concatenate([sample.signals[name] for sample in ordered]) for name in names}
+    # Of all samples: a batch of padding, too, has what the loss asks for, one number for none of its tokens.
+    names = sorted({name for sample in samples for name in sample.signals})
+    nothing = np.zeros(0, np.float32)
+    signals = {name: np.concatenate([nothing, *(sample.signals[name] for sample in ordered)]) for name in names}
     return dataclasses.replace(
         batch,
         signals={name: each.astype(np.float32) for name, each in signals.items()},

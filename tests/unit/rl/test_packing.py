@@ -54,8 +54,7 @@ def test_every_trained_token_is_there_once_with_its_numbers(
         )
         counts.add(len(packed.micro_batches))
         for batch in packed.micro_batches:
-            own = batch.signals.get(ADVANTAGES, np.zeros(0, np.float32))
-            for sample, values in by_sample([own], [batch], len(samples)).items():
+            for sample, values in by_sample([batch.signals[ADVANTAGES]], [batch], len(samples)).items():
                 assert sample not in seen
                 seen[sample] = values
                 segments = np.searchsorted(batch.cu_seqlens, batch.supervised_index, side="right") - 1
@@ -99,6 +98,19 @@ def test_ranks_without_rows_take_part() -> None:
     assert [len(each.micro_batches) for each in packed] == [1, 1]
     trained = [len(each.micro_batches[0].supervised_index) for each in packed]
     assert sorted(trained) == [0, samples[0].trained.sum()]
+    nothing = packed[trained.index(0)]
+    assert nothing.micro_batches[0].signals[ADVANTAGES].shape == (0,)
+    assert not any(bool(gradient.any()) for gradient in gradients(nothing))
+
+
+def test_an_odd_number_of_rows_is_learned_by_two_ranks_as_by_one() -> None:
+    samples = make_samples([(5, [3, 6, 2, 4]), (1, [2, 2]), (9, [1, 7, 5])])
+    each = [pack_samples(samples, row_tokens=24, rank=rank, world=2) for rank in range(2)]
+    assert any(not len(batch.supervised_index) for packed in each for batch in packed.micro_batches)
+    alone = gradients(pack_samples(samples, row_tokens=24))
+    # float64 sums in another order
+    for left, right, whole in zip(*map(gradients, each), alone, strict=True):
+        torch.testing.assert_close(left + right, whole, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
