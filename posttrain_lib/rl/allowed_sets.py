@@ -11,14 +11,12 @@ from posttrain_lib.schema.allowed_sets import AllowedSets
 from posttrain_lib.schema.rollouts import TrainSample
 
 
-def allowed_sets(samples: Sequence[TrainSample]) -> AllowedSets | None:
-    """The sets of the samples' trained tokens, sample after sample; None where no sample has a constraint.
+def allowed_sets(samples: Sequence[TrainSample]) -> AllowedSets:
+    """The sets of the samples' trained tokens, sample after sample.
 
     Raises:
         DataError: a sampled token is none of those that its constraint allows.
     """
-    if all(sample.allowed is None for sample in samples):
-        return None
     known: dict[bytes, int] = {}
     sets: list[np.ndarray] = []
     set_of = []

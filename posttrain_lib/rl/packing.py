@@ -221,7 +221,8 @@ def _batch(samples: Sequence[TrainSample], lengths: np.ndarray, units: _Units, r
     return dataclasses.replace(
         batch,
         signals={name: each.astype(np.float32) for name, each in signals.items()},
-        allowed=allowed_sets(ordered),
+        # The head goes another way where a batch has sets, on which the loss's own value depends: all batches alike.
+        allowed=allowed_sets(ordered) if any(sample.allowed is not None for sample in samples) else None,
     )
 
 

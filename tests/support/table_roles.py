@@ -297,13 +297,11 @@ def _of_sample(model: Table, sample: TrainSample, temperature: float) -> Tensor:
     places = np.flatnonzero(sample.trained)
     logits = model.logits(sample.token_ids[places - 1]) / temperature
     sets = allowed_sets([sample])
-    if sets is not None:
-        masks = torch.zeros_like(logits)
-        for mask, number in zip(masks, sets.set_of, strict=True):
-            if number >= 0:
-                mask.fill_(float("-inf"))[sets.ids[sets.offsets[number] : sets.offsets[number + 1]]] = 0.0
-        logits = logits + masks
-    return _of_tokens(logits, sample.token_ids[places])
+    masks = torch.zeros_like(logits)
+    for mask, number in zip(masks, sets.set_of, strict=True):
+        if number >= 0:
+            mask.fill_(float("-inf"))[sets.ids[sets.offsets[number] : sets.offsets[number + 1]]] = 0.0
+    return _of_tokens(logits + masks, sample.token_ids[places])
 
 
 def _of_tokens(logits_TV: Tensor, tokens: np.ndarray) -> Tensor:

@@ -140,6 +140,23 @@ def test_how_samples_are_packed_changes_nothing(talker: Path, tokenizer: ChatTok
             torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-6, atol=bound)
 
 
+def test_where_some_prompts_are_free_the_loss_is_the_same_in_every_packing(
+    talker: Path, tokenizer: ChatTokenizer
+) -> None:
+    """A first update: a batch without any set takes the head's other way, whose value is another."""
+    model, _ = loaded(talker)
+    bound = samples_of(played(talker, tokenizer, CATALOGUE))
+    free = [_free(one) if one.group == 0 else one for one in bound]
+    expected, found = (
+        outcome_of(PolicyLoss(temperature=0.7), model, pack_samples(free, row_tokens=row_tokens).micro_batches)
+        for row_tokens in (9000, 100)
+    )
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)  # advantages and weights are float32
+    for samples, sets in ((free, True), ([*map(_free, bound)], False)):
+        batches = pack_samples(samples, row_tokens=100).micro_batches
+        assert len(batches) > 1 and all((batch.allowed is not None) is sets for batch in batches)
+
+
 def test_the_loop_runs_with_the_mask_and_is_stopped_without(
     talker: Path, tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,17 +188,17 @@ def test_sets_are_those_of_each_completion() -> None:
     """Equal ones once, small ones first; a second completion of an episode begins anew."""
     trie = Trie([[5, 6], [5, 7], [8]], end_id=2)
     sets = allowed_sets([sample([1, 1, 5, 7, 2, 9, 8, 2], [2, 3, 4, 6, 7], trie), sample([1, 3, 4], [1, 2], None, 1)])
-    assert sets is not None
     found = [sets.ids[sets.offsets[n] : sets.offsets[n + 1]].tolist() if n >= 0 else None for n in sets.set_of]
     assert found == [[5, 8], [6, 7], [2], [5, 8], [2], None, None]
     assert len(sets.offsets) == 4 and (np.diff(np.diff(sets.offsets)) >= 0).all()
-    assert allowed_sets([sample([1, 3], [1], None)]) is None
+    free = allowed_sets([sample([1, 3], [1], None)])
+    assert (free.set_of.tolist(), free.ids.tolist(), free.offsets.tolist()) == ([-1], [], [0])
 
 
 def test_free_states_have_no_set() -> None:
     machine = StateMachine({"a": State({4: "b"}), "b": State({2: "end"}, otherwise="b"), "end": State()}, "a")
     sets = allowed_sets([sample([1, 4, 9, 9, 2], [1, 2, 3, 4], machine)])
-    assert sets is not None and sets.set_of.tolist() == [0, -1, -1, -1] and sets.ids.tolist() == [4]
+    assert sets.set_of.tolist() == [0, -1, -1, -1] and sets.ids.tolist() == [4]
 
 
 class Fickle:
