@@ -90,7 +90,8 @@ def kl_k2(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
 def kl_k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """``ref / pi - 1 - log(ref / pi)``: unbiased and never negative (GRPO's own)."""
     difference = (reference_N - logprobs_N).clamp(-_MOST, _MOST)
-    return difference.exp() - difference - 1
+    # Beside a 1, float32 loses what is left of a small difference, and its sign.
+    return torch.expm1(difference) - difference
 
 
 KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

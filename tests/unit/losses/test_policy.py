@@ -15,7 +15,7 @@ from posttrain_lib.data.collate import to_torch
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.losses import build_loss
 from posttrain_lib.losses.contract import check_loss, outcome_of, pack, tiny_decoder, write_examples
-from posttrain_lib.losses.policy import ADVANTAGES, OLD, REFERENCE, ROLLOUT, PolicyLoss
+from posttrain_lib.losses.policy import ADVANTAGES, OLD, REFERENCE, ROLLOUT, PolicyLoss, mismatch_figures
 from posttrain_lib.losses.policy_objectives import KL
 
 LENGTHS = (3, 1, 5, 4)
@@ -104,6 +104,16 @@ def test_values_and_gradients_are_verls(name: str, options: dict[str, Any], aggr
     assert bool(results[0][1].any())
 
 
+def test_whatever_holds_a_token_back_counts_as_clipped() -> None:
+    """Exactly the tokens whose own loss has no gradient: bounds of either side, and the bound of a bad one's ratio."""
+    found = tokens()
+    loss = PolicyLoss(dual_clip=1.3)
+    values, figures = loss.of_tokens(found["logprobs"], found[OLD], found, found["segments"], len(LENGTHS))
+    (gradient,) = torch.autograd.grad(values.sum(), found["logprobs"])
+    dual = (found[ADVANTAGES] < 0) & ((found["logprobs"] - found[OLD]).exp() > 1.3)
+    assert torch.equal(figures["policy/clip_share"], gradient == 0) and dual.any() and (gradient != 0).any()
+
+
 @pytest.mark.parametrize("name", list(KL))
 def test_the_distance_to_a_reference_is_verls(name: str) -> None:
     core = pytest.importorskip("verl.trainer.ppo.core_algos")
@@ -116,6 +126,19 @@ def test_the_distance_to_a_reference_is_verls(name: str) -> None:
     loss = PolicyLoss(kl=name, kl_weight=0.3)
     bare = ours(PolicyLoss(), found)
     torch.testing.assert_close(ours(loss, found), bare + 0.3 * right.mean(), **NEAR)
+
+
+@pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2])
+def test_a_small_distance_is_told_in_float32(apart: float) -> None:
+    """Half the squared difference, and never below 0: engine and trainer in float32 are no further apart."""
+    generator = torch.Generator().manual_seed(0)
+    sampler = -3 * torch.rand(10_000, generator=generator)
+    trainer = sampler + apart * torch.randn(len(sampler), generator=generator)
+    found = mismatch_figures(trainer, sampler)["mismatch/kl"]
+    half_square = 0.5 * (trainer.double() - sampler.double()).square()
+    assert (found >= 0).all()
+    # the series' next term is a third of the difference times as large
+    assert found.double().mean().item() == pytest.approx(half_square.mean().item(), rel=0.02)
 
 
 def test_what_disagrees_with_the_sampler_is_masked() -> None:
