@@ -40,7 +40,7 @@ def clipped(logprobs_N: Tensor, log_ratio_N: Tensor, advantages_N: Tensor, clip:
     loss = torch.maximum(free, held)
     if clip.dual is not None:
         loss = torch.where(advantages_N < 0, torch.minimum(loss, -advantages_N * clip.dual), loss)
-    return loss, held > free
+    return loss, loss != free
 
 
 def cispo(logprobs_N: Tensor, log_ratio_N: Tensor, advantages_N: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:

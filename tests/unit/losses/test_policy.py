@@ -107,10 +107,10 @@ def test_values_and_gradients_are_verls(name: str, options: dict[str, Any], aggr
 def test_whatever_holds_a_token_back_counts_as_clipped() -> None:
     """Exactly the tokens whose own loss has no gradient: bounds of either side, and the bound of a bad one's ratio."""
     found = tokens()
-    loss = PolicyLoss(dual_clip=1.3)
+    loss = PolicyLoss(dual_clip=1.1)
     values, figures = loss.of_tokens(found["logprobs"], found[OLD], found, found["segments"], len(LENGTHS))
     (gradient,) = torch.autograd.grad(values.sum(), found["logprobs"])
-    dual = (found[ADVANTAGES] < 0) & ((found["logprobs"] - found[OLD]).exp() > 1.3)
+    dual = (found[ADVANTAGES] < 0) & ((found["logprobs"] - found[OLD]).exp() > 1.1)
     assert torch.equal(figures["policy/clip_share"], gradient == 0) and dual.any() and (gradient != 0).any()
 
 
