@@ -112,9 +112,11 @@ def _sizes(groups_B: Integers) -> Integers:
 
 
 def _centred(rewards_B: Floats, groups_B: Integers) -> Floats:
-    _, inverse, counts = np.unique(groups_B, return_inverse=True, return_counts=True)
-    means = np.bincount(inverse, rewards_B, len(counts)) / counts
-    return np.asarray(rewards_B - means[inverse])
+    _, first, inverse, counts = np.unique(groups_B, return_index=True, return_inverse=True, return_counts=True)
+    # Of differences from one of them: a mean of equal numbers may be another number, and what divides it is small.
+    differences = rewards_B - rewards_B[first][inverse]
+    means = np.bincount(inverse, differences, len(counts)) / counts
+    return np.asarray(differences - means[inverse])
 
 
 def _group_spread(rewards_B: Floats, groups_B: Integers) -> Floats:
@@ -128,6 +130,7 @@ def _whitened(values_B: Floats, tokens_B: Integers) -> Floats:
     total = int(tokens_B.sum())
     if total < 2:
         return np.zeros_like(values_B)
-    centred = values_B - (values_B @ tokens_B) / total
+    differences = values_B - values_B[0]
+    centred = differences - (differences @ tokens_B) / total
     variance = (centred**2 @ tokens_B) / (total - 1)
     return np.asarray(centred / np.sqrt(variance + _NEAR_ZERO_VARIANCE))

@@ -69,9 +69,12 @@ def test_what_every_reward_has_more_changes_nothing(name: str, batch, shift: flo
 
 
 @pytest.mark.parametrize("name", list(RULES))
-def test_equal_rewards_and_single_completions_teach_nothing(name: str) -> None:
-    equal = advantages_of(name, np.full(4, 0.3), np.array([0, 0, 1, 1]), np.array([2, 3, 4, 1]))
-    np.testing.assert_allclose(equal, 0, atol=1e-9)
+@pytest.mark.parametrize("reward", [0.1, 0.3, -7.7, 1e9 + 0.1])
+def test_equal_rewards_and_single_completions_teach_nothing(name: str, reward: float) -> None:
+    for count in range(2, 10):
+        groups = np.arange(2 * count) // count
+        equal = advantages_of(name, np.full(2 * count, reward), groups, 1 + np.arange(2 * count) % 5)
+        assert not equal.any(), count
     assert advantages_of(name, np.array([3.0]), np.array([0]), np.array([1])).tolist() == [0.0]
 
 
