@@ -70,8 +70,8 @@ def pack_samples(
         share_prefixes: off for models that cannot (``models.spec.can_share_prefixes``).
 
     Raises:
-        DataError: a sample is longer than a row, has nothing to train, a signal of another length, or a token that
-            its constraint does not allow.
+        DataError: a sample is longer than a row, has nothing to train, a signal of another length or with a number
+            that is not finite, or a token that its constraint does not allow.
     """
     lengths = np.array([len(sample.token_ids) for sample in samples], np.int32)
     _check(samples, lengths, row_tokens)
@@ -140,19 +140,26 @@ def _check(samples: Sequence[TrainSample], lengths: np.ndarray, row_tokens: int)
 
 
 def check_signals(sample: TrainSample) -> None:
-    """Every signal is one number a trained token.
+    """Every signal is one finite number a trained token. A ratio to an infinite one is bounded as any other, and the
+    KL that an update is refused for is over answers that are not stale: others' would be learned from.
 
     Raises:
         DataError: one is not, by name.
     """
     trained = trained_in_order(sample)
     for name, values in sample.signals.items():
+        where = f"sample {sample.index} of group {sample.group}, {name}"
         if values.shape != (trained,):
             raise DataError(
-                "a signal is not one number a trained token",
-                where=f"sample {sample.index} of group {sample.group}, {name}",
-                got=values.shape,
-                expected=(trained,),
+                "a signal is not one number a trained token", where=where, got=values.shape, expected=(trained,)
+            )
+        if not np.isfinite(values).all():
+            place = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise DataError(
+                "a signal is no finite number",
+                where=f"{where}, trained token {place}",
+                got=float(values[place]),
+                fix="look for NaN in what made it: the rollout engine, the policy, a reference, a teacher",
             )
 
 

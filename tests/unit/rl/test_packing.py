@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from posttrain_lib.data.collate import to_torch
 from posttrain_lib.errors import DataError
 from posttrain_lib.losses.contract import tiny_decoder
-from posttrain_lib.losses.policy import ADVANTAGES, PolicyLoss
+from posttrain_lib.losses.policy import ADVANTAGES, ROLLOUT, PolicyLoss
 from posttrain_lib.rl.packing import PackedSamples, by_sample, pack_samples
 from posttrain_lib.schema.rollouts import TrainSample
 
@@ -120,6 +120,9 @@ def test_an_odd_number_of_rows_is_learned_by_two_ranks_as_by_one() -> None:
         ({"trained": np.zeros(8, bool)}, "not behind its prompt"),
         ({"trained": np.arange(8) >= 3}, "not behind its prompt"),
         ({"signals": {ADVANTAGES: np.zeros(2, np.float32)}}, "not one number a trained token"),
+        ({"signals": {ROLLOUT: np.array([0, 0, np.nan, 0], np.float32)}}, "rollout_logprobs, trained token 2"),
+        ({"signals": {ROLLOUT: np.array([0, -np.inf, 0, 0], np.float32)}}, "no finite number"),
+        ({"signals": {ROLLOUT: np.array([np.inf, 0, 0, 0], np.float32)}}, "no finite number"),
     ],
 )
 def test_what_cannot_be_packed_is_named(change: dict[str, object], said: str) -> None:
