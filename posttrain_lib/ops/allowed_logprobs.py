@@ -25,7 +25,7 @@ from posttrain_lib.ops.linear_cross_entropy import token_logprobs
 from posttrain_lib.ops.output_head import HeadAdapter, OutputHead
 from posttrain_lib.schema.allowed_sets import AllowedSets
 
-#: entries of a chunk's logits, 64 MiB in float32; a chunk has one token at least
+#: entries of a chunk's logits, 64 MiB in float32, and of its rows of the head; a chunk has one token and one set at least
 _CHUNK_ENTRIES = 1 << 24
 
 
@@ -42,7 +42,8 @@ def allowed_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Differentiable log-probabilities of the targets among what is allowed at the positions ``index_N``.
 
-    Memory beside the gradients: ``chunk_entries`` logits a few times, and a copy of the rows of the largest set.
+    Memory beside the gradients: ``chunk_entries`` logits a few times; a copy of as many entries of the head, or of the
+    rows of the largest set, and their gradient.
 
     Args: as ``ops.linear_cross_entropy.token_logprobs``; ``allowed`` has tensors on the same device, and each target is
         in its set. None: everything is allowed.
@@ -67,7 +68,8 @@ def allowed_logprobs(
     bound = torch.from_numpy(np.flatnonzero(set_of >= 0)[np.argsort(set_of[set_of >= 0], kind="stable")])
     free = torch.from_numpy(np.flatnonzero(set_of < 0))
     bound, free = bound.to(index_N.device), free.to(index_N.device)
-    plan = _Plan(allowed, tuple(_chunks(set_of, allowed.offsets.cpu().numpy(), chunk_entries)), temperature)
+    widest = chunk_entries // hidden_TD.shape[1]
+    plan = _Plan(allowed, tuple(_chunks(set_of, allowed.offsets.cpu().numpy(), chunk_entries, widest)), temperature)
     down, up = (None, None) if head.adapter is None else (head.adapter.down_RD, head.adapter.up_VR)
     where = index_N.index_select(0, bound)
     targets = target_ids_T.index_select(0, where)
@@ -102,15 +104,19 @@ class _Plan:
     temperature: float
 
 
-def _chunks(set_of: np.ndarray, offsets: np.ndarray, most: int) -> Iterator[_Chunk]:
+def _chunks(set_of: np.ndarray, offsets: np.ndarray, most: int, widest: int) -> Iterator[_Chunk]:
     """Runs of sets, with their tokens in the order of sets; rows times columns of each are at most ``most``, save for
-    single rows."""
+    single rows, and columns at most ``widest``, or those of the largest set."""
     counts = np.bincount(set_of[set_of >= 0], minlength=len(offsets) - 1)
+    widest = max(widest, int(np.diff(offsets).max()))
     starts = np.append(0, counts.cumsum())
     begin = 0
     while begin < len(counts):
         end = begin + 1
-        while end < len(counts) and (starts[end + 1] - starts[begin]) * (offsets[end + 1] - offsets[begin]) <= most:
+        while end < len(counts):
+            rows, width = starts[end + 1] - starts[begin], offsets[end + 1] - offsets[begin]
+            if rows * width > most or width > widest:
+                break
             end += 1
         columns = slice(int(offsets[begin]), int(offsets[end]))
         step = max(1, most // max(1, columns.stop - columns.start))

@@ -157,6 +157,19 @@ def test_a_chunks_logits_are_bounded() -> None:
     assert seen.products and all(rows * columns <= 64 for rows, columns in seen.products)
 
 
+@pytest.mark.parametrize("chunk_entries", [40, 400])
+def test_a_chunks_rows_of_the_head_are_bounded(chunk_entries: int) -> None:
+    """However few tokens sets have: side by side they would be more than the head itself."""
+    case = make_case(25)
+    sets = sets_of(case, [8] * 12)
+    sets = replace(sets, set_of=sets.set_of.clamp(min=0))
+    largest = int(sets.offsets.diff().max())
+    with LargestTensor() as seen:
+        allowed_logprobs(case.hidden, case.head, case.targets, case.index, sets, chunk_entries=chunk_entries)
+    bound = max(largest, chunk_entries // case.hidden.shape[1])
+    assert seen.products and max(columns for _, columns in seen.products) <= bound
+
+
 def test_a_sharded_vocabulary_is_refused() -> None:
     case = make_case(4)
 
