@@ -30,8 +30,9 @@ class VersionLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log. A last line that a kill tore is left out: no checkpoint is of a version behind it."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    """The lines of a log. A last line that a kill tore, within a letter too, is left out: no checkpoint is of a version
+    behind it."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
 
 
 def _text(line: dict[str, Any]) -> str:

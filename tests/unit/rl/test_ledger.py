@@ -106,3 +106,18 @@ def test_a_run_without_a_checkpoint_begins_with_an_empty_log(tmp_path: Path) -> 
     again.close_update(1)
     state = again.state()
     Ledger(VersionLog(log)).load_state(state, 1)
+
+
+def test_a_kill_may_tear_a_line_anywhere(tmp_path: Path) -> None:
+    """Within a letter of several bytes, too."""
+    log = VersionLog(tmp_path / "log.jsonl")
+    log.start(0)
+    log.append([{"version": 1, "answer": "één"}])
+    whole = log.path.read_bytes()
+    log.append([{"version": 2, "answer": "één"}])
+    second = log.path.read_bytes()[len(whole) :]
+    assert any(byte > 127 for byte in second), "the test needs letters of several bytes"
+    for length in range(len(second)):
+        log.path.write_bytes(whole + second[:length])
+        assert log.start(1) == [{"version": 1, "answer": "één"}] == log.start(2)
+        assert log.path.read_bytes() == whole
