@@ -102,6 +102,7 @@ class Controller:
         self.times = Times()
         self.batch = 0
         self._learned: dict[int, int] = {}
+        self._stopping = False
         self._policy_thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     def state(self) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class Controller:
                 groups = await ahead.pop(self.batch)
             async for report in self._learn(groups):
                 reports.put_nowait(report)
-            if pulse.stop_reason() is not None and policy.version < settings.updates:
+            if self._stopping and policy.version < settings.updates:
                 raise preempted(policy.version)
 
     async def _collect(self, number: int) -> list[Group]:
@@ -278,14 +279,16 @@ class Controller:
     async def _after_batch(self, report: StepReport, figures: dict[str, float], since: int) -> StepReport:
         """Look and save where it is due, and tell. ``since``: the version that the batch began with."""
         settings, policy = self.settings, self.roles.policy
-        over, stopping = policy.version >= settings.updates, pulse.stop_reason() is not None
+        over = policy.version >= settings.updates
         looked, events = {}, [report.event] if report.event else []
         if over or _passed(settings.held_out.every_steps, since, policy.version):
             with self.times.part("held_out"):
                 looked = await self._look()
         else:  # a long run's reports stay small: every answer that is shown stands in a file of its own
             report = dataclasses.replace(report, answers=())
-        saves = over or stopping or _passed(settings.save_every, since, policy.version)
+        # Asked once, for a stop may come at any moment: who says that a checkpoint is written goes by the same answer.
+        self._stopping = pulse.stop_reason() is not None
+        saves = over or self._stopping or _passed(settings.save_every, since, policy.version)
         events += ["checkpoint"] if saves else []
         events += ["finished"] if over else []
         times = self.times.figures(self.pump.busy_seconds, self.desk.busy_seconds)
@@ -297,7 +300,7 @@ class Controller:
             # Batches ahead may have settled visits since; and they go on while the checkpoint is written.
             self.ledger.close_update(policy.version)
             state = self.state()
-            await self._on_policy(lambda: policy.save(state, report, wait=over or stopping))
+            await self._on_policy(lambda: policy.save(state, report, wait=over or self._stopping))
         return report
 
     def _advantages(self, groups: list[Group]) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain_lib.errors import PosttrainError, RolloutError, TrainingError
+from posttrain_lib.errors import PosttrainError, PreemptedError, RolloutError, TrainingError
 from posttrain_lib.rl.controller import Controller, Roles
 from posttrain_lib.rl.ledger import LEDGER, Ledger
 from posttrain_lib.rl.prompts import RolloutPrompt
@@ -241,6 +241,38 @@ def test_what_a_policy_raises_ends_the_run_and_the_next_goes_on(folder: Path) ->
     reports = run(folder, engine_in(folder), policy)
     assert (reports[0].step, reports[0].event) == (2, "resumed") and visits_in(folder) == EVERY_VISIT
     assert same(policy, whole)
+
+
+class Stopped(TableEngine):
+    """At its call of that number a stop is asked for, as by a signal."""
+
+    calls = 0
+    at: int
+
+    def _check_there(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            pulse.ask_to_stop("the machine is wanted back")
+        super()._check_there()
+
+
+def test_whenever_a_stop_is_asked_for_its_checkpoint_is_written(folder: Path) -> None:
+    """In the middle of a look at the policy, too."""
+    settings = settings_of(save_every=100, held_out=HeldOut(2, every_steps=1))
+    stopped = 0
+    for at in range(1, 1000, 5):
+        pulse.begin()
+        policy, engine = policy_in(folder, f"work-{at}"), engine_in(folder, Stopped)
+        engine.at = at
+        try:
+            run(folder, engine, policy, settings)
+        except PreemptedError:
+            stopped += 1
+        again = policy_in(folder, f"work-{at}")
+        assert again.resume() is not None and again.version == policy.version, f"a stop at call {at}"
+        if engine.calls < at:
+            break
+    assert stopped > 20 and policy.version == UPDATES
 
 
 @pytest.mark.parametrize("role", ["reference", "teacher"])
