@@ -160,7 +160,7 @@ class Controller:
             reports.put_nowait(dataclasses.replace(first_report(settings.updates), **await self._look()))
         ahead: dict[int, asyncio.Task[list[Group]]] = {}
         while left := settings.batches_left(policy.version):
-            self.times.begin()
+            self.times.begin(self.pump.busy.seconds, self.desk.busy.seconds)
             for number in range(self.batch, self.batch + min(1 + settings.max_staleness, left)):
                 if number not in ahead:
                     ahead[number] = tasks.create_task(self._collect(number))
@@ -291,7 +291,7 @@ class Controller:
         saves = over or self._stopping or _passed(settings.save_every, since, policy.version)
         events += ["checkpoint"] if saves else []
         events += ["finished"] if over else []
-        times = self.times.figures(self.pump.busy_seconds, self.desk.busy_seconds)
+        times = self.times.figures(self.pump.busy.seconds, self.desk.busy.seconds)
         counts = {f"rollout/{fate}": float(count) for fate, count in self.ledger.counts.items()}
         report = dataclasses.replace(
             report, figures={**report.figures, **figures, **counts, **times}, event=", ".join(events), **looked

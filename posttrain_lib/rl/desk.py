@@ -7,11 +7,12 @@ when the graders are free goes to them at once, as one call: they have workers o
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+from posttrain_lib.rl.figures import Busy
 
 if TYPE_CHECKING:
     from posttrain_lib.rl.roles import RewardRole
@@ -23,7 +24,7 @@ class GradingDesk:
 
     def __init__(self, reward: RewardRole) -> None:
         self.reward = reward
-        self.busy_seconds = 0.0
+        self.busy = Busy()
         self.failures: Counter[str] = Counter()
         self._waiting: list[tuple[Sequence[Answer], asyncio.Future[list[Grade]]]] = []
         self._wanted = asyncio.Event()
@@ -44,9 +45,8 @@ class GradingDesk:
             self._wanted.clear()
             waiting, self._waiting = self._waiting, []
             answers = [answer for part, _ in waiting for answer in part]
-            begun = time.perf_counter()
-            grades = await loop.run_in_executor(self._thread, self.reward.grade, answers)
-            self.busy_seconds += time.perf_counter() - begun
+            with self.busy.working():
+                grades = await loop.run_in_executor(self._thread, self.reward.grade, answers)
             self.failures.update(grade.failure for grade in grades if grade.failure)
             for part, future in waiting:
                 own, grades = grades[: len(part)], grades[len(part) :]

@@ -166,16 +166,40 @@ def shown_answers(groups: Sequence[Group], version: int, count: int) -> list[dic
     return shown
 
 
+class Busy:
+    """How long somebody has worked in all, what is being worked at now included. One works, any thread may look."""
+
+    def __init__(self) -> None:
+        # One object, so that who looks from another thread sees both as they belong together.
+        self._worked: tuple[float, float | None] = (0.0, None)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """What is within is work."""
+        self._worked = self._worked[0], time.perf_counter()
+        try:
+            yield
+        finally:
+            self._worked = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        before, since = self._worked
+        return before if since is None else before + time.perf_counter() - since
+
+
 class Times:
     """Seconds by phase of the controller's own path, and how busy each role was meanwhile; of one batch."""
 
     def __init__(self) -> None:
-        self.begin()
-        self._before = (0.0, 0.0)
+        self.begin(0.0, 0.0)
 
-    def begin(self) -> None:
-        """A new batch begins."""
+    def begin(self, engine_seconds: float, grader_seconds: float) -> None:
+        """A new batch begins. What either has worked since the one before is of neither: the first look at the policy,
+        batches ahead while a checkpoint was written."""
         self._begun = time.perf_counter()
+        self._before = engine_seconds, grader_seconds
         self._parts: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
@@ -195,7 +219,6 @@ class Times:
         """
         whole = max(time.perf_counter() - self._begun, 1e-9)
         engine, grader = engine_seconds - self._before[0], grader_seconds - self._before[1]
-        self._before = (engine_seconds, grader_seconds)
         policy = sum(self._parts[name] for name in ("update", "old_logprobs"))
         busy = {"rollout": engine, "reward": grader, "policy": policy}
         return {

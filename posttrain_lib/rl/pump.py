@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from posttrain_lib.errors import RolloutError
+from posttrain_lib.rl.figures import Busy
 from posttrain_lib.training import pulse
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class EnginePump:
 
     def __init__(self, engine: RolloutRole) -> None:
         self.engine = engine
-        self.busy_seconds = 0.0
+        self.busy = Busy()
         self._waiting: list[Request] = []
         self._futures: dict[str, asyncio.Future[Completion]] = {}
         self._wanted = asyncio.Event()
@@ -77,11 +78,11 @@ class EnginePump:
 
     def _round(self, requests: Sequence[Request]) -> list[Completion]:
         begun = time.perf_counter()
-        if requests:
-            self.engine.submit(requests)
         found: list[Completion] = []
-        while not found and self.engine.unfinished and time.perf_counter() - begun < _ROUND_SECONDS:
-            found = self.engine.step()
+        with self.busy.working():
+            if requests:
+                self.engine.submit(requests)
+            while not found and self.engine.unfinished and time.perf_counter() - begun < _ROUND_SECONDS:
+                found = self.engine.step()
         pulse.beat("rollouts")  # a batch may take longer than a rank may be silent
-        self.busy_seconds += time.perf_counter() - begun
         return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from posttrain_lib.rl.figures import held_out_figures, held_out_scores, held_out_value
+from posttrain_lib.rl import figures
+from posttrain_lib.rl.figures import Busy, Times, held_out_figures, held_out_scores, held_out_value
 from posttrain_lib.rl.trajectories import Trajectory
 from posttrain_lib.schema.rollouts import Answer, Grade
 
@@ -46,3 +47,37 @@ def test_where_nothing_was_graded_there_is_no_value() -> None:
     found = told([FAILED, FAILED])
     assert "held_out" not in found and found["held_out_figures"]["failed"] == 2.0
     assert held_out_value(held_out_scores([FAILED], 1)) is None
+
+
+class Clock:
+    """Stands still until it is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(figures.time, "perf_counter", lambda: self.now)
+
+
+def test_a_batch_has_what_was_worked_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first look at the policy, nor what the engine does while a checkpoint is written."""
+    clock, engine = Clock(monkeypatch), Busy()
+    times = Times()
+    for _ in range(2):
+        with engine.working():
+            clock.now += 100.0
+        times.begin(engine.seconds, 0.0)
+        with engine.working():
+            clock.now += 1.0
+        clock.now += 3.0
+        told = times.figures(engine.seconds, 0.0)
+        assert (told["time/batch_seconds"], told["idle/rollout"], told["idle/reward"]) == (4.0, 0.75, 1.0)
+
+
+def test_work_that_goes_on_counts_in_the_batch_that_it_was_done_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, grader, times = Clock(monkeypatch), Busy(), Times()
+    with grader.working():
+        clock.now += 1.0
+        assert times.figures(0.0, grader.seconds)["idle/reward"] == 0.0
+        times.begin(0.0, grader.seconds)
+        clock.now += 1.0
+    clock.now += 1.0
+    assert times.figures(0.0, grader.seconds)["idle/reward"] == 0.5
