@@ -35,9 +35,9 @@ from posttrain_lib.schema.rollouts import Answer
 
 #: by its name, so that a step's source digest finds it
 _PROGRAM = module_file("posttrain_lib.rl.rewards.sandboxed")
-_BLOCK = re.compile(
-    r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE
-)
+#: of any language: the fence that ends one is else taken for the beginning of another
+_BLOCK = re.compile(r"^([ \t]*)```[ \t]*([^\s`]*)[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_PYTHON = frozenset({"python", "python3", "py"})
 #: what an interpreter needs before a program has done anything
 _INTERPRETER_BYTES = 256 << 20
 #: what a busy machine may take to start an interpreter, and to end a program; no time of the program
@@ -45,7 +45,8 @@ _START_SECONDS = 20.0
 
 
 class Code:
-    """1 where the last Python block of the answer passes all tests, else 0; so for an answer without a block.
+    """1 where the last Python block of the answer passes all tests, else 0; so for an answer without a block. Blocks
+    that name no language are Python where no other is.
 
     ``deadline_seconds`` of the reward should be above ``seconds`` times the runs: one for each test that is input and
     output, one for all others. What outlasts ``seconds`` is wrong, what outlasts the deadline is a failure.
@@ -86,12 +87,12 @@ class Code:
         """DataError where the row has no tests, or some that are neither text nor input and output."""
         tests = answer.extra.get("tests") if self._tests is None else self._tests
         asserts, runs = _sorted(tests)
-        blocks = _BLOCK.findall(answer.text)
-        if not blocks:
+        program = last_program(answer.text)
+        if program is None:
             return Verdict(0.0, False)
-        passed = self._passed_asserts(blocks[-1], asserts) if asserts else 0
+        passed = self._passed_asserts(program, asserts) if asserts else 0
         for run in runs:
-            printed = self._run({"program": blocks[-1], "input": run["input"]})
+            printed = self._run({"program": program, "input": run["input"]})
             passed += printed is not None and _lines(printed) == _lines(run["output"])
         share = passed / (len(asserts) + len(runs))
         return Verdict(share if self._partial else float(share == 1), share == 1)
@@ -132,6 +133,15 @@ class Code:
                 _end(child)
             out.seek(0)
             return out.read().decode(errors="replace") if child.returncode == 0 else None
+
+
+def last_program(text: str) -> str | None:
+    """The last block of Python, else the last that names no language; less the indentation of its fence."""
+    blocks: dict[bool, str] = {}
+    for indent, language, block in _BLOCK.findall(text):
+        if not language or language.lower() in _PYTHON:
+            blocks[bool(language)] = re.sub(f"^{indent}", "", block, flags=re.MULTILINE)
+    return blocks.get(True, blocks.get(False))
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain_lib.errors import DataError
 from posttrain_lib.rl.rewards.base import RewardSpec, Verdict
-from posttrain_lib.rl.rewards.code import Code
+from posttrain_lib.rl.rewards.code import Code, last_program
 from posttrain_lib.rl.rewards.pool import GraderPool
 from tests.support.graders import answer
 
@@ -59,6 +59,24 @@ def test_the_last_block_counts_and_one_must_be_there(code: Code) -> None:
     assert code(answer(fenced(ADD) + fenced("def add(a, b): ..."), tests=ADD_TESTS)) == WRONG
     assert code(answer(ADD, tests=ADD_TESTS)) == WRONG
     assert code(answer("```python\n" + ADD, tests=ADD_TESTS)) == WRONG
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("```bash\npip install x\n```\nThen:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
+        ("```cpp\nint x;\n```\nor\n```py\nx = 1\n```\nwhich prints\n```text\n1\n```\nDone.", "x = 1\n"),
+        ("```python\nx = 1\n```\nIt prints:\n```\n1\n```", "x = 1\n"),
+        ("```\nx = 1\n```\nor\n```\nx = 2\n```", "x = 2\n"),
+        ('```python title="a.py"\nx = 1\n```', "x = 1\n"),
+        ("1. So:\n   ```python\n   if x:\n       y = 1\n   ```\n", "if x:\n    y = 1\n"),
+        ("```java\nint x;\n```\n", None),
+        ("```java\nint x;\n```\nDone.\n```", None),
+        ("no block, ```python here\nx``` either", None),
+    ],
+)
+def test_blocks_of_other_languages_are_passed_over(text: str, program: str | None) -> None:
+    assert last_program(text) == program
 
 
 def test_input_and_output(code: Code) -> None:
