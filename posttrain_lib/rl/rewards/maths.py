@@ -16,10 +16,13 @@ from posttrain_lib.rl.rewards.base import Verdict, expected_of
 from posttrain_lib.schema.rollouts import Answer
 
 _HASHES = "####"
-_BOXED = re.compile(r"\\f?boxed\s*\{")
-_NUMBER = re.compile(r"[+-]?(?:\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)(?:/\d+)?")
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+#: white space stands behind the sign, around a stroke and between thousands, nowhere else: 1 2 is no 12
+_NUMBER = re.compile(r"[+-]? ?(?:(?:\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)(?: ?/ ?\d+)?|\d{1,3}(?: \d{3})+(?:\.\d*)?)")
+_MIXED = re.compile(r"([+-]? ?)(\d+) (\d+ ?/ ?\d+)")
 #: what may stand around a number and changes nothing; per cent, too, as where MATH compares (Hendrycks et al. 2021)
-_TRIMMINGS = re.compile(r"\\[$%!,;: ]|[$%\s]|\.$")
+_TRIMMINGS = re.compile(r"\\[$%!,]|[$%]|\.$")
+_SPACE = re.compile(r"\\[;: ]")
 #: digits of a number that is compared as a fraction; longer ones cost time that grows with their square
 _MOST_DIGITS = 1000
 
@@ -27,8 +30,9 @@ _MOST_DIGITS = 1000
 class Maths:
     """1 where the result is the row's, else 0.
 
-    The result stands in the last ``\\boxed{}``, else behind the last ``####`` (GSM8K, Cobbe et al. 2021), else it is
-    the last formula or number of the text. The row's answer is written in any of these ways, or is the result alone.
+    The result stands in the last ``\\boxed{}`` or ``\\fbox{}``, else behind the last ``####`` (GSM8K, Cobbe et al.
+    2021), else it is what Math-Verify finds: what the text calls its answer, else its last formula or number. The row's
+    answer is written in any of these ways, or is the result alone.
 
     Args:
         marked: whether only a ``\\boxed{}`` or ``####`` counts.
@@ -80,11 +84,17 @@ def boxed(result: str) -> str:
 
 
 def number_in(text: str) -> Fraction | None:
-    """The number that the text is: ``$1,250.00``, ``-3/4``, ``\\frac12`` not; None where it is anything else."""
-    plain = _TRIMMINGS.sub("", text)
-    if len(plain) > _MOST_DIGITS or not _NUMBER.fullmatch(plain):
+    """The number that the text is: ``$1,250.00``, ``-3/4``, ``2 1/2``, ``\\frac12`` not; None where it is another."""
+    plain = _TRIMMINGS.sub("", " ".join(_SPACE.sub(" ", text).split()))
+    plain = " ".join(plain.split())
+    if len(plain) > _MOST_DIGITS:
         return None
-    over, _, under = plain.replace(",", "").partition("/")
+    if mixed := _MIXED.fullmatch(plain):
+        whole, part = number_in(mixed[1] + mixed[2]), number_in(mixed[1] + mixed[3])
+        return None if whole is None or part is None else whole + part
+    if not _NUMBER.fullmatch(plain):
+        return None
+    over, _, under = plain.replace(",", "").replace(" ", "").partition("/")
     return None if under and not int(under) else Fraction(over) / int(under or 1)
 
 

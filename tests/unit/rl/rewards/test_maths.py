@@ -42,6 +42,13 @@ def maths() -> Maths:
         ("\\boxed{50}", "50\\%"),
         ("\\boxed{\\$50}", "50"),
         ("\\boxed{-3/4}", "-0.75"),
+        ("\\boxed{- 3 / 4}", "-0.75"),
+        ("\\boxed{2 1/2}", "5/2"),
+        ("\\boxed{-2 1/2}", "-2.5"),
+        ("\\boxed{10 000}", "10000"),
+        ("\\boxed{10\\,000 \\%}", "10,000"),
+        ("\\boxed{7} or \\fbox{18}", "18"),
+        ("7, no: the answer is 18, of 20", "18"),
     ],
 )
 def test_what_is_right(maths: Maths, text: str, expected: str) -> None:
@@ -66,6 +73,11 @@ def test_what_is_right(maths: Maths, text: str, expected: str) -> None:
         ("\\boxed{100000000000000000000001}", "100000000000000000000000"),
         ("\\boxed{1/0}", "1"),
         ("\\boxed{50\\%}", "0.5"),
+        ("\\boxed{1 2}", "12"),
+        ("1 2", "12"),
+        ("\\boxed{1\\ 2}", "12"),
+        ("\\boxed{2 1/2}", "21/2"),
+        ("\\boxed{1, 234}", "1234"),
         ("\\boxed{" * 100, "1"),
     ],
 )
@@ -97,7 +109,21 @@ def test_numbers() -> None:
     assert number_in("$1,250.50") == Fraction(2501, 2)
     assert number_in("+.5") == number_in("1/2") == Fraction(1, 2)
     assert number_in("18.") == number_in("18") == 18
-    for text in ("1,25", "1 or 2", "x", "", "1/0", "1e5", "9" * 2000, "--1", "inf", "\u0664\u0662x"):
+    for text in (
+        "1,25",
+        "1 or 2",
+        "x",
+        "",
+        "1/0",
+        "1e5",
+        "9" * 2000,
+        "--1",
+        "inf",
+        "1 2",
+        "1 1/0",
+        "1, 234",
+        "\u0664\u0662x",
+    ):
         assert number_in(text) is None, text
 
 
