@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -19,12 +20,21 @@ _LARGEST_REPLY = 1 << 20
 _LONGEST_WAIT = 5.0
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """The redirection stays the error that it is: following one turns a POST into a GET without its content."""
+
+
+_OPENER = urllib.request.build_opener(_Stay)
+
+
 class Http:
     """Posts ``{"prompt": messages, "text", "expected", "extra"}`` as JSON and takes ``{"reward": number}`` of the
     reply, and ``"correct": bool`` where it has one.
 
-    A connection that fails and the statuses 408, 425, 429 and most of 5xx are tried again, after waits that double. The
-    reward's deadline ends all of it in any case.
+    A connection that fails or breaks off and the statuses 408, 425, 429 and most of 5xx are tried again, after waits
+    that double. The reward's deadline ends all of it in any case. A redirection is an error: another server would be
+    asked, with these headers and without the answer.
 
     Args:
         url: http or https.
@@ -64,7 +74,7 @@ class Http:
         for attempt in range(self._retries + 1):
             try:
                 return self._attempt(content)
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 final = isinstance(error, urllib.error.HTTPError) and error.code not in _RETRIED
                 if final or attempt == self._retries:
                     raise DataError(
@@ -74,12 +84,15 @@ class Http:
 
     def _attempt(self, content: bytes) -> Any:
         request = urllib.request.Request(self._url, content, self._headers)
-        with urllib.request.urlopen(request, timeout=self._timeout) as reply:
+        with _OPENER.open(request, timeout=self._timeout) as reply:
             said = reply.read(_LARGEST_REPLY + 1)
+            missing = reply.length  # of what was announced; a read with a bound does not raise for it
         if len(said) > _LARGEST_REPLY:
             raise DataError(
                 "the scorer's reply is too long", where=self._url, expected=f"at most {_LARGEST_REPLY} bytes"
             )
+        if missing:
+            raise http.client.IncompleteRead(said, missing)
         try:
             return json.loads(said)
         except ValueError as error:

@@ -18,7 +18,7 @@ from tests.support.graders import answer
 
 
 class Scorer(http.server.BaseHTTPRequestHandler):
-    """Answers with what ``server.replies`` has next: (status, body), or an event to wait for."""
+    """Answers with what ``server.replies`` has next: (status, body), bytes as they are, or an event to wait for."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -27,11 +27,23 @@ class Scorer(http.server.BaseHTTPRequestHandler):
         if isinstance(reply, threading.Event):
             reply.wait()
             return
+        if isinstance(reply, bytes):
+            self.wfile.write(reply)
+            self.close_connection = True
+            return
         status, body = reply
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        """Who follows a redirection has forgotten what to ask."""
+        self.server.replies.append("got")  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Length", "13")
+        self.end_headers()
+        self.wfile.write(b'{"reward": 1}')
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""
@@ -68,6 +80,31 @@ def test_what_is_asked_and_taken(server: Any) -> None:
 def test_passing_faults_are_tried_again(server: Any) -> None:
     server.replies += [(503, b""), (429, b""), (200, b'{"reward": 2}')]
     assert Http(server.url, wait_seconds=0.01)(answer("a")) == Verdict(2)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        b"nonsense\r\n\r\n",
+        b'HTTP/1.0 200 OK\r\nContent-Length: 15\r\n\r\n{"reward": 2',
+        b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n{"reward"',
+    ],
+)
+def test_a_reply_that_breaks_off_is_asked_for_again(server: Any, broken: bytes) -> None:
+    server.replies += [broken, (200, b'{"reward": 2}')]
+    assert Http(server.url, wait_seconds=0.01)(answer("a")) == Verdict(2)
+    server.replies += [broken] * 2
+    with pytest.raises(DataError, match="after 2 attempts"):
+        Http(server.url, retries=1, wait_seconds=0.01)(answer("a"))
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirection_is_not_followed(server: Any, status: int) -> None:
+    server.replies += [f"HTTP/1.0 {status} X\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n".encode()]
+    with pytest.raises(DataError, match=f"{status}.* after 1 attempts"):
+        Http(server.url)(answer("a"))
+    assert server.replies == []
 
 
 @pytest.mark.parametrize(
