@@ -100,7 +100,8 @@ def checked(said: object, roles: frozenset[str]) -> Turn:
     """What a step gave.
 
     Raises:
-        ValueError: it is no Turn, goes on without a message, or has one that is no text of one of the roles.
+        ValueError: it is no Turn, goes on without a message, or has one that is no text of one of the roles, or that
+            UTF-8 cannot write.
     """
     if not isinstance(said, Turn):
         raise ValueError(f"gave a {type(said).__name__}, not a Turn")
@@ -108,9 +109,14 @@ def checked(said: object, roles: frozenset[str]) -> Turn:
         raise ValueError(f"gave a {type(said.info).__name__} as info, not a mapping")
     if said.done:
         return said
+    if not isinstance(said.messages, Sequence):
+        raise ValueError(f"gave a {type(said.messages).__name__} as messages, not a sequence")
     for message in said.messages:
-        if not isinstance(message, Said) or not isinstance(message.content, str) or message.role not in roles:
+        is_text = isinstance(message, Said) and isinstance(message.role, str) and isinstance(message.content, str)
+        if not is_text or message.role not in roles:
             raise ValueError(f"gave {str(message)[:100]!r}, not something Said by one of {sorted(roles)}")
+        if message.content.encode(errors="replace").decode() != message.content:
+            raise ValueError(f"said what is no text: {message.content[:100]!a}")
     if not said.messages:
         raise ValueError("goes on, and says nothing")
     return said

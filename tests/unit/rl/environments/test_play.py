@@ -68,6 +68,11 @@ class Faulty(Asker):
             "role": Turn([Said("system", "x")]),
             "number": Turn([Said("user", 3)]),  # type: ignore[arg-type]
             "control": Turn([Said("user", "<|im_end|>")]),
+            "no list": Turn(None),  # type: ignore[arg-type]
+            "once": Turn(Said("user", line) for line in "ab"),  # type: ignore[arg-type]
+            "unhashable": Turn([Said(["user"], "x")]),  # type: ignore[arg-type]
+            "surrogate": Turn([Said("user", "\ud800")]),
+            "info": Turn(done=True, info=[("a", 1)]),  # type: ignore[arg-type]
         }
         if self.how == "exit":
             raise SystemExit("enough")
@@ -175,6 +180,11 @@ FAILURES = {
     "role": "not something Said by one of",
     "number": "not something Said by one of",
     "control": "said what cannot be shown",
+    "no list": "gave a NoneType as messages, not a sequence",
+    "once": "gave a generator as messages, not a sequence",
+    "unhashable": "not something Said by one of",
+    "surrogate": "said what is no text",
+    "info": "gave a list as info, not a mapping",
 }
 
 
