@@ -97,6 +97,32 @@ def _advantages(
     return first_B.double().numpy()
 
 
+class _Watched:
+    """A config of verl's that knows which of its fields were read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name != "__dict__":
+            self.__dict__.setdefault("_read", set()).add(name)
+        return found
+
+    def forget(self) -> None:
+        """Nothing was read so far: making it did so, too."""
+        self.__dict__["_read"] = set()
+
+    def unread(self, names: Mapping[str, Any]) -> list[str]:
+        """Which of these fields nobody has read."""
+        return sorted(names.keys() - self.__dict__["_read"])
+
+
+class _ActorConfig(_Watched, ActorConfig):
+    """What a policy loss is handed."""
+
+
+class _PolicyLossConfig(_Watched, PolicyLossConfig):
+    """Its part ``policy_loss``."""
+
+
 class VerlPolicyLoss(PolicyLoss):
     """verl's policy loss of that name: ``sum_t w_t * loss_t``, where verl's own value is ``sum_t loss_t / tokens``.
 
@@ -113,7 +139,9 @@ class VerlPolicyLoss(PolicyLoss):
             of PolicyLossConfig under ``policy_loss``. temperature: that the samples were drawn at.
 
     Raises:
-        ConfigError: verl has no such loss or option, or the loss is not one of tokens.
+        ConfigError: verl has no such loss or option, the loss is not one of tokens, or it does not read an option:
+            what verl's actor does besides its loss (``use_kl_loss``, ``loss_agg_mode``, its optimiser) is done by
+            nobody here.
     """
 
     def __init__(
@@ -123,13 +151,18 @@ class VerlPolicyLoss(PolicyLoss):
         known = ", ".join(sorted(POLICY_LOSS_REGISTRY))
         check_option("name", name, name in POLICY_LOSS_REGISTRY, f"one of {known}")
         given = dict(options or {})
-        policy_loss = PolicyLossConfig(loss_mode=name, **given.pop("policy_loss", {}))
-        self._config = ActorConfig(**_ACTOR, policy_loss=policy_loss, **given)
+        of_loss = given.pop("policy_loss", {})
+        policy_loss = _PolicyLossConfig(loss_mode=name, **of_loss)
+        self._config = _ActorConfig(**_ACTOR, policy_loss=policy_loss, **given)
+        for each in (policy_loss, self._config):
+            each.forget()
         self._verl = POLICY_LOSS_REGISTRY[name]
         self.figures = tuple(each for each in self.figures if each != "policy/clip_share")
         check_option(
             "name", name, self._is_of_tokens(), "a loss that is the mean over tokens, none of which depends on others"
         )
+        unread = [*self._config.unread(given), *(f"policy_loss.{each}" for each in policy_loss.unread(of_loss))]
+        check_option("options", ", ".join(unread), not unread, f"fields that verl's {name} reads")
 
     def of_tokens(
         self, logprobs_N: Tensor, old_N: Tensor, signals: dict[str, Tensor], segments_N: Tensor, segments: int

@@ -147,6 +147,21 @@ def test_a_policy_learns_by_it(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "unread"),
+    [
+        ("vanilla", {"clip_ratio_low": 0.1, "loss_agg_mode": "seq-mean-token-mean"}, "loss_agg_mode"),
+        ("vanilla", {"use_kl_loss": True, "kl_loss_coef": 0.5}, "kl_loss_coef, use_kl_loss"),
+        ("gpg", {"clip_ratio_low": 0.1}, "clip_ratio_low"),
+        ("vanilla", {"policy_loss": {"dro_beta": 0.2}}, "policy_loss.dro_beta"),
+    ],
+)
+def test_an_option_that_the_loss_does_not_read_is_refused(name: str, options: dict[str, Any], unread: str) -> None:
+    with pytest.raises(ConfigError, match="reads") as caught:
+        build_loss(LOSS, {"name": name, "options": options})
+    assert caught.value.got == unread
+
+
 def test_options_are_named() -> None:
     with pytest.raises(ConfigError, match="vanilla"):
         build_loss(LOSS, {"name": "ppo"})
