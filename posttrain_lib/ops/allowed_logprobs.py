@@ -25,7 +25,7 @@ from posttrain_lib.ops.linear_cross_entropy import token_logprobs
 from posttrain_lib.ops.output_head import HeadAdapter, OutputHead
 from posttrain_lib.schema.allowed_sets import AllowedSets
 
-#: entries of a chunk's logits, 64 MiB in float32, and of its rows of the head; a chunk has one token and one set at least
+#: entries of a chunk's logits, 64 MiB in float32, and of its rows of the head; a chunk has a token and a set at least
 _CHUNK_ENTRIES = 1 << 24
 
 
