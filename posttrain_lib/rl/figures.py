@@ -91,25 +91,32 @@ def held_out_scores(grades: Sequence[Grade], ways: int) -> dict[str, Scores]:
     of the others, beside ``pass@1`` alone, ``sampled_pass@k`` for k of 1 and of all that were drawn.
 
     A failed grading says nothing of its answer, good or bad. It has no weight in a mean (nor does a prompt that fewer
-    than k graded answers are left of), and is counted beside it: :func:`failed_gradings`.
+    than k graded answers are left of), and is counted beside it: :func:`failed_gradings`. Where a grader failed that
+    weighs nothing in the reward, its own part has no weight, nor has what is right if only it says so.
     """
     greedy = grades[::ways]
     graded = np.array([grade.reward is not None for grade in greedy], np.float64)
     found, parts = {}, dict.fromkeys(name for grade in greedy for name in grade.parts)
     if any(grade.correct is not None for grade in greedy):
-        found["pass@1"] = Scores(np.array([float(bool(grade.correct)) for grade in greedy]), graded, unit="share")
+        judged = np.array([_is_judged(grade) for grade in greedy], np.float64)
+        found["pass@1"] = Scores(np.array([float(bool(grade.correct)) for grade in greedy]), judged, unit="share")
     found["reward"] = Scores(np.array([grade.reward or 0.0 for grade in greedy]), graded)
     if "pass@1" in found:
         found |= _sampled_pass_rates([grades[i + 1 : i + ways] for i in range(0, len(grades), ways)])
     for name in parts:
-        found[f"reward/{name}"] = Scores(np.array([grade.parts.get(name, 0.0) for grade in greedy]), graded)
+        said = np.array([name in grade.parts for grade in greedy]) * graded
+        found[f"reward/{name}"] = Scores(np.array([grade.parts.get(name, 0.0) for grade in greedy]), said)
     return found
+
+
+def _is_judged(grade: Grade) -> bool:
+    return grade.reward is not None and grade.correct is not None
 
 
 def _sampled_pass_rates(drawn: Sequence[Sequence[Grade]]) -> dict[str, Scores]:
     """``sampled_pass@k`` of the grades of each prompt's drawn answers; empty where none were drawn."""
     most = len(drawn[0])
-    graded = [[grade for grade in each if grade.reward is not None] for each in drawn]
+    graded = [[grade for grade in each if _is_judged(grade)] for each in drawn]
     right = [sum(bool(grade.correct) for grade in each) for each in graded]
     found = {}
     for k in sorted({1, most}) if most else []:

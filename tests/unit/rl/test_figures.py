@@ -38,6 +38,16 @@ def test_of_sampled_answers_the_graded_ones_count() -> None:
     assert (figures["pass@1"], figures["failed"]) == (pytest.approx(2 / 3), 3.0)
 
 
+def test_a_grader_that_weighs_nothing_and_failed_has_no_score() -> None:
+    """The reward is there, of the others; its own part and whether the answer is right are not."""
+    silent = Grade(0.5, {"form": 0.5})
+    right, wrong = (Grade(0.5, {"form": 0.5, "exact": float(good)}, good) for good in (True, False))
+    figures = told([right, silent, wrong, silent, right, silent, silent, right, silent], 3)["held_out_figures"]
+    assert figures["pass@1"] == figures["reward/exact"] == 1.0, "of the three greedy answers the first is judged"
+    assert (figures["reward"], figures["reward/form"], figures["failed"]) == (0.5, 0.5, 0.0)
+    assert figures["sampled_pass@1"] == pytest.approx((0.0 + 1.0 + 1.0) / 3) and "sampled_pass@2" not in figures
+
+
 def test_without_a_word_on_what_is_right_the_reward_counts() -> None:
     found = told([Grade(2.0), FAILED, Grade(1.0)])
     assert found["held_out"]["all"] == -1.5 and "pass@1" not in found["held_out_figures"]
