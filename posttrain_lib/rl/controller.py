@@ -98,7 +98,8 @@ class Controller:
         self.roles, self.settings, self.play, self.ledger, self.answers = roles, settings, play, ledger, answers
         self.order = PromptOrder(len(prompts), settings.seed)
         self.curriculum = Curriculum(settings.skip_solved, settings.skip_hopeless)
-        self.pump, self.desk = EnginePump(roles.rollout), GradingDesk(roles.reward)
+        self.pump = EnginePump(roles.rollout, in_waves=settings.max_staleness == 0)
+        self.desk = GradingDesk(roles.reward)
         self.times = Times()
         self.batch = 0
         self._learned: dict[int, int] = {}
@@ -227,12 +228,14 @@ class Controller:
     async def _group(self, visit: int) -> Group:
         prompt, settings = self.prompts[self.order.prompt_of(visit)], self.settings
         playing = (
-            self.play(
-                prompt,
-                settings.sampling,
-                seed_for(settings.seed, prompt.name, visit, number),
-                f"{visit}/{number}",
-                self.pump.complete,
+            self.pump.asking(
+                partial(
+                    self.play,
+                    prompt,
+                    settings.sampling,
+                    seed_for(settings.seed, prompt.name, visit, number),
+                    f"{visit}/{number}",
+                )
             )
             for number in range(settings.group_size)
         )
@@ -358,12 +361,14 @@ class Controller:
         version = self.roles.policy.version
         ways = [greedy, *[settings.sampling] * settings.held_out.samples]
         playing = [
-            self.play(
-                prompt,
-                way,
-                seed_for(settings.seed, prompt.name, -1, number),
-                f"held-out/{version}/{place}/{number}",
-                self.pump.complete,
+            self.pump.asking(
+                partial(
+                    self.play,
+                    prompt,
+                    way,
+                    seed_for(settings.seed, prompt.name, -1, number),
+                    f"held-out/{version}/{place}/{number}",
+                )
             )
             for place, prompt in enumerate(self.held_out)
             for number, way in enumerate(ways)

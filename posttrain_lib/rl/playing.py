@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.rl.constrain import make_constrain
@@ -84,13 +85,13 @@ def play_all(
     async def everything(pump: EnginePump) -> list[Trajectory]:
         return await asyncio.gather(
             *(
-                play(prompt, sampling, seed, str(number), pump.complete)
+                pump.asking(partial(play, prompt, sampling, seed, str(number)))
                 for number, (prompt, sampling, seed) in enumerate(wanted)
             )
         )
 
     async def with_engine() -> list[Trajectory]:
-        pump = EnginePump(engine)
+        pump = EnginePump(engine, in_waves=True)
         working = asyncio.create_task(pump.run())
         playing = asyncio.create_task(everything(pump))
         try:

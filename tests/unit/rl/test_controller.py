@@ -197,6 +197,14 @@ class Talkative(TableEngine):
         super().submit([*requests, *(Request("own", (1,), Sampling(1), 0) for _ in range(self.unfinished == 0))])
 
 
+class Forgetful(TableEngine):
+    """Leaves a request, and says no word of it."""
+
+    def step(self) -> list[Completion]:
+        self._running.pop(next(reversed(self._running)), None)
+        return super().step()
+
+
 class Stubborn(TableEngine):
     """Reads new weights and keeps those of its first push."""
 
@@ -209,7 +217,12 @@ class Stubborn(TableEngine):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [(Talkative, "that nobody asked for"), (Stubborn, "does not have the trainer's weights")]
+    ("kind", "said"),
+    [
+        (Talkative, "that nobody asked for"),
+        (Forgetful, "has lost requests"),
+        (Stubborn, "does not have the trainer's weights"),
+    ],
 )
 def test_an_engine_that_lies_ends_the_run(kind: type[TableEngine], said: str, folder: Path) -> None:
     with pytest.raises(RolloutError, match=said):
