@@ -193,6 +193,17 @@ class Broken:
         obey(answer(how))
 
 
+class Forked:
+    """Forks while it is made, and lets both come out."""
+
+    def __init__(self) -> None:
+        os.fork()
+
+    def __call__(self, answer: Answer) -> float:
+        """The text's number."""
+        return float(answer.text)
+
+
 class OnceMade:
     """Can be made the first time only."""
 

@@ -36,12 +36,12 @@ def main(requests: int, replies: int) -> None:
         except BaseException as error:  # whatever a grader's class raises, SystemExit too
             _write(replies, b"!" + said(error).encode())
             return
+        _end_fork(me)
         _limit_memory(spec.memory_gib)
         _write(replies, json.dumps({"batched": hasattr(grader, "grade_many")}).encode())
         while (request := _read(source)) is not None:
             outcomes = graded(grader, request)
-            if os.getpid() != me:  # a fork of the grader came out here, too
-                os._exit(0)
+            _end_fork(me)
             _write(replies, json.dumps(outcomes).encode())
 
 
@@ -84,6 +84,12 @@ def message_of(error: BaseException) -> str:
 
 def _failure(kind: str, detail: str) -> dict[str, Any]:
     return {"failure": kind, "detail": detail}
+
+
+def _end_fork(me: int) -> None:
+    """End a fork of the grader that came out here, too: it would answer beside the process that ``me`` is."""
+    if os.getpid() != me:
+        os._exit(0)
 
 
 def _limit_memory(gib: float | None) -> None:

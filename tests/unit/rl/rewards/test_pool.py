@@ -197,6 +197,15 @@ def test_a_grader_is_made_once_and_again_behind_a_crash() -> None:
         pool.close()
 
 
+def test_a_fork_from_the_making_answers_nothing() -> None:
+    pool = GraderPool([RewardSpec("tests.support.graders:Forked", "it", deadline_seconds=60.0)], workers=1)
+    try:
+        grades = pool.grade([answer(str(number)) for number in range(9)])
+    finally:
+        pool.close()
+    assert [grade.reward for grade in grades] == list(range(9)) and not pool.counts
+
+
 def test_a_batch_that_fails_is_asked_one_by_one() -> None:
     spec = RewardSpec("tests.support.graders:Batched", "it", deadline_seconds=60.0)
     pool = GraderPool([spec], workers=4, batch=4)
