@@ -104,12 +104,20 @@ def allowed_ids(request: Request, sampled: list[int], vocab_size: int) -> np.nda
     """What a request's constraint says, looked at.
 
     Raises:
-        RolloutError: nothing may come next, or an id that no token has.
+        RolloutError: nothing may come next, an id that no token has, or no ids in ascending order.
     """
     assert request.allowed is not None
     ids = request.allowed.after(sampled)
     if ids is None:
         return None
+    # The bounds below are of the first and the last; a mask, or an id twice, would be other sets to the trainer.
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.ndim != 1 or not (ids[:-1] < ids[1:]).all():
+        raise RolloutError(
+            "a request's allowed tokens are not ascending ids",
+            where=f"request {request.key}, behind {len(sampled)} sampled tokens {sampled[-8:]}",
+            got=repr(ids)[:200],
+            expected="numpy int64 of one dimension, each id above the one before",
+        )
     if len(ids) == 0 or ids[0] < 0 or ids[-1] >= vocab_size:
         raise RolloutError(
             "a request's allowed tokens leave nothing to sample"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +108,37 @@ def test_a_constraint_at_its_end_names_the_request_and_harms_no_other(engine: Em
 def test_ids_that_no_token_has_are_refused_at_once(engine: EmbeddedEngine) -> None:
     with pytest.raises(RolloutError, match="a token that the model does not have"):
         engine.submit([request("a", [1], allowed=Trie([[3], [64]], END))])
+    assert engine.unfinished == 0
+
+
+@dataclass
+class Fixed:
+    """Allows the same whatever was sampled."""
+
+    ids: Any
+
+    def after(self, sampled: Sequence[int]) -> Any:
+        return self.ids
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([5, -1, 7]),
+        np.array([5, 64, 7]),
+        np.array([5, 5, 7]),
+        np.array([7, 5]),
+        np.array([[5, 7]]),
+        np.array([5.0, 7.0]),
+        np.arange(64) == 5,
+        [5, 7],
+    ],
+    ids=repr,
+)
+def test_what_are_no_ascending_ids_is_refused_at_once(engine: EmbeddedEngine, ids: Any) -> None:
+    """One below 0 between others would allow the last token of the vocabulary."""
+    with pytest.raises(RolloutError, match="not ascending ids"):
+        engine.submit([request("a", [1], allowed=Fixed(ids))])
     assert engine.unfinished == 0
 
 
