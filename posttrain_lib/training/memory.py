@@ -28,18 +28,30 @@ class MemoryMeter:
         self._weights: float | None = None
         self._gradients: float | None = None
         self._activations: float | None = None
-        self._handle = optimizer.register_step_pre_hook(self._see_gradients)
 
     def _see_gradients(self, *_: Any) -> None:
         self._weights = bytes_of(self.model.parameters()) / _GIB
         self._gradients = bytes_of(parameter.grad for parameter in self.model.parameters()) / _GIB
-        self._handle.remove()  # they are the same at every step
 
     @contextlib.contextmanager
     def first_step(self, *, saved_tensors: bool) -> Iterator[None]:
         """Around the first optimiser step of this process; nothing around the later ones. ``saved_tensors``: on a CPU,
         look at what autograd saves."""
-        if self._activations is not None or self._gradients is not None:
+        if self._gradients is not None:  # they are the same at every step
+            yield
+            return
+        # Only in here: a resumed run's state is made by steps of the optimiser with one gradient each.
+        handle = self.optimizer.register_step_pre_hook(self._see_gradients)
+        try:
+            with self._forward(saved_tensors):
+                yield
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def _forward(self, saved_tensors: bool) -> Iterator[None]:
+        """See what the first step keeps for its backward, whether or not the optimiser then steps."""
+        if self._activations is not None:
             yield
         elif self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import pytest
 import torch
 from torch import nn
 
 from posttrain_lib.training.memory import MemoryMeter, bytes_of
+from posttrain_lib.training.state import TrainState
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -78,3 +82,32 @@ def test_compiled_blocks_on_a_cpu_are_not_looked_into() -> None:
 def test_a_storage_counts_once() -> None:
     tensor = torch.zeros(100)
     assert bytes_of([tensor, tensor, tensor[:50], None]) == 400
+
+
+def test_a_resumed_run_sees_its_own_first_step_not_the_making_of_its_state() -> None:
+    model, inputs = Two(), torch.randn(10, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    meter = MemoryMeter(model, optimizer, CPU)
+    state = TrainState(cast(Any, model), optimizer, cast(Any, None), {})
+    stored = [f"optimizer.{name}.exp_avg" for name, _ in model.named_parameters()]
+    state.make_optimizer_state(stored, {})
+    with meter.first_step(saved_tensors=True):
+        model(inputs).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    found = meter.by_kind()
+    assert found["gradients"] == 2 * 64 * 64 * 4 / GIB
+    assert found["activations"] == 2 * 10 * 64 * 4 / GIB
+
+
+def test_a_first_step_that_was_not_taken_leaves_the_gradients_to_the_next() -> None:
+    model, inputs = Two(), torch.randn(10, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    meter = MemoryMeter(model, optimizer, CPU)
+    with pytest.raises(ArithmeticError), meter.first_step(saved_tensors=True):
+        raise ArithmeticError("not finite")
+    assert "gradients" not in meter.by_kind()
+    with meter.first_step(saved_tensors=True):
+        model(inputs).sum().backward()
+        optimizer.step()
+    assert meter.by_kind()["gradients"] == 2 * 64 * 64 * 4 / GIB
