@@ -160,6 +160,7 @@ def _read_header(files: WeightFiles, name: str) -> tuple[dict[str, dict[str, Any
         raise ModelError(
             "the file does not start like safetensors", where=where, got=error, fix="fetch the file again"
         ) from error
+    _check_places(tensors, where)
     if size != 8 + length + end:
         raise ModelError(
             "a shard of the model is truncated" if size < 8 + length + end else "a shard has bytes that belong nowhere",
@@ -169,6 +170,25 @@ def _read_header(files: WeightFiles, name: str) -> tuple[dict[str, dict[str, Any
             fix="fetch the file again",
         )
     return tensors, 8 + length
+
+
+def _check_places(tensors: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Each tensor begins where the one before it ends and has the bytes that its shape says, as the format wants it:
+    a header in which one digit changed would otherwise give weights that are read from another tensor's bytes."""
+    expected = 0
+    for tensor, meta in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = meta["data_offsets"]
+        dtype = DTYPES.get(meta["dtype"])  # what others hold is refused by name where it is wanted
+        size = end - begin if dtype is None else math.prod(meta["shape"]) * dtype.itemsize
+        if begin != expected or end - begin != size or size < 0:
+            raise ModelError(
+                "the header of a shard gives a tensor a place that it cannot have",
+                where=f"{where}: {tensor}",
+                got=f"{meta['dtype']} {meta['shape']} at bytes {begin} to {end}",
+                expected=f"bytes from {expected} on, as many as the shape needs",
+                fix="fetch the file again",
+            )
+        expected = end
 
 
 class StoredTensors:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 20
+#: a file that changed so short before it was read may change again without another time: clocks of disks tick
+_SETTLED_NS = 2_000_000_000
 
 
 def digest_bytes(content: bytes) -> str:
@@ -48,8 +52,11 @@ def list_files(folder: Path) -> list[Path]:
 
 
 class FileDigests:
-    """File digests remembered by (path, size, modification time), of a store's files by (URL, size, version), so that a
-    large folder is read once.
+    """File digests remembered by path and state (size, inode, times of the last write and of the last change), of a
+    store's files by (URL, size, version), so that a large folder is read once.
+
+    The time of the last change is the system's own: what copies, unpacks or restores a file may set the other one back,
+    and two versions of a file then look alike. A file that has just changed is read, and remembered the next time.
 
     The memory is a JSON file, replaced atomically; losing it costs time, never correctness.
     """
@@ -67,11 +74,14 @@ class FileDigests:
         """sha256 hex of ``path``."""
         path = path.resolve()
         status = path.stat()
+        state = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
         entry = self._known.get(str(path))
-        if entry and entry[0] == status.st_size and entry[1] == status.st_mtime_ns:
-            return str(entry[2])
+        if entry and entry[:-1] == state:
+            return str(entry[-1])
+        settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED_NS
         digest = digest_file(path)
-        self._known[str(path)] = [status.st_size, status.st_mtime_ns, digest]
+        if settled:
+            self._known[str(path)] = [*state, digest]
         return digest
 
     def remote(self, url: str, size: int, version: str, read: Callable[[], str]) -> str:
@@ -97,13 +107,21 @@ class FileDigests:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write text or bytes beside ``path``, flush them to the disk, then rename over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(content.encode("utf-8") if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    """Write text or bytes beside ``path``, flush them to the disk, then rename over it.
+
+    Any number may write one path at once, threads and other machines too: the last rename wins, and every moment has a
+    whole file.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(content.encode("utf-8") if isinstance(content, str) else content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # its name is never used again
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,12 +1,16 @@
 """Digests depend on content and names, and remembered ones are never stale."""
 
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain_lib.lineage.digests import FileDigests, digest_file, digest_value
+from posttrain_lib.lineage.digests import FileDigests, digest_file, digest_value, write_atomically
 
 
 @given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=5))
@@ -41,3 +45,66 @@ def test_a_torn_memory_is_rebuilt(tmp_path: Path) -> None:
     path.write_text("one")
     memory.write_text('{"half')
     assert FileDigests(memory).path(path) == digest_file(path)
+
+
+def test_another_file_of_the_same_size_and_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Archives and copies set times: two versions of a file may have one."""
+    path, other, memory = tmp_path / "data", tmp_path / "other", tmp_path / "memory.json"
+    for file, text in ((path, "one"), (other, "two")):
+        file.write_text(text)
+        os.utime(file, ns=(10**18, 10**18))
+    monkeypatch.setattr(time, "time_ns", lambda: 2**62)  # long after
+    digests = FileDigests(memory)
+    digests.file(path)
+    digests.save()
+    os.replace(other, path)
+    assert FileDigests(memory).file(path) == digest_file(path)
+    path.write_text("six")
+    os.utime(path, ns=(10**18, 10**18))
+    assert FileDigests(memory).file(path) == digest_file(path)
+
+
+def test_a_file_that_just_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second change within a tick of the disk's clock leaves size and times as they were."""
+    path, read = tmp_path / "data", list[Path]()
+    path.write_text("one")
+    monkeypatch.setattr(time, "time_ns", lambda: path.stat().st_ctime_ns)
+    monkeypatch.setattr("posttrain_lib.lineage.digests.digest_file", lambda file: read.append(file) or "digest")
+    digests = FileDigests()
+    digests.file(path)
+    digests.file(path)
+    assert len(read) == 2
+
+
+def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, memory = tmp_path / "data", tmp_path / "memory.json"
+    path.write_text("one")
+    monkeypatch.setattr(time, "time_ns", lambda: 2**62)  # long after
+    digests = FileDigests(memory)
+    known = digests.file(path)
+    digests.save()
+    monkeypatch.setattr("posttrain_lib.lineage.digests.digest_file", lambda _: pytest.fail("read again"))
+    assert FileDigests(memory).file(path) == known
+
+
+def test_threads_may_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, both, flush = tmp_path / "file", threading.Barrier(2), os.fsync
+
+    def together(handle: int) -> None:
+        flush(handle)
+        both.wait(timeout=60)
+
+    monkeypatch.setattr(os, "fsync", together)
+    texts = ["a" * 10, "b" * 10]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda text: write_atomically(path, text), texts))
+    assert path.read_text() in texts
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomically(path, "text")
+    assert list(tmp_path.iterdir()) == [path]
