@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 #: log-probabilities of a float32 engine are around -5, and float32 sums of other orders differ by 2e-6: half the square
-#: of that is nothing, and its estimate e^d - 1 - d is rounded by 6e-8
+#: of that is nothing
 NEAR = 1e-7
 #: bfloat16 rounds logits of size 1 to 8 by 2^-8 of that and the softmax's sum likewise: differences of some 0.02
 HALF = 1e-3
