@@ -254,7 +254,7 @@ def mismatch_figures(trainer_N: Tensor, rollout_N: Tensor) -> dict[str, Tensor]:
     """What each token says about how far the trainer's log-probabilities are from the sampler's, which should be equal:
     ``MISMATCH`` and ``MISMATCH_MAX``, [N] each. ``kl`` is k3 of the sampler from the trainer, of the sampler's samples;
     the effective sample size is the squared mean of the ratio over the mean of its square (Kong 1992)."""
-    log_ratio = token_log_ratio(trainer_N.detach(), rollout_N)
-    ratio = log_ratio.exp()
-    found = (kl_k3(rollout_N, trainer_N.detach()), ratio, ratio.square())
-    return {**dict(zip(MISMATCH, found, strict=True)), MISMATCH_MAX: log_ratio.abs()}
+    trainer_N = trainer_N.detach()
+    ratio = token_log_ratio(trainer_N, rollout_N).exp()
+    found = (kl_k3(rollout_N, trainer_N), ratio, ratio.square())
+    return {**dict(zip(MISMATCH, found, strict=True)), MISMATCH_MAX: (trainer_N - rollout_N).abs()}
