@@ -89,7 +89,8 @@ def kl_k2(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
 
 def kl_k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """``ref / pi - 1 - log(ref / pi)``: unbiased and never negative (GRPO's own)."""
-    difference = (reference_N - logprobs_N).clamp(-_MOST, _MOST)
+    # No bound below, where nothing overflows: what the reference would hardly say has the largest pull of all.
+    difference = (reference_N - logprobs_N).clamp(max=_MOST)
     # Beside a 1, float32 loses what is left of a small difference, and its sign.
     return torch.expm1(difference) - difference
 

@@ -141,6 +141,21 @@ def test_a_small_distance_is_told_in_float32(apart: float) -> None:
     assert found.double().mean().item() == pytest.approx(half_square.mean().item(), rel=0.02)
 
 
+def test_what_a_reference_would_never_say_is_pulled_back() -> None:
+    """However far: the gradient of k3 is 1 less the ratio of reference to policy, and that is nothing here."""
+    logprobs = torch.tensor([-0.1, -0.1, -60.0], requires_grad=True)
+    found = KL["k3"](logprobs, torch.tensor([-25.1, -90.1, -0.1]))
+    torch.testing.assert_close(found[:2].detach(), torch.tensor([24.0, 89.0]))
+    (gradient,) = torch.autograd.grad(found.sum(), logprobs)
+    torch.testing.assert_close(gradient[:2], torch.ones(2))
+    assert found.isfinite().all() and gradient.isfinite().all()
+
+
+def test_the_largest_log_ratio_is_told_as_it_is() -> None:
+    figures = mismatch_figures(torch.tensor([-0.5, -50.0]), torch.tensor([-0.75, -0.5]))
+    assert figures["mismatch/log_ratio_max"].tolist() == [0.25, 49.5]
+
+
 def test_what_disagrees_with_the_sampler_is_masked() -> None:
     found = tokens()
     found[ROLLOUT] = found[OLD].clone()
