@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from posttrain_lib.losses.base import Loss
     from posttrain_lib.rl.packing import PackedSamples
     from posttrain_lib.schema.rollouts import TrainSample
     from posttrain_lib.training.job import TrainJob
@@ -66,13 +67,14 @@ class PolicyRank:
     """One rank of the policy (``rl.roles.PolicyRole``).
 
     Args:
-        job: which model, on which mesh, and how to train it; its stores are not looked at. ``train.steps`` is the
-            number of updates that the schedule counts with. device: this rank's.
+        job: which model, on which mesh, how to train it, and at which temperature rollouts are sampled; its stores are
+            not looked at. ``train.steps`` is the number of updates that the schedule counts with. device: this rank's.
         most_mismatch: an update is refused where ``mismatch/kl_fresh`` is above; None: never.
         trajectory: what else of the run file the weights depend on, JSON-ready.
 
     Raises:
-        ConfigError: the loss is none for rollouts, or an option that has no meaning here.
+        ConfigError: the loss is none for rollouts, or of another temperature than they are sampled at, or an option
+            that has no meaning here.
         ModelError: the model cannot be loaded.
     """
 
@@ -99,6 +101,7 @@ class PolicyRank:
             )
         self.spec, self.updates = spec, int(config.steps)
         self.loss = loss_of(config)
+        temperature = _temperature(job, self.loss)
         if "roll_back" in (config.incidents.non_finite, config.incidents.spike):
             raise ConfigError(
                 "rollouts cannot be rolled back: they would be others",
@@ -115,7 +118,7 @@ class PolicyRank:
         self.scoring = Scoring(
             config.row_tokens,
             config.micro_batch_rows,
-            getattr(self.loss, "temperature", 1.0),
+            temperature,
             config.precision,
             relative_pair_cost(self.spec),
             config.share_prefixes,
@@ -160,7 +163,7 @@ class PolicyRank:
         return self._report(packed, outcome, lr, work, time.perf_counter() - begun, divisor)
 
     def logprobs(self, samples: Sequence[TrainSample], *, temperature: float | None = None) -> list[np.ndarray]:
-        """Float32 [N] for each sample, of its trained tokens; None: at the temperature of the loss."""
+        """Float32 [N] for each sample, of its trained tokens; None: at the temperature of sampling."""
         pulse.beat("log-probabilities", self.version)
         scoring = self.scoring
         if temperature is not None:
@@ -281,3 +284,19 @@ class PolicyRank:
             checkpoint_stall_seconds=self.checkpoints.take_stall_seconds(),
             incidents=progress.incidents,
         )
+
+
+def _temperature(job: TrainJob, loss: Loss) -> float:
+    """That rollouts are sampled at, and the loss's. A loss of one's own that has none is believed to know it."""
+    assert job.rollouts is not None, "a job of rollouts"
+    sampled = job.rollouts.settings.sampling.temperature
+    own = getattr(loss, "temperature", sampled)
+    if own != sampled:
+        raise ConfigError(
+            "the loss divides logits by another temperature than answers are sampled at: every ratio would be wrong",
+            where="train.loss_options.temperature",
+            got=own,
+            expected=f"{sampled} (grpo.rollout.temperature)",
+            fix=f"set train.loss_options.temperature: {sampled}",
+        )
+    return sampled
