@@ -22,6 +22,7 @@ policy's checkpoints.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,12 +127,12 @@ class Controller:
                 yield report
             _raise_first(main)
         finally:
-            main.cancel()
-            loop.run_until_complete(asyncio.gather(main, return_exceptions=True))
-            self.pump.close()
-            self.desk.close()
-            self._policy_thread.shutdown(wait=True, cancel_futures=True)
-            loop.close()
+            with contextlib.ExitStack() as closing:  # one behind the other, whatever any of them meets
+                closing.callback(loop.close)
+                closing.callback(self._policy_thread.shutdown, wait=True, cancel_futures=True)
+                closing.callback(self.pump.close)
+                closing.callback(self.desk.close)
+                _cancel_all(loop)
 
     async def _main(self, reports: asyncio.Queue[StepReport | None]) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -404,6 +405,15 @@ def _with_signal(samples: list[TrainSample], name: str, values: Sequence[np.ndar
         dataclasses.replace(sample, signals={**sample.signals, name: known})
         for sample, known in zip(samples, values, strict=True)
     ]
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    """End what is left in a loop: where one answer failed, the others of its group are nobody's."""
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.wait(left))
 
 
 def _raise_first(task: asyncio.Task[None]) -> None:

@@ -54,5 +54,6 @@ class GradingDesk:
                     future.set_result(own)
 
     def close(self) -> None:
-        """Give the thread up."""
+        """End the graders, for what they are at may take all their deadlines together, and give the thread up."""
+        self.reward.close()
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from posttrain_lib.errors import PosttrainError, PreemptedError, RolloutError, T
 from posttrain_lib.rl.controller import Controller, Roles
 from posttrain_lib.rl.ledger import LEDGER, Ledger
 from posttrain_lib.rl.prompts import RolloutPrompt
-from posttrain_lib.rl.roles import Weights
+from posttrain_lib.rl.rewards.base import RewardSpec
+from posttrain_lib.rl.rewards.pool import GraderPool
+from posttrain_lib.rl.roles import RewardRole, Weights
 from posttrain_lib.rl.settings import HeldOut, RLSettings
 from posttrain_lib.rl.sync_guard import SyncGuard
-from posttrain_lib.rl.trajectories import Play
+from posttrain_lib.rl.trajectories import Decode, Play
 from posttrain_lib.rl.version_log import VersionLog, read_log
 from posttrain_lib.schema.reports import StepReport
 from posttrain_lib.schema.rollouts import Answer, Completion, Grade, Request, Sampling, TrainSample
@@ -80,7 +84,14 @@ def settings_of(**changes: Any) -> RLSettings:
 
 
 def run(
-    folder: Path, engine: TableEngine, policy: TablePolicy, settings: RLSettings | None = None, **roles: Any
+    folder: Path,
+    engine: TableEngine,
+    policy: TablePolicy,
+    settings: RLSettings | None = None,
+    *,
+    reward: RewardRole | None = None,
+    decode: Decode = letters,
+    **roles: Any,
 ) -> list[StepReport]:
     """To the end, or to what is raised."""
     prompts = [RolloutPrompt((1, 2, 3 + number), ({"content": "?"},), None, "s", str(number)) for number in range(8)]
@@ -88,9 +99,9 @@ def run(
     controller = Controller(
         prompts,
         prompts[:2],
-        Roles(policy, engine, Evens(), guard, **roles),
+        Roles(policy, engine, reward or Evens(), guard, **roles),
         settings or settings_of(),
-        Play(letters),
+        Play(decode),
         Ledger(VersionLog(folder / LEDGER)),
     )
     return list(controller.run())
@@ -293,3 +304,63 @@ def test_what_a_frozen_model_raises_ends_the_run(role: str, folder: Path) -> Non
     frozen = Unreadable(Table.read(folder / "model"), 32)
     with pytest.raises(PosttrainError, match="a rank died"):
         run(folder, engine_in(folder), policy_in(folder), **{role: frozen})
+
+
+def sleeps(answer: Answer) -> float:
+    """Never says anything."""
+    threading.Event().wait()
+    return 0.0
+
+
+class Asked(GraderPool):
+    """Tells that it was."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asked = threading.Event()
+
+    def grade(self, answers: Sequence[Answer]) -> list[Grade]:
+        self.asked.set()
+        return super().grade(answers)
+
+
+class Dying(TableEngine):
+    """Dies with its last request, once the graders are at work."""
+
+    pool: Asked
+
+    def step(self) -> list[Completion]:
+        if self.unfinished == 1:
+            self.pool.asked.wait()
+            raise RolloutError("the rollout engine's process does not answer any more", where="process 7")
+        return super().step()
+
+
+def test_a_grader_that_hangs_does_not_hold_up_the_end(folder: Path) -> None:
+    """It has an hour for each answer."""
+    engine = engine_in(folder, Dying)
+    engine.pool = Asked([RewardSpec(f"{__name__}:sleeps", "sleeps", deadline_seconds=3600.0)], workers=1)
+    engine.pool.check()
+    before = set(threading.enumerate())
+    settings = settings_of(held_out=HeldOut(0), max_staleness=1, placement="split")
+    with pytest.raises(RolloutError, match="does not answer any more"):
+        run(folder, engine, policy_in(folder), settings, reward=engine.pool)
+    assert set(threading.enumerate()) <= before
+
+
+def test_where_one_answer_fails_the_others_end_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops, new = [], asyncio.new_event_loop
+    monkeypatch.setattr(asyncio, "new_event_loop", lambda: loops.append(new()) or loops[-1])
+
+    left = iter(range(3))
+
+    def refuses(ids: Sequence[int]) -> str:
+        if next(left, None) is None:
+            raise ValueError("no such letters")
+        return letters(ids)
+
+    before = set(threading.enumerate())
+    with pytest.raises(ValueError, match="no such letters"):
+        run(folder, engine_in(folder), policy_in(folder), settings_of(held_out=HeldOut(0)), decode=refuses)
+    assert len(loops) == 1 and not asyncio.all_tasks(loops[0])
+    assert set(threading.enumerate()) <= before
