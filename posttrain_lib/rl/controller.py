@@ -268,7 +268,13 @@ class Controller:
                 report = await self._on_policy(partial(policy.update, part))
             if number + 1 < len(parts):
                 yield dataclasses.replace(report, figures=report.figures | figures)
-        self.ledger.settle(Settled(group.visit, group.prompt.name, "trained") for group in groups)
+        learned = {sample.group for sample in samples}
+        self.ledger.settle(
+            Settled(group.visit, group.prompt.name, "trained")
+            if group.visit in learned
+            else Settled(group.visit, group.prompt.name, "dropped", "all answers were cut off")
+            for group in groups
+        )
         self.ledger.close_update(policy.version)
         self.batch += 1
         if settings.placement == "colocated":

@@ -312,6 +312,28 @@ def sleeps(answer: Answer) -> float:
     return 0.0
 
 
+class Noting(TablePolicy):
+    """Keeps the visits that it was given."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.given: set[int] = set()
+
+    def update(self, samples: Sequence[TrainSample]) -> StepReport:
+        self.given |= {sample.group for sample in samples}
+        return super().update(samples)
+
+
+def test_the_ledger_calls_trained_what_the_policy_was_given(folder: Path) -> None:
+    """Not a group of which every answer was cut off, where such are not learned from."""
+    policy = policy_in(folder, kind=Noting)
+    sampling = Sampling(TOKENS, stop_ids=frozenset({1, 2}))
+    run(folder, engine_in(folder), policy, settings_of(sampling=sampling, mask_unfinished=True, prompts_per_batch=4))
+    assert visits_in(folder) == sorted(policy.given)
+    dropped = [visit for line in read_log(folder / LEDGER) for visit in line["dropped"]]
+    assert dropped and all(reason == "all answers were cut off" for _, _, reason in dropped)
+
+
 class Asked(GraderPool):
     """Tells that it was."""
 
