@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -98,17 +99,14 @@ class Code:
         return Verdict(share if self._partial else float(share == 1), share == 1)
 
     def _passed_asserts(self, program: str, asserts: Sequence[str]) -> int:
-        said = self._run({"program": program, "tests": list(asserts)})
-        try:
-            outcomes = json.loads(said or "[]")
-        except ValueError:
-            return 0
-        return (
-            sum(one is True for one in outcomes) if isinstance(outcomes, list) and len(outcomes) == len(asserts) else 0
-        )
+        # Known to none but the sandbox: what a program writes wherever it can is no outcome.
+        seal = secrets.token_hex()
+        said = self._run({"program": program, "tests": list(asserts), "seal": seal}) or ""
+        outcomes = said.removeprefix(seal)
+        return outcomes.count("1") if len(said) == len(seal) + len(asserts) and outcomes != said else 0
 
     def _run(self, request: dict[str, Any]) -> str | None:
-        """What the program printed, or its tests' outcomes as JSON; None where it did not come to its end in time."""
+        """What the program printed, or its sealed outcomes; None where it did not come to its end in time."""
         prefix = "answer-"
         with (
             tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder,

@@ -47,6 +47,13 @@ def test_python_tests(code: Code, language: str) -> None:
         "import os\nos.kill(os.getpid(), 9)",
         "import ctypes\nctypes.string_at(0)",
         "x = bytearray(4 << 30)",
+        "import os\nfor n in range(1, 99):\n    try: os.write(n, b'[true, true]')\n    except OSError: pass\n"
+        "os._exit(0)",
+        "import os\nfor n in range(1, 99):\n    try: os.write(n, b'11')\n    except OSError: pass",
+        "import __main__\n__main__._runs = __main__.passes = lambda code, names: True",
+        "import builtins\nbuiltins.exec = lambda *_: None",
+        "import builtins\nbuiltins.compile = lambda *_: ''",
+        "import json\njson.dumps = lambda _: '[true, true]'",
         "def add(a, b):\n    return add(a, b)",
     ],
 )
@@ -77,6 +84,42 @@ def test_the_last_block_counts_and_one_must_be_there(code: Code) -> None:
 )
 def test_blocks_of_other_languages_are_passed_over(text: str, program: str | None) -> None:
     assert last_program(text) == program
+
+
+MODERN = """
+from __future__ import annotations
+import pickle
+from dataclasses import dataclass
+@dataclass
+class Sum:
+    value: int
+def add(a, b):
+    return pickle.loads(pickle.dumps(Sum(a + b))).value
+"""
+
+
+def test_a_programs_module_is_one_that_is_imported(code: Code) -> None:
+    """As dataclasses and pickle look it up."""
+    assert code(answer(fenced(MODERN), tests=ADD_TESTS)) == RIGHT
+    assert code(answer(fenced(MODERN + "print(add(2, 3), 4, sep='\\n')"), tests=[ECHO])) == RIGHT
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('5\\n4'))).start()",
+        "import atexit\natexit.register(print, '5\\n4')",
+        "import sys\nprint('5\\n4')\nsys.stdout.close()",
+        "import sys\nprint('5\\n4')\nsys.exit(False)",
+    ],
+)
+def test_a_program_ends_as_any_other(code: Code, program: str) -> None:
+    assert code(answer(fenced(program), tests=[ECHO])) == RIGHT
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit('no')", "exit(2)", "raise KeyboardInterrupt", "1 / 0"])
+def test_a_program_that_ends_badly_is_wrong(code: Code, end: str) -> None:
+    assert code(answer(fenced(f"print('5\\n4', flush=True)\n{end}"), tests=[ECHO])) == WRONG
 
 
 def test_input_and_output(code: Code) -> None:
