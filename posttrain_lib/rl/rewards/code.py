@@ -32,6 +32,7 @@ from typing import Any
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT, module_file
 from posttrain_lib.rl.rewards.base import Verdict
+from posttrain_lib.rl.rewards.sandboxed import WRONG
 from posttrain_lib.schema.rollouts import Answer
 
 #: by its name, so that a step's source digest finds it
@@ -106,7 +107,11 @@ class Code:
         return outcomes.count("1") if len(said) == len(seal) + len(asserts) and outcomes != said else 0
 
     def _run(self, request: dict[str, Any]) -> str | None:
-        """What the program printed, or its sealed outcomes; None where it did not come to its end in time."""
+        """What the program printed, or its sealed outcomes; None where it did not come to its end in time.
+
+        Raises:
+            DataError: the sandbox itself failed: nothing is known of the program.
+        """
         prefix = "answer-"
         with (
             tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder,
@@ -129,6 +134,9 @@ class Code:
                 return None
             finally:
                 _end(child)
+            # A signal may be the program's doing; of the statuses only these two are the watcher's word.
+            if child.returncode > 0 and child.returncode != WRONG:
+                raise DataError("the sandbox failed before the program ran", got=f"exit {child.returncode}")
             out.seek(0)
             return out.read().decode(errors="replace") if child.returncode == 0 else None
 

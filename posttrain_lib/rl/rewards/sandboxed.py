@@ -21,6 +21,8 @@ from typing import Any
 
 _CLONE_NEWPID, _SET_DEATH_SIGNAL = 0x20000000, 1
 _NAME = "answer.py"
+#: the exit status of a run whose program did not come to a good end; any other but 0 is of what runs it
+WRONG = 42
 
 
 def run_tests(program: str, tests: list[str]) -> list[bool]:
@@ -65,7 +67,7 @@ def module_of_program(name: str) -> dict[str, Any]:
 
 
 def fork_and_watch(seconds: float) -> None:
-    """Go on in a process that has ``seconds``; this one watches it, then ends as it did, or with 1 where it was late.
+    """Go on in a process that has ``seconds``; this one watches it, and ends with ``WRONG`` where that fails.
 
     Where the kernel lets this user have one, it is the first process of a namespace, which ends with it as a whole.
     None of it is left when this process ends.
@@ -82,7 +84,7 @@ def fork_and_watch(seconds: float) -> None:
         os.killpg(inner, signal.SIGKILL)
     os.kill(inner, signal.SIGKILL)
     _, status = os.waitpid(inner, 0)
-    os._exit(0 if in_time and status == 0 else 1)
+    os._exit(0 if in_time and status == 0 else WRONG)
 
 
 def give_input(text: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from posttrain_lib.errors import DataError
+from posttrain_lib.rl.rewards import sandboxed
 from posttrain_lib.rl.rewards.base import RewardSpec, Verdict
 from posttrain_lib.rl.rewards.code import Code, last_program
 from posttrain_lib.rl.rewards.pool import GraderPool
@@ -245,4 +247,17 @@ def command(pid: int) -> str:
 @pytest.mark.parametrize("tests", [None, [], "assert True", [1], [{"input": "a"}], [{"input": "a", "output": 1}]])
 def test_rows_without_tests_that_can_be_run(code: Code, tests: object) -> None:
     with pytest.raises(DataError, match="test"):
+        code(answer(fenced(ADD), tests=tests))
+
+
+@pytest.mark.parametrize("tests", [ADD_TESTS, [ECHO]])
+def test_a_sandbox_that_fails_is_no_wrong_answer(
+    code: Code, tests: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the machine lets it start no process."""
+    broken = tmp_path / "sandboxed.py"
+    text = Path(sandboxed.__file__).read_text(encoding="utf-8")
+    broken.write_text(text.replace("os.fork()", "os.open('/no such file', 0)"), encoding="utf-8")
+    monkeypatch.setattr("posttrain_lib.rl.rewards.code._PROGRAM", broken)
+    with pytest.raises(DataError, match="the sandbox failed"):
         code(answer(fenced(ADD), tests=tests))
