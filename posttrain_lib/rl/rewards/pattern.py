@@ -58,7 +58,7 @@ class Format:
 
     Args:
         tags: each stands once as ``<tag>...</tag>``, in this order, none within another.
-        sections: lines that begin so, in this order.
+        sections: lines that begin so, in this order, one for each.
         alone: whether nothing but white space may stand outside the tags.
         finished: whether the completion must have come to its end.
 
@@ -86,9 +86,9 @@ class Format:
             demands += self._tag_demands(answer.text)
         if self._sections:
             lines = [line.lstrip() for line in answer.text.splitlines()]
-            places = [next((n for n, line in enumerate(lines) if line.startswith(one)), -1) for one in self._sections]
-            demands += [place >= 0 for place in places]
-            demands.append(-1 not in places and places == sorted(places))
+            demands += [any(line.startswith(one) for line in lines) for one in self._sections]
+            rest = iter(lines)  # of which each section takes its line and those before: none counts for two
+            demands.append(all(any(line.startswith(one) for line in rest) for one in self._sections))
         if self._finished:
             demands.append(answer.finished)
         return sum(demands) / len(demands)

@@ -104,6 +104,21 @@ def test_format_by_tags() -> None:
     assert alone(answer("<think>a</think> so <answer>b</answer>")) == 0.75
 
 
+@pytest.mark.parametrize(
+    ("sections", "text", "share"),
+    [
+        (["Plan", "Plan B"], "Plan B", 2 / 3),
+        (["Plan", "Plan B"], "Plan B\nPlan", 2 / 3),
+        (["Plan", "Plan B"], "Plan\nPlan B", 1.0),
+        (["Step", "Step"], "Step 1", 2 / 3),
+        (["Step", "Step"], "Step 1\nStep 2", 1.0),
+        (["A:", "B:"], "B: see below\nA: x\nB: y", 1.0),
+    ],
+)
+def test_a_line_counts_for_one_section(sections: list[str], text: str, share: float) -> None:
+    assert Format(sections=sections)(answer(text)) == share
+
+
 def test_format_by_sections_and_end() -> None:
     grade = Format(sections=["# Plan", "# Result"], finished=True)
     assert grade(answer("# Plan\nx\n  # Result\ny")) == 1.0
