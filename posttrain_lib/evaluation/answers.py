@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from posttrain_lib.registry import resolve
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+#: commas within are of thousands, a list has others; the minus of 10-5 is no sign
+_NUMBER = re.compile(r"(?:(?<![\d)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 class Extract(Protocol):

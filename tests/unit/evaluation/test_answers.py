@@ -19,6 +19,11 @@ from posttrain_lib.evaluation.answers import behind_four_hashes, extractor, last
         ("#### -0", "0", "0"),
         ("#### 100", "100", "100"),
         ("no number", None, None),
+        ("either of 2,3", None, "3"),
+        ("#### 1,2345", "1", "2345"),
+        ("#### -1,250,000.50", "-1250000.5", "-1250000.5"),
+        ("that is 10-5", None, "5"),
+        ("x = (2)-5, or rather -5", None, "-5"),
     ],
 )
 def test_numbers(text: str, hashes: str | None, last: str | None) -> None:
