@@ -23,19 +23,27 @@ OPTIMIZERS: dict[str, str] = {
 #: Arguments beyond the config's: one pass over all parameters. SGD's fused pass cannot take sharded ones.
 _DEFAULTS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}}
 
+#: the kinds of groups, by which a checkpoint knows them
+MATRICES, VECTORS = "group-0", "group-1"
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices, which decay, and vectors (norms, biases), which do not; a group more for each mesh of ranks that they
     lie over, for a fused pass takes tensors of one. The layout decides how many groups there are: what belongs to a
-    parameter is known by its name.
+    parameter is known by its name, and what belongs to a group by its ``kind``.
     """
     groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups.setdefault((parameter.ndim >= 2, mesh), []).append(parameter)
+            # The biases of a layer's experts lie in one tensor, a row each.
+            decays = parameter.ndim >= 2 and not name.endswith("bias")
+            groups.setdefault((decays, mesh), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda group: not group[0][0])  # matrices first, else as they come
-    return [{"params": own, "weight_decay": weight_decay if decays else 0.0} for (decays, _), own in ordered]
+    return [
+        {"params": own, "weight_decay": weight_decay if decays else 0.0, "kind": MATRICES if decays else VECTORS}
+        for (decays, _), own in ordered
+    ]
 
 
 def named_optimizer(config: OptimizerConfig) -> Any:

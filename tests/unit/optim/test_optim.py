@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 
 from posttrain_lib.config.train import Optimizer, Schedule
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.optim import build_optimizer
+from posttrain_lib.models.decoder import build_model
+from posttrain_lib.models.families import spec_from_folder
+from posttrain_lib.optim import build_optimizer, parameter_groups
 from posttrain_lib.optim.clipping import clip_gradients, gradient_norm
 from posttrain_lib.optim.schedules import lr_factor
 
@@ -25,6 +29,17 @@ def test_decay_is_for_matrices_alone() -> None:
     decay = {parameter.ndim: group["weight_decay"] for group in groups for parameter in group["params"]}
     assert decay == {2: 0.1, 1: 0.0}
     assert sum(len(group["params"]) for group in groups) == 4
+
+
+def test_biases_of_experts_do_not_decay_though_they_lie_in_a_matrix(family_folder: Callable[[str], Path]) -> None:
+    spec = spec_from_folder(family_folder("gpt_oss"))
+    experts = build_model(spec, device="meta")
+    groups = parameter_groups(experts, 0.1)
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    biases = {name: p for name, p in experts.named_parameters() if name.endswith("bias") and p.requires_grad}
+    assert any(parameter.ndim == 2 for parameter in biases.values())
+    assert {decay[id(parameter)] for parameter in biases.values()} == {0.0}
+    assert decay[id(experts.layers[0].mlp.experts.gate_proj)] == 0.1
 
 
 def test_frozen_parameters_are_left_out() -> None:
