@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -112,13 +113,18 @@ class TrainState:
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for name, values in self._optimizer_state().items():
-            values.update(numbers.get(name, {}))
+            # A group that the layout that wrote it did not have is told what the first of its kind was.
+            values.update(numbers.get(name, numbers.get(values.get("kind", name), {})))
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """Parameter -> its state, group -> its options; the optimiser's own dicts."""
-        found: dict[str, dict[str, Any]] = {
-            f"group-{number}": group for number, group in enumerate(self.optimizer.param_groups)
-        }
+        """Parameter -> its state, group -> its options; the optimiser's own dicts. A group's name is its kind (see
+        ``optim.parameter_groups``), with a number behind it where the layout has several of one."""
+        found: dict[str, dict[str, Any]] = {}
+        seen: Counter[str] = Counter()
+        for number, group in enumerate(self.optimizer.param_groups):
+            kind = group.get("kind", f"group-{number}")
+            found[f"{kind}.{seen[kind]}" if seen[kind] else kind] = group
+            seen[kind] += 1
         for name, parameter in self.model.named_parameters():
             if parameter in self.optimizer.state:
                 found[name] = self.optimizer.state[parameter]
