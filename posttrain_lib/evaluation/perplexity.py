@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from posttrain_lib.models.decoder import Decoder
     from posttrain_lib.schema.batches import PackedBatch
 
+#: what the mean over all sources is called; no source has this name
+ALL = "all"
+
 
 @dataclass(frozen=True)
 class Means:
@@ -57,7 +60,7 @@ def mean_losses(sums: Tensor, names: list[str]) -> dict[str, float]:
     """``{"all": mean, "<source>": mean}`` of global [sources, 2] sums, without sources of no weight."""
     total, weight = sums.sum(dim=0).tolist()
     means = {name: loss / count for name, (loss, count) in zip(names, sums.tolist(), strict=True) if count > 0}
-    return {"all": total / weight if weight > 0 else 0.0, **means}
+    return {ALL: total / weight if weight > 0 else 0.0, **means}
 
 
 @torch.no_grad()

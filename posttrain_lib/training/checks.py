@@ -9,6 +9,7 @@ import numpy as np
 
 from posttrain_lib.data.token_store import KINDS, TokenStore
 from posttrain_lib.errors import ConfigError, DataError
+from posttrain_lib.evaluation.perplexity import ALL
 
 if TYPE_CHECKING:
     from posttrain_lib.config.train import TrainConfig
@@ -85,6 +86,23 @@ def check_margins(store: TokenStore, loss: Loss) -> None:
             expected="a number 'margin' in the rows, at least in some",
             fix="name the rows' field in data.sources.fields (margin: <field>), or leave reward.margin_weight out",
         )
+
+
+def check_sources(*stores: TokenStore) -> None:
+    """Refuse a source with the name that losses over all sources have: it would stand in their place.
+
+    Raises:
+        ConfigError: naming the source.
+    """
+    for store in stores:
+        if ALL in store.sources:
+            raise ConfigError(
+                "a source has the name of the mean over all sources",
+                where="data.sources.name",
+                got=ALL,
+                expected="another name",
+                fix="rename the source and prepare the data again",
+            )
 
 
 def check_divisor(loss: Loss, divisor: float, micro_batches: Sequence[PackedBatch]) -> None:

@@ -42,6 +42,7 @@ from posttrain_lib.training.checks import (
     check_ids,
     check_kind,
     check_margins,
+    check_sources,
     check_vocabulary,
     check_warmup,
 )
@@ -98,6 +99,7 @@ class Trainer:
         self.loss = loss_of(config)
         check_kind(self.store, self.loss)
         check_margins(self.store, self.loss)
+        check_sources(self.store, self.held_out)
         frozen = frozen_spec(self.loss, job, self.spec)
         for spec in (self.spec, frozen):  # both run on the same batches
             if spec is not None:
@@ -363,7 +365,7 @@ class Trainer:
             data_wait_seconds=loaded.data_wait_seconds,
             held_out=None if held_out is None else held_out.losses,
             held_out_figures={} if held_out is None else held_out.figures,
-            figures=means.figures,
+            figures=means.figures | outcome.extremes,
             event=", ".join(events),
             source_loss={name: means.losses[name] for name in sources if name in means.losses},
             source_tokens=dict(zip(sources, loaded.source_tokens.tolist(), strict=True)),

@@ -218,6 +218,33 @@ def test_a_loss_from_outside_with_a_divisor_of_its_own(tmp_path: Path) -> None:
     assert [report.loss for report in scaled] == [report.loss for report in plain]
 
 
+class LongestLoss(LastTokensLoss):
+    """Plain SFT that reports its dearest token."""
+
+    extremes = ("dearest",)
+
+    def __call__(self, model: object, batch: object) -> object:
+        output = super().__call__(model, batch)
+        return dataclasses.replace(output, extremes={"dearest": output.values.max().double()})
+
+
+def test_the_largest_value_that_a_loss_reports_is_in_the_report(tmp_path: Path) -> None:
+    config = tiny_config(steps=2, loss="tests.unit.training.test_loop:LongestLoss")
+    reports, _ = run(make_job(tmp_path, config))
+    assert all(report.figures["dearest"] > report.loss for report in reports[1:])
+
+
+def test_a_source_called_as_the_mean_over_all_is_refused(tmp_path: Path) -> None:
+    """Its held-out loss would stand in the place of the one that picks the best checkpoint."""
+    job = make_job(tmp_path, tiny_config(steps=2))
+    shutil.rmtree(tmp_path / "held_out")
+    with TokenStoreWriter(tmp_path / "held_out") as writer:
+        for source in ("all", SOURCES[0]):
+            writer.add(TokenizedExample(np.arange(6, dtype=np.int32), np.ones(6, np.float32), source, "row:0"))
+    with pytest.raises(ConfigError, match="name of the mean over all sources"):
+        run(job)
+
+
 def test_threads_and_determinism_are_put_back(tmp_path: Path) -> None:
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     run(make_job(tmp_path, tiny_config(steps=1, schedule={}), threads=before[0] + 1))
