@@ -196,19 +196,25 @@ class StreamingPacker:
         """See :class:`Packer`."""
         _check_lengths(ids, lengths, self.row_tokens)
         look_ahead = min(look_ahead or self.buffer, self.buffer)
-        rows: list[Row] = []
-        for taken, (unit, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
-            if len(rows) == wanted:
-                return taken, Rows.of(rows)
-            self._waiting[self._arrivals] = (unit, length)
-            insort(self._by_length, (length, -self._arrivals))
-            self._tokens += length
-            self._arrivals += 1
-            if len(self._waiting) >= self.buffer or (
-                len(self._waiting) >= look_ahead and self._tokens >= ROWS_AHEAD * self.row_tokens
-            ):
-                rows.append(self._pop_row())
-        return len(ids), Rows.of(rows)
+        taken, rows = 0, list[Row]()
+        while len(rows) < wanted:
+            while taken < len(ids) and not self._is_ready(look_ahead):
+                self._take_in(int(ids[taken]), int(lengths[taken]))
+                taken += 1
+            if not self._is_ready(look_ahead):
+                break
+            rows.append(self._pop_row())
+        return taken, Rows.of(rows)
+
+    def _is_ready(self, look_ahead: int) -> bool:
+        waiting = len(self._waiting)
+        return waiting >= self.buffer or (waiting >= look_ahead and self._tokens >= ROWS_AHEAD * self.row_tokens)
+
+    def _take_in(self, unit: int, length: int) -> None:
+        self._waiting[self._arrivals] = (unit, length)
+        insort(self._by_length, (length, -self._arrivals))
+        self._tokens += length
+        self._arrivals += 1
 
     def flush(self, wanted: int) -> Rows:
         """See :class:`Packer`."""

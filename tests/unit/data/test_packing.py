@@ -58,6 +58,17 @@ def test_the_compiled_packer_is_the_plain_one(
 
 
 @both
+def test_a_row_that_leaves_enough_for_another_is_followed_by_it_before_more_is_taken_in(make: Make) -> None:
+    """The first row takes 33 of 318 tokens, more than the four rows' worth that are waited for: the last unit, which
+    would fit behind the second, comes too late for it."""
+    packer = make(64, 20)
+    lengths = np.array([33, 62, 64, 63, 33, 63, 2], np.int32)
+    taken, rows = packer.feed(np.arange(7), lengths, ALL, 2)
+    assert (taken, [*rows]) == (7, [(0,), (1,)])
+    assert [*packer.flush(ALL)] == [(2,), (3,), (4, 6), (5,)]
+
+
+@both
 @given(lengths=LENGTHS, buffer=BUFFERS)
 def test_every_unit_once_and_no_row_too_long(make: Make, lengths: list[int], buffer: int) -> None:
     rows = _pack(make, lengths, buffer)
