@@ -155,12 +155,11 @@ def _read_header(files: WeightFiles, name: str) -> tuple[dict[str, dict[str, Any
     try:
         header = json.loads(read_bytes(files, name, 8, 8 + length))
         tensors = {tensor: meta for tensor, meta in header.items() if tensor != "__metadata__"}
-        end = max((meta["data_offsets"][1] for meta in tensors.values()), default=0)
+        end = _checked_end(tensors, where)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             "the file does not start like safetensors", where=where, got=error, fix="fetch the file again"
         ) from error
-    _check_places(tensors, where)
     if size != 8 + length + end:
         raise ModelError(
             "a shard of the model is truncated" if size < 8 + length + end else "a shard has bytes that belong nowhere",
@@ -172,23 +171,24 @@ def _read_header(files: WeightFiles, name: str) -> tuple[dict[str, dict[str, Any
     return tensors, 8 + length
 
 
-def _check_places(tensors: Mapping[str, Mapping[str, Any]], where: str) -> None:
-    """Each tensor begins where the one before it ends and has the bytes that its shape says, as the format wants it:
-    a header in which one digit changed would otherwise give weights that are read from another tensor's bytes."""
-    expected = 0
+def _checked_end(tensors: Mapping[str, Mapping[str, Any]], where: str) -> int:
+    """Where the last tensor ends. Each must begin where the one before it does, and have the bytes that its shape says:
+    a header in which one digit changed would otherwise give weights out of another tensor's bytes."""
+    at = 0
     for tensor, meta in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = meta["data_offsets"]
-        dtype = DTYPES.get(meta["dtype"])  # what others hold is refused by name where it is wanted
-        size = end - begin if dtype is None else math.prod(meta["shape"]) * dtype.itemsize
-        if begin != expected or end - begin != size or size < 0:
+        dtype = DTYPES.get(meta["dtype"])  # how wide others are is not known here, and none of them is read
+        size = max(0, end - begin) if dtype is None else math.prod(meta["shape"]) * dtype.itemsize
+        if (begin, end) != (at, at + size):
             raise ModelError(
                 "the header of a shard gives a tensor a place that it cannot have",
                 where=f"{where}: {tensor}",
                 got=f"{meta['dtype']} {meta['shape']} at bytes {begin} to {end}",
-                expected=f"bytes from {expected} on, as many as the shape needs",
+                expected=f"bytes from {at} on, as many as the shape needs",
                 fix="fetch the file again",
             )
-        expected = end
+        at = end
+    return at
 
 
 class StoredTensors:

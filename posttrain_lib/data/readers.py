@@ -279,7 +279,7 @@ def parquet(file: str, first: int) -> Iterator[dict[str, Any] | BadRow]:
         handle = open_file(file, stack)
         # Columns are read in slices, as the batches need them, instead of whole row groups at once.
         table = pyarrow.parquet.ParquetFile(handle, buffer_size=_BLOCK, pre_buffer=False)
-        decode = _decoder(table.schema_arrow)
+        decode = _decoder(table.schema_arrow, file)
         for number in range(table.num_row_groups):
             group = table.metadata.row_group(number)
             if first >= group.num_rows:
@@ -319,7 +319,7 @@ def arrow(files: list[str], first: int) -> Iterator[dict[str, Any] | BadRow]:
     for file in files:
         with ExitStack() as stack:
             schema, batches, check = _record_batches(file, stack)
-            decode = _decoder(schema)
+            decode = _decoder(schema, file)
             for batch in batches:
                 size = max(1, min(_BATCH_ROWS, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
                 for start in range(first, batch.num_rows, size):
@@ -353,11 +353,21 @@ def _nothing() -> None:
     """The check of a remote file: whoever fetches its bytes makes it."""
 
 
-def _decoder(schema: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _decoder(schema: Any, file: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """What turns a row of Arrow's into the row that was written.
 
     The ``datasets`` library stores objects of differing fields as JSON text and says so in the schema.
+
+    Raises:
+        DataError: two fields of one object have one name, of which a row of Python's could keep the last alone.
     """
+    if (name := _named_twice(schema)) is not None:
+        raise DataError(
+            "two columns of the file have one name: which of them is meant?",
+            where=file,
+            got=name,
+            fix="write the file with one of them, or with names that differ",
+        )
     told = (schema.metadata or {}).get(b"huggingface", b"")
     if b'"_type": "Json"' not in told:
         return _without_nulls
@@ -365,6 +375,19 @@ def _decoder(schema: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     features = datasets.Features.from_arrow_schema(schema)
     return lambda row: _without_nulls(features.decode_example(row))
+
+
+def _named_twice(fields: Iterable[Any]) -> str | None:
+    """A name that two fields of one object have, at whatever depth."""
+    fields = list(fields)
+    names = [field.name for field in fields]
+    for field in fields:
+        if names.count(field.name) > 1:
+            return str(field.name)
+        kind = field.type
+        if (name := _named_twice(kind.field(number) for number in range(kind.num_fields))) is not None:
+            return name
+    return None
 
 
 def _without_nulls(value: Any) -> Any:

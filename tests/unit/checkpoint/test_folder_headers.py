@@ -51,6 +51,17 @@ def cut(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[:-1])
 
 
+def shifted(folder: Path) -> None:
+    """A tensor's place, eight bytes further on: as many digits, so that the file's length stays."""
+    path = folder / "model.safetensors"
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    begin, end = max(meta["data_offsets"] for meta in header.values() if "data_offsets" in meta)
+    before, after = (f"[{place},{end}]".encode() for place in (begin, begin + 8))
+    assert len(before) == len(after)
+    path.write_bytes(path.read_bytes().replace(before, after, 1))
+
+
 def too_many_tokens(folder: Path) -> None:
     vocabulary = {f"t{number}": number for number in range(10_000)}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
@@ -72,6 +83,7 @@ OF_ANY: Cases = {
     "no index": (no_index, "their index is missing"),
     "other weights": (renamed, "no safetensors weights"),
     "cut": (cut, "truncated"),
+    "shifted": (shifted, "a place that it cannot have"),
     "tokenizer": (too_many_tokens, "larger than the embedding"),
 }
 #: of the tensors by name, which our definitions alone know beforehand
