@@ -278,11 +278,12 @@ class _Preparation:
 
     def _without_repeated(self, source: str, row: EncodedRow) -> EncodedRow:
         """Count examples that came before; with ``deduplicate``, leave them out. A pair goes or stays as a whole."""
-        known = [self.receipt.is_duplicate(example) for example in row.examples]
+        if row.kind == "pair":  # each answer may have been compared with others before: of A > B > C come three pairs
+            known = [self.receipt.is_duplicate(*row.examples)] * len(row.examples)
+        else:
+            known = [self.receipt.is_duplicate(example) for example in row.examples]
         if not self.config.deduplicate:
             self.receipt.notes["duplicate_examples"] += sum(known)
-            return row
-        if row.kind == "pair" and not all(known):
             return row
         kept: list[Example] = []
         shared = 0

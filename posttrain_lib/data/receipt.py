@@ -69,9 +69,9 @@ class Receipt:
         if len(self.first_refused) < 5:
             self.first_refused.append({"source": source, "row_id": row_id, "reason": reason, "detail": detail})
 
-    def is_duplicate(self, example: Example) -> bool:
-        """Whether an example of the same ids and weights came before; this one then counts as seen."""
-        digest = example_digest(example)
+    def is_duplicate(self, *examples: Example) -> bool:
+        """Whether examples of the same ids and weights came before, in this order; these then count as seen."""
+        digest = b"".join(map(example_digest, examples))
         seen = digest in self._seen
         self._seen.add(digest)
         return seen

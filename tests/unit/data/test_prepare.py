@@ -325,6 +325,21 @@ def test_duplicates_are_counted_or_left_out(preparation: Preparation, tmp_path: 
     assert receipt.refused_fraction == 0
 
 
+def test_a_pair_of_answers_that_stand_in_other_pairs_is_no_duplicate(preparation: Preparation) -> None:
+    """A > B > C makes three pairs, and the last has no answer that the others lack."""
+    ranked = [
+        {"prompt": f"Question {number}?", "chosen": chosen, "rejected": rejected}
+        for number in range(30)
+        for chosen, rejected in (("a", "b"), ("b", "c"), ("a", "c"), ("a", "b"))
+    ]
+    preparation.write(*ranked)
+    receipt = preparation.run(deduplicate=True, sources=[{"name": "file", "path": "rows.jsonl", "format": "preference"}])
+    assert receipt.total("examples") == 2 * 3 * 30
+    assert [int(line["row_id"].split(":")[1].split("#")[0]) % 4 for line in preparation.lines("quarantine.jsonl")] == [
+        0
+    ] * 60
+
+
 def test_near_duplicates_and_oddities_are_reported(preparation: Preparation) -> None:
     text = " ".join(f"w{number * number % 97}" for number in range(120))
     rows = [row(number) for number in range(40)]

@@ -173,6 +173,22 @@ def test_fields_that_arrow_invented_are_gone(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "calls.parquet") == calls
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_columns_of_one_name_are_refused(tmp_path: Path, nested: bool) -> None:
+    """A row has room for one of them; the other would be gone without a word."""
+    first, second = pa.array(["a"]), pa.array(["b"])
+    if nested:
+        table = pa.table({"call": pa.StructArray.from_arrays([first, second], names=["text", "text"])})
+    else:
+        table = pa.table([first, second], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pa.ipc.new_file(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        with pytest.raises(DataError, match="one name"):
+            rows_of(tmp_path / name)
+
+
 def test_what_a_json_array_holds_besides_objects_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('[{"a": 1}, [2]]')
     found = [row for _, row in iter_rows(str(tmp_path / "rows.json"))]
