@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from posttrain_lib.config.base import Disagreement, Problem, Section
 from posttrain_lib.schema.mesh import MeshSpec
 
 
-class _Numbers(Section):
-    """A section of numbers and names: a flag is none of them, although Python counts true as 1."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_flags(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            fix = "give the number, or leave the field out for its default"
-            raise Disagreement([Problem("true and false are no values of this field", fix)])
-        return value
-
-
-class Mesh(_Numbers):
+class Mesh(Section):
     """Degrees of the mesh's axes; their product is the number of devices. See ``schema.mesh.MeshSpec``."""
 
     replicate: int = Field(1, ge=1, description="copies of the model that see different rows (hybrid sharding)")
@@ -41,7 +29,7 @@ class Mesh(_Numbers):
 Gpu = Literal["GB200", "B200", "H200", "H100", "A100", "A100-40", "L40S", "A10", "RTX 4090", "MI300X"]
 
 
-class ComputeConfig(_Numbers):
+class ComputeConfig(Section):
     """The same job on one device or hundreds; nothing else in the run file changes."""
 
     nodes: int = Field(1, ge=1, description="machines")

@@ -7,18 +7,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain_lib.config.base import Section
+from posttrain_lib.config.base import Section, TaggedSection
 from posttrain_lib.config.load import build_config, parse_config
 from posttrain_lib.config.model import ModelConfig
 
 
-class SearchAgentConfig(Section):
+class SearchAgentConfig(TaggedSection):
     """Searches the options of the blocks; needs no model and no network."""
 
     kind: Literal["search"] = "search"
 
 
-class LLMAgentConfig(Section):
+class LLMAgentConfig(TaggedSection):
     """A language model: behind an OpenAI-compatible endpoint, or a command."""
 
     kind: Literal["llm"] = "llm"

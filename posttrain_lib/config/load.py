@@ -29,6 +29,8 @@ class _StrictLoader(yaml.SafeLoader):
         """As SafeLoader's, after a look for doubles."""
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no key of a mapping: SafeLoader refuses it
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
@@ -123,7 +125,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         node[name] = dict(child or {})
         node = node[name]
     try:
-        node[path[-1]] = yaml.safe_load(value)
+        node[path[-1]] = yaml.load(value, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
         raise ConfigError(
             "the value of an override is not valid YAML", where=key, got=value, fix="quote it: key='\"text\"'"

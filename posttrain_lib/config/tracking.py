@@ -6,17 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from posttrain_lib.config.base import Section
+from posttrain_lib.config.base import TaggedSection
 
 
-class TensorBoard(Section):
+class TensorBoard(TaggedSection):
     """Event files for TensorBoard."""
 
     to: Literal["tensorboard"]
     folder: str = Field(description="a folder of the run's name is made in it; relative to where the run is started")
 
 
-class WandB(Section):
+class WandB(TaggedSection):
     """Weights & Biases. ``offline`` writes a folder that ``wandb sync`` sends later."""
 
     to: Literal["wandb"]
@@ -27,7 +27,7 @@ class WandB(Section):
     folder: str | None = Field(None, description="where its files go; default: ./wandb")
 
 
-class MLflow(Section):
+class MLflow(TaggedSection):
     """MLflow, a server or a folder."""
 
     to: Literal["mlflow"]

@@ -73,6 +73,29 @@ def test_impossible_values_and_combinations(change: list[str], said: str) -> Non
     assert said in refused(change)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.steps=true",
+        "train.optimizer.lr=yes",
+        "train.seed=off",
+        "train.optimizer.betas=[false, 0.9]",
+        "model.lora={rank: on}",
+        "train.clip_norm=true",
+        "train.mixture.sources.a.weight=true",
+        "data.workers=no",
+    ],
+)
+def test_a_truth_value_is_no_number(change: str) -> None:
+    assert "true and false are no values" in refused([change])
+
+
+def test_a_number_may_be_a_text_or_whole() -> None:
+    """YAML reads 1e-5 as a text, and so is every environment variable."""
+    config = build_run_config(MINIMAL, overrides=["train.optimizer.lr=1e-5", "train.steps='7'", "train.clip_norm=1"])
+    assert (config.train.optimizer.lr, config.train.steps, config.train.clip_norm) == (1e-5, 7, 1.0)
+
+
 def test_overrides_do_not_touch_the_original() -> None:
     before = yaml.safe_dump(MINIMAL)
     assert build_run_config(MINIMAL, overrides=["train.optimizer.lr=0.5"]).train.optimizer.lr == 0.5
@@ -113,6 +136,16 @@ def test_a_key_that_stands_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="not valid YAML") as caught:
         parse_run_config(text, where="file.yaml")
     assert "'train' stands twice" in str(caught.value) and "line 3" in str(caught.value)
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        build_run_config(MINIMAL, overrides=["train.optimizer={lr: 1.0e-4, lr: 1.0e-5}"])
+
+
+def test_a_key_that_is_a_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_run_config("? [a, b]\n: 1\n")
 
 
 def test_an_override_of_broken_yaml_is_named() -> None:
