@@ -4,7 +4,8 @@
         shard-00000.arrow ...  one record batch each: tokens list<int32>, weights list<float32>,
                                source dictionary<string>, row_id string
         examples.arrow         one row per example: length, weight_sum, trained, source, kind, shared, file, row, margin
-        index.json             counts, digest, fingerprint, the sources' files, size and sha256 of every file above
+        index.json             counts, digest, fingerprint, the sources' files, size and sha256 of every file above,
+                               and of all that it says itself
 
 ``examples.arrow`` holds what packing and the loss divisor need, so neither ever reads a token. A folder without
 ``index.json`` is not a store: its writer did not finish.
@@ -36,12 +37,13 @@ import numpy as np
 import pyarrow as pa
 
 from posttrain_lib.errors import DataError
+from posttrain_lib.lineage.digests import digest_value
 from posttrain_lib.schema.examples import TokenizedExample
 
 INDEX_FILE = "index.json"
 EXAMPLES_FILE = "examples.arrow"
 FORMAT = "posttrain-token-store"
-VERSION = 4
+VERSION = 5
 KINDS = ("document", "pair", "prompt")
 
 # Tokens in one shard: 8 bytes each on disk and, while it is being written, in memory: 64 MiB.
@@ -188,7 +190,7 @@ class TokenStoreWriter:
         }
         unfinished = self._folder / (INDEX_FILE + ".tmp")
         with open(unfinished, "w", encoding="utf-8") as handle:
-            json.dump(index, handle, indent=1)
+            json.dump({**index, "sha256": digest_value(index)}, handle, indent=1)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(unfinished, self._folder / INDEX_FILE)
@@ -451,6 +453,15 @@ def _read_index(folder: Path) -> dict[str, Any]:
             where=path,
             got=f"{stated[0]} version {stated[1]}",
             expected=f"{FORMAT} version {VERSION}",
+            fix="prepare the data again",
+        )
+    digest = index.pop("sha256", None)
+    if digest != digest_value(index):
+        raise DataError(
+            "the index of the token store is damaged",
+            where=path,
+            got=f"sha256 {digest_value(index)} of what it says",
+            expected=f"sha256 {digest}",
             fix="prepare the data again",
         )
     return index

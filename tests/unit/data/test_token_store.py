@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.errors import DataError
+from posttrain_lib.lineage.digests import digest_value
 from posttrain_lib.schema.examples import TokenizedExample
 
 EXAMPLES = st.lists(
@@ -153,6 +155,19 @@ def test_verify_finds_one_changed_bit(tmp_path: Path) -> None:
     assert "sha256" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["weight", "trained_tokens", "longest", "largest_id", "sources"])
+def test_an_index_of_which_one_character_changed_is_damaged(tmp_path: Path, name: str) -> None:
+    _write(tmp_path, _some())
+    index = tmp_path / "index.json"
+    text = index.read_text()
+    place = re.compile(rf'"{name}": \[?\s*"?').search(text)
+    assert place is not None
+    other = "7" if text[place.end()] != "7" else "3"
+    index.write_text(text[: place.end()] + other + text[place.end() + 1 :])
+    with pytest.raises(DataError, match="index of the token store is damaged"):
+        TokenStore(tmp_path)
+
+
 def test_an_index_that_is_no_index(tmp_path: Path) -> None:
     _write(tmp_path, _some())
     index = tmp_path / "index.json"
@@ -163,7 +178,9 @@ def test_an_index_that_is_no_index(tmp_path: Path) -> None:
     index.write_text(json.dumps({**stated, "version": 99}))
     with pytest.raises(DataError, match="version 99"):
         TokenStore(tmp_path)
-    index.write_text(json.dumps({**stated, "examples": stated["examples"] + 1}))
+    changed = {**stated, "examples": stated["examples"] + 1}
+    del changed["sha256"]
+    index.write_text(json.dumps({**changed, "sha256": digest_value(changed)}))
     with pytest.raises(DataError, match="disagrees with itself"):
         TokenStore(tmp_path)
 
