@@ -34,6 +34,8 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "tokenizer_config.json",
 )  # fmt: skip
+#: special tokens that a template knows by these names; tokenizer_config.json says which they are
+_PRINTED_BY_TEMPLATES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SHOWN_NAMES = 6
 
 Variables = Mapping[str, Any]
@@ -174,13 +176,15 @@ class ChatTokenizer:
         return str(self._tokenizer.backend_tokenizer.to_str())
 
     def definition(self) -> dict[str, str]:
-        """What decides ids and rendered text, as text: the tokenizer, and the template with its variables."""
+        """What decides ids and rendered text, as text: the tokenizer with the names of its special tokens, which
+        templates print, and the template with its variables."""
+        special = {name: getattr(self._tokenizer, name) for name in _PRINTED_BY_TEMPLATES}
         template = self._template or self._tokenizer.chat_template
         variables = {
             name: value if not callable(value) else value("%Y-%m-%d") for name, value in self._variables.items()
         }
         return {
-            "tokenizer": self.to_json(),
+            "tokenizer": f"{self.to_json()}\n{json.dumps(special)}",
             "template": json.dumps([template, variables], sort_keys=True, default=str),
         }
 
