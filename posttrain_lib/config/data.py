@@ -58,7 +58,9 @@ class HeldOut(Section):
 
     fraction: float = Field(0.05, gt=0.0, lt=0.5)
     group_field: str | None = Field(
-        "group", description="row field naming the group; rows without it are grouped by their first user turn"
+        "group",
+        description="row field naming the group; rows without it are grouped by their first user turn, and those "
+        "without turns by their content",
     )
     seed: int = 0
 

@@ -25,7 +25,7 @@ from posttrain_lib.data.readers import BadRow
 from posttrain_lib.data.refusal import RefusedRow
 from posttrain_lib.data.split import is_held_out, split_place
 from posttrain_lib.data.tokenize import Tokens
-from posttrain_lib.schema.examples import Conversation, Message, ParsedRow, PlainText, PreferencePair, Prompt
+from posttrain_lib.schema.examples import Conversation, Message, ParsedRow, PlainText, PreferencePair, Prompt, TokenRow
 
 if TYPE_CHECKING:
     from posttrain_lib.config.data import DataConfig
@@ -149,7 +149,7 @@ class RowEncoder:
                 read_tokens=refusal.tokens,
                 left_out_tokens=refusal.tokens,
             )
-        group = parsed.group or raw.row_id
+        group = parsed.group or _own_group(parsed)
         held_out = is_held_out(group, self.config.held_out)
         left_out = tuple((raw.row_id + suffix, why.reason, why.detail) for suffix, why in made.left_out)
         return EncodedRow(
@@ -293,10 +293,21 @@ def shared_prefix(before: Tokens, after: Tokens) -> int:
 
 
 def _prompts_answered(made: Made) -> list[bytes]:
+    if made.kind == "prompt":  # answered as training asks it
+        return [prompt_digest(made.documents[0].tokens.ids)]
     found = []
     for document in made.documents:
         found += [prompt_digest(document.tokens.ids[:first]) for first, _ in document.tokens.answers]
     return found
+
+
+def _own_group(row: ParsedRow) -> str:
+    """The group of a row that has neither a named one nor a first question: by its content, so that a copy of the row
+    elsewhere stands on the same side of the split, and the row stays there when files are renamed or put in order."""
+    if isinstance(row, TokenRow):
+        return f"tokens:{prompt_digest(row.token_ids).hex()}"
+    assert isinstance(row, PlainText)
+    return f"text:{row.text}"
 
 
 def _grouped_by(group: str | None) -> str:

@@ -39,7 +39,7 @@ class Conversation:
 
     ``group`` is the key by which train and held-out are split apart: ``<field>:<value>`` of the row's own field, else
     ``user:<first question>`` (``formats.common.group_is_named`` tells which). Of rows without messages it may be None:
-    a group of its own.
+    a group by their content.
     """
 
     source: str

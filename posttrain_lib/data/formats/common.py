@@ -357,6 +357,6 @@ def group_is_named(group: str | None) -> bool:
     """Whether a parsed row's ``group`` comes from the field that ``held_out.group_field`` names.
 
     Otherwise the row has no such field, and stands in the group of its first question (``user:...``) or, without
-    messages, in one of its own (None). A group field that is called ``user`` is told apart by the sign before it.
+    messages, in one by its content (None). A group field that is called ``user`` is told apart by the sign before it.
     """
     return group is not None and not group.startswith(_BY_QUESTION)

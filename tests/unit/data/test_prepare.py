@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +334,9 @@ def test_a_pair_of_answers_that_stand_in_other_pairs_is_no_duplicate(preparation
         for chosen, rejected in (("a", "b"), ("b", "c"), ("a", "c"), ("a", "b"))
     ]
     preparation.write(*ranked)
-    receipt = preparation.run(deduplicate=True, sources=[{"name": "file", "path": "rows.jsonl", "format": "preference"}])
+    receipt = preparation.run(
+        deduplicate=True, sources=[{"name": "file", "path": "rows.jsonl", "format": "preference"}]
+    )
     assert receipt.total("examples") == 2 * 3 * 30
     assert [int(line["row_id"].split(":")[1].split("#")[0]) % 4 for line in preparation.lines("quarantine.jsonl")] == [
         0
@@ -384,8 +387,22 @@ def test_a_store_knows_what_made_it(preparation: Preparation) -> None:
     other = ChatTokenizer(preparation.tokenizer, template_date="2027-01-01")
     with pytest.raises(DataError, match="another template"):
         check_fingerprint(store, fingerprint(other))
+    settings = preparation.tokenizer / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    copy = shutil.copytree(preparation.tokenizer, preparation.folder / "other")
+    (copy / settings.name).write_text(json.dumps({**content, "eos_token": content["pad_token"]}))
+    with pytest.raises(DataError, match="another tokenizer"):  # as it ends a text, and a template may print it
+        check_fingerprint(store, fingerprint(ChatTokenizer(copy)))
     with pytest.raises(DataError, match="another tokenizer"):
         check_fingerprint(store, {**fingerprint(tokenizer), "tokenizer": "0" * 64})
+
+
+def test_a_held_out_prompt_that_training_asks_is_not_used(preparation: Preparation) -> None:
+    preparation.write(*({"prompt": f"What is {number % 30}?", "answer": "1", "group": number} for number in range(60)))
+    receipt = _with(preparation, "prompts", held_out={"fraction": 0.3})
+    asked = [str(line["prompt_ids"]) for line in preparation.lines("train_prompts.jsonl")]
+    kept = [str(line["prompt_ids"]) for line in preparation.lines("prompts.jsonl")]
+    assert receipt.notes["held_out_prompts_also_in_training"] > 0 and not set(kept) & set(asked)
 
 
 def test_a_misspelt_group_field_stops_the_preparation(preparation: Preparation) -> None:

@@ -1,9 +1,14 @@
 """The held-out split depends on a row's group alone."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain_lib.config.data import HeldOut
+from posttrain_lib.config.data import DataConfig, HeldOut
+from posttrain_lib.data.encoding import RawRow, RowEncoder
 from posttrain_lib.data.split import fraction_up_to, is_held_out, split_place
 
 
@@ -33,3 +38,25 @@ def test_it_holds_out_the_first_group_alone() -> None:
     first = min(groups, key=lambda group: split_place(group, HeldOut()))
     wider = HeldOut().model_copy(update={"fraction": fraction_up_to(split_place(first, HeldOut()))})
     assert [group for group in groups if is_held_out(group, wider)] == [first]
+
+
+TEXTS: list[dict[str, Any]] = [{"text": f"Text {number}."} for number in range(60)]
+TOKENS: list[dict[str, Any]] = [{"token_ids": [5, number, 7]} for number in range(60)]
+
+
+@pytest.mark.parametrize(("format_name", "rows"), [("text", TEXTS), ("tokens", TOKENS)])
+def test_a_row_without_turns_is_held_out_by_its_content(
+    chatml_folder: Path, format_name: str, rows: list[dict[str, Any]]
+) -> None:
+    """A copy of it elsewhere is on the same side, whatever its file is called and wherever it stands there."""
+    source = {"name": "s", "path": "rows.jsonl", "format": format_name}
+    config = DataConfig.model_validate({"sources": [source], "held_out": {"fraction": 0.2}})
+    encoder = RowEncoder(config, chatml_folder, inspect=False)
+
+    def sides(file: str, rows: list[dict[str, Any]]) -> list[bool]:
+        raw = [RawRow(0, 0, number, f"{file}:{number + 1}", row) for number, row in enumerate(rows)]
+        return [row.held_out for row in encoder.encode(raw)[0]]
+
+    found = sides("rows.jsonl", rows)
+    assert any(found) and not all(found)
+    assert sides("renamed.jsonl", [*rows[::-1], *rows]) == [*found[::-1], *found]
