@@ -12,6 +12,7 @@ from posttrain_lib.errors import ConfigError
 from posttrain_lib.rl.rewards.base import RewardSpec, Verdict
 from posttrain_lib.rl.rewards.process import Failure, GradingProcess
 from posttrain_lib.schema.rollouts import Answer, Grade
+from posttrain_lib.training import pulse
 
 Outcome = Verdict | Failure
 
@@ -170,6 +171,7 @@ class _Lane:
         process = self._take()
         outcomes, left = process.grade(answers)
         self._put(process)
+        pulse.beat("grading")  # many that hang until their deadline may take longer than a rank may be silent
         if left:
             self._count(self._spec.title, "left processes running")
         if not isinstance(outcomes, Failure):

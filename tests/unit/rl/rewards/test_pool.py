@@ -18,6 +18,7 @@ from posttrain_lib.errors import ConfigError
 from posttrain_lib.rl.rewards.base import RewardSpec
 from posttrain_lib.rl.rewards.pool import GraderPool
 from posttrain_lib.schema.rollouts import Grade
+from posttrain_lib.training import pulse
 from tests.support.graders import answer
 
 OBEY = RewardSpec("tests.support.graders:obey", "it", deadline_seconds=60.0, memory_gib=0.5)
@@ -285,3 +286,10 @@ def test_a_sum_that_is_too_large() -> None:
         assert pool.grade([answer("1e200")])[0] == Grade(None, {"it": 1e200}, None, "the weighted sum is not finite")
     finally:
         pool.close()
+
+
+def test_each_grading_is_a_sign_of_life(pool: GraderPool) -> None:
+    """A batch of answers on which graders hang takes as many deadlines, and is no hang of the run."""
+    before = pulse.current().beats
+    pool.grade([answer("1"), answer("raise"), answer("2")])
+    assert pulse.current().beats == before + 3
