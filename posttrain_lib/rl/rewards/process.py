@@ -110,12 +110,12 @@ class GradingProcess:
     def _hear(self) -> tuple[bytes, bytes]:
         assert self._keeper.stdout is not None
         try:
-            head = self._keeper.stdout.read(4)
-            content = self._keeper.stdout.read(struct.unpack("<I", head)[0])
-        except (ValueError, struct.error):  # closed by another thread; ended
+            (length,) = struct.unpack("<I", self._keeper.stdout.read(4))
+            (letter, content) = struct.unpack(f"c{length - 1}s", self._keeper.stdout.read(length))
+        except (ValueError, struct.error):  # closed by another thread; ended, be it within a frame
             self.is_open = False
             return b"K", b""
-        return content[:1], content[1:]
+        return letter, content
 
 
 _FAILURES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
@@ -17,6 +18,7 @@ import pytest
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.rl.rewards.base import RewardSpec
 from posttrain_lib.rl.rewards.pool import GraderPool
+from posttrain_lib.rl.rewards.process import Failure, GradingProcess
 from posttrain_lib.schema.rollouts import Grade
 from posttrain_lib.training import pulse
 from tests.support.graders import answer
@@ -113,6 +115,19 @@ def test_no_grading_survives_its_keeper(pool: GraderPool, tmp_path: Path) -> Non
     failure, counted = failure_among_good(pool, "kill keeper", told=str(told))
     assert failure == "it: keeper ended" and counted == {"it: keeper ended": 1}
     await_ends([int(told.read_text())])
+
+
+@pytest.mark.parametrize("said", [b"", b"\t\0", b"\t\0\0\0", b"\t\0\0\0R[", b"\t\0\0\0X"])
+def test_a_frame_that_breaks_off_is_the_keepers_end(said: bytes) -> None:
+    """As where it is killed while it writes."""
+    process = GradingProcess(OBEY, 60.0)
+    process.ready()
+    whole, process._keeper.stdout = process._keeper.stdout, io.BytesIO(said)
+    try:
+        assert process.grade([answer("1")]) == (Failure("keeper ended"), False) and not process.is_open
+    finally:
+        process._keeper.stdout = whole
+        process.close()
 
 
 def test_no_process_survives_the_end(tmp_path: Path) -> None:
