@@ -51,4 +51,5 @@ class SigmoidLoss(Loss):
         found = logits.detach()
         means = (found.sigmoid(), ((found > 0) == (labels > 0.5)).to(weights.dtype), labels)
         figures = {name: weighted_figure(mean, weights) for name, mean in zip(self.figures, means, strict=True)}
-        return LossOutput(values @ weights, values.detach(), weights, segments_of_tokens(batch), figures)
+        # Not a product: autocast would round both sides and their sum to 8 bits.
+        return LossOutput((values * weights).sum(), values.detach(), weights, segments_of_tokens(batch), figures)
