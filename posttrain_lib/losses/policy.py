@@ -224,7 +224,8 @@ class PolicyLoss(Loss):
         values, figures = self.of_tokens(logprobs, old, signals, segments_of_tokens(batch), len(batch.document_ids))
         if entropy is not None:
             values, figures = values - self.entropy_bonus * entropy, {**figures, "policy/entropy": entropy}
-        return weights_N.to(values) @ values, values, figures
+        # Not a product: autocast would round both sides and their sum to 8 bits.
+        return (weights_N.to(values) * values).sum(), values, figures
 
     def of_tokens(
         self, logprobs_N: Tensor, old_N: Tensor, signals: dict[str, Tensor], segments_N: Tensor, segments: int

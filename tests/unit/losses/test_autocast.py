@@ -13,14 +13,15 @@ from posttrain_lib.losses import LOSSES, build_loss
 from posttrain_lib.losses.beside import Beside
 from posttrain_lib.losses.contract import other_than, pack, tiny_decoder, write_examples
 from tests.support.score_decoder import score_decoder
+from tests.unit.losses.test_policy import Sampled
 
-#: of "policy", which learns from rollouts, test_policy.py
+#: "policy" learns from rollouts
 OF_EXAMPLES = [name for name in LOSSES if name != "policy"]
 
 
-@pytest.mark.parametrize("name", OF_EXAMPLES)
+@pytest.mark.parametrize("name", [*OF_EXAMPLES, "policy"])
 def test_the_sum_is_that_of_the_items_to_float32s_rounding(name: str, tmp_path: Path) -> None:
-    loss = build_loss(name)
+    loss = Sampled() if name == "policy" else build_loss(name)
     model = (score_decoder() if name == "reward" else tiny_decoder()).float()
     if loss.needs is not None:
         loss.attach(Beside(other_than(model)))
