@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def fingerprint(tokenizer: ChatTokenizer) -> dict[str, str]:
     """sha256 of the tokenizer as it encodes (its model, pre-tokeniser, added tokens, which of them are begin and end
-    of sequence, unknown and padding) and of the template with its date and variables; file layout and formatting do not matter."""
+    of sequence, unknown and padding) and of the template with its date and variables; file layout and formatting do not
+    matter."""
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in tokenizer.definition().items()}
 
 
