@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from posttrain_lib.checkpoint.hf import local_block
+from posttrain_lib.ops.splitmix import STEP, mixed_
 from posttrain_lib.parallel.process_group import gather_objects
 
 #: entries that are widened to eight bytes at a time
 _CHUNK = 1 << 18
 #: rows are numbered from here on, columns from 0
 _ROWS = 1 << 40
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: by bytes of an entry. Eight are read as two columns: products of a word's highest bits would cancel
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -49,24 +51,14 @@ def block_sum(block: Tensor, begin: tuple[int, ...], shape: tuple[int, ...]) -> 
     row = torch.zeros((), dtype=torch.int64, device=device)
     for size, first, count in zip(shape[:-1], begin, block.shape[:-1], strict=False):
         row = row[..., None] * size + torch.arange(first, first + count, device=device)
-    columns = _odd(torch.arange(begin[-1], begin[-1] + block.shape[-1], device=device))
-    bits = block.contiguous().view(_BITS[block.element_size()]).reshape(-1, block.shape[-1])
-    parts = bits.split(max(1, _CHUNK // block.shape[-1]))
+    bits = block.contiguous().view(_BITS[block.element_size()])
+    first = begin[-1] * (bits.shape[-1] // block.shape[-1])
+    columns = _odd(torch.arange(first, first + bits.shape[-1], device=device))
+    parts = bits.reshape(-1, bits.shape[-1]).split(max(1, _CHUNK // bits.shape[-1]))
     of_rows = torch.cat([(part.long() * columns).sum(1) for part in parts])
     return int((of_rows * _odd(row.reshape(-1) + _ROWS)).sum()) % 2**64
 
 
 def _odd(numbers_N: Tensor) -> Tensor:
-    """Odd int64 numbers without any pattern, for factors: modulo 2^64 an odd one loses no bit of what it multiplies.
-
-    Source: the SplitMix64 finaliser; Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
-    """
-    value = (numbers_N + 1) * (0x9E3779B97F4A7C15 - 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
-        value = (value ^ _shifted(value, shift)) * factor
-    return (value ^ _shifted(value, 31)) | 1
-
-
-def _shifted(value: Tensor, by: int) -> Tensor:
-    """To the right as an unsigned number: torch's own shift repeats the sign."""
-    return (value >> by) & ((1 << (64 - by)) - 1)
+    """Odd int64 numbers without any pattern, for factors: modulo 2^64 an odd one loses no bit of what it multiplies."""
+    return mixed_((numbers_N + 1) * STEP) | 1

@@ -74,6 +74,17 @@ def test_every_bit_of_every_entry_counts(bit: int) -> None:
     assert len(sums) == value.numel() + 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_changed_signs_do_not_cancel(dtype: torch.dtype) -> None:
+    """The highest bits of several entries: of a product modulo 2^64 no more than they are left."""
+    value = weight(dtype)
+    sums = {block_sum(value, (0, 0), SHAPE)}
+    for entry in range(value.numel()):
+        value.view(-1)[entry] *= -1
+        sums.add(block_sum(value, (0, 0), SHAPE))
+    assert len(sums) == value.numel() + 1
+
+
 def test_the_name_counts_and_the_order_of_names_does_not() -> None:
     value, changed = weight(), weight() + 1
     assert weights_digest([("a", value)]) != weights_digest([("b", value)])
@@ -81,8 +92,9 @@ def test_the_name_counts_and_the_order_of_names_does_not() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 18])
-def test_blocks_add_up_to_the_whole_in_any_cut(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    value = weight(torch.bfloat16, (4, 6, 10))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_blocks_add_up_to_the_whole_in_any_cut(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = weight(dtype, (4, 6, 10))
     whole = block_sum(value, (0, 0, 0), value.shape)
     monkeypatch.setattr(module, "_CHUNK", chunk)
     for dim in range(3):
