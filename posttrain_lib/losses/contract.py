@@ -6,7 +6,8 @@
     check_loss(build_loss("my_package.losses:MyLoss", {"beta": 0.1}))
 
 It trains on nothing and needs no data: a tiny decoder and a few random documents or pairs are made in float64, where
-only the order of sums may show. An AssertionError says which law is broken and by how much.
+only the order of sums may show; the law about half precision alone is tried in float32. An AssertionError says which
+law is broken and by how much.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def check_loss(loss: Loss, model: Decoder | None = None, *, seed: int = 0) -> No
     * The divisor is known from the numpy batch alone; a batch that has none (padding, or nothing trained) gives a zero
       that belongs to the graph, and zero gradients for every parameter.
     * What it returns has the shapes that ``LossOutput`` states, and the figures that ``Loss.figures`` names.
+    * Under autocast to bfloat16 the model's products are in half precision, and the loss's own sum is not.
     * Of pairs: where chosen and rejected change places ``rewards/margin`` changes its sign, and where policy and
       reference are one model it is 0.
 
@@ -73,6 +75,7 @@ def check_loss(loss: Loss, model: Decoder | None = None, *, seed: int = 0) -> No
         store = write_examples(Path(folder) / "store", kind, seed)
         _check_layouts(loss, model, store)
         _check_empty(loss, model, store)
+        _check_autocast(loss, model, store)
         if kind == "pair" and "rewards/margin" in loss.figures:
             swapped = write_examples(Path(folder) / "swapped", kind, seed, swap=True)
             _check_pairs(loss, model, store, swapped)
@@ -173,6 +176,34 @@ def _check_empty(loss: Loss, model: Decoder, store: TokenStore) -> None:
             assert found.loss == 0.0, f"{name}: the loss is {found.loss}, expected 0"
             moved = [key for key, gradient in found.gradients.items() if gradient.any()]
             assert not moved, f"{name}: there are gradients in {moved}"
+
+
+def _check_autocast(loss: Loss, model: Decoder, store: TokenStore) -> None:
+    beside, model = loss.beside, copy.deepcopy(model).float()
+    if loss.needs is not None:
+        loss.attach(Beside(other_than(model)))
+    (arrays,) = pack(store, [tuple(range(_UNITS))], 1)
+    batch = to_torch(dataclasses.replace(arrays, signals=loss.signals(arrays, "train")))
+    plain = loss(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = loss(model, batch)
+    found = output.local_sum
+    assert found.dtype in (torch.float32, torch.float64), f"under autocast local_sum is {found.dtype}, half a precision"
+    # where it is no plain sum of the items, as with a penalty, there is nothing that it could be held against
+    if _close(plain.local_sum, _sum_of_items(plain)):
+        expected = _sum_of_items(output)
+        assert _close(found, expected), f"under autocast local_sum is {found.item()}, its items' sum {expected.item()}"
+    if beside is not None:
+        loss.attach(beside)
+
+
+def _sum_of_items(output: LossOutput) -> Tensor:
+    return (output.values.double() * output.weights.double()).sum()
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """But for float32's rounding of some tens of terms."""
+    return bool(torch.isclose(found.detach().double(), expected, rtol=1e-6, atol=0))
 
 
 def _check_pairs(loss: Loss, model: Decoder, store: TokenStore, swapped: TokenStore) -> None:

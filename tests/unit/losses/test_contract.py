@@ -74,6 +74,27 @@ class UnnamedFigure(SFTLoss):
         return dataclasses.replace(output, figures={"extra": torch.zeros(2, dtype=torch.float64)})
 
 
+class ProductInHalf(SFTLoss):
+    """Sums by a product, which autocast makes in bfloat16."""
+
+    def __call__(self, model: Decoder, batch: PackedBatch) -> LossOutput:
+        output = super().__call__(model, batch)
+        if not len(output.values):
+            return output
+        graph = output.local_sum
+        total = output.values.to(graph.dtype) @ output.weights.to(graph.dtype)
+        return dataclasses.replace(output, local_sum=(graph - graph.detach()).to(total.dtype) + total)
+
+
+class RoundedSum(ProductInHalf):
+    """And makes a float32 of it again."""
+
+    def __call__(self, model: Decoder, batch: PackedBatch) -> LossOutput:
+        output = super().__call__(model, batch)
+        rounded = output.local_sum.to(torch.promote_types(output.local_sum.dtype, torch.float32))
+        return dataclasses.replace(output, local_sum=rounded)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -82,6 +103,8 @@ class UnnamedFigure(SFTLoss):
         (CountsTokens(), "all in one row: loss"),
         (ForgetsTheReference(), "the reference is the policy"),
         (UnnamedFigure(), "announced"),
+        (ProductInHalf(), "half a precision"),
+        (RoundedSum(), "its items' sum"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Loss) else "",
 )
