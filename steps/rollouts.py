@@ -61,11 +61,11 @@ def check_answers(config: RunConfig, manifests: Manifests) -> None:
         DataError: no prompt has one. Where only some have none, their gradings fail and are counted.
     """
     from posttrain_lib.rl.prompts import iter_prompts
-    from posttrain_lib.rl.rewards.base import named_grader
+    from posttrain_lib.rl.rewards.base import check_grader
 
     if config.grpo is None:
         return
-    needing = [spec.title for spec in specs(config.grpo) if getattr(named_grader(spec), "needs_answer", False)]
+    needing = [spec.title for spec in specs(config.grpo) if getattr(check_grader(spec), "needs_answer", None) is True]
     if not needing:
         return
     names = []

@@ -42,8 +42,8 @@ class Verdict:
 
 
 #: Gives a number, or a Verdict. One that has ``grade_many`` as well (a list of answers -> as many numbers or Verdicts,
-#: in order) is asked for several at once. A class whose ``needs_answer`` is true compares with the rows' answers: a run
-#: in which no row has one stops before it trains.
+#: in order) is asked for several at once. One whose ``needs_answer`` is true (a class says it of all that it makes)
+#: compares with the rows' answers: a run in which no row has one stops before it trains.
 Grader = Callable[["Answer"], "float | Verdict"]
 
 
@@ -92,17 +92,19 @@ def make_grader(spec: RewardSpec) -> Grader:
     return grader
 
 
-def check_grader(spec: RewardSpec) -> None:
+def check_grader(spec: RewardSpec) -> Any:
     """That a spec can be made, as far as it costs little: the project's own graders look at their options.
+
+    Returns:
+        The grader; where making it costs more, its class or function.
 
     Raises:
         ConfigError: as :func:`make_grader`; it cannot be made.
     """
     if spec.name not in REWARDS or spec.name in _HEAVY:
-        named_grader(spec)
-        return
+        return named_grader(spec)
     try:
-        make_grader(spec)
+        return make_grader(spec)
     except PosttrainError:
         raise
     except Exception as error:

@@ -40,9 +40,14 @@ class Regex:
             raise ConfigError("unknown way to match", where="rewards: how", got=how, expected=", ".join(_MATCHERS))
         self._how = how
 
+    @property
+    def needs_answer(self) -> bool:
+        """Whether it compares with the rows' answers."""
+        return "answer" in self._pattern.groupindex
+
     def __call__(self, answer: Answer) -> Verdict:
         """DataError where the pattern has an ``answer`` and the row has none."""
-        if "answer" not in self._pattern.groupindex:
+        if not self.needs_answer:
             return Verdict(float(_MATCHERS[self._how](self._pattern, answer.text) is not None))
         expected = expected_of(answer).strip()
         if self._how == "search":

@@ -65,12 +65,14 @@ def test_what_cannot_be_made_is_named(changes: dict[str, Any], words: str) -> No
     ("answers", "rewards", "refused"),
     [
         ((None, None), ["exact", "maths"], True),
+        ((None, None), [{"name": "regex", "options": {"pattern": "is (?P<answer>.*)"}}, "format"], True),
+        ((None, None), [{"name": "regex", "options": {"pattern": "is (.*)"}}, "format"], False),
         ((None, "4"), ["exact", "maths"], False),
         ((None, None), ["format", f"{__name__}:length"], False),
     ],
 )
 def test_rewards_that_compare_with_answers_need_some(
-    tmp_path: Path, answers: tuple[str | None, ...], rewards: list[str], refused: bool
+    tmp_path: Path, answers: tuple[str | None, ...], rewards: list[str | dict[str, Any]], refused: bool
 ) -> None:
     rows = [
         {"prompt_ids": [1], "messages": [], "answer": answer, "source": "a", "row_id": f"f:{place}"}
@@ -83,13 +85,18 @@ def test_rewards_that_compare_with_answers_need_some(
         started_at="2026-01-01T00:00:00", seconds=1.0,
     )  # fmt: skip
     options = {"format": {"tags": ["think"]}}
-    config = changed(rewards=[{"name": name, "options": options.get(name, {})} for name in rewards])
+    config = changed(
+        rewards=[
+            each if isinstance(each, dict) else {"name": each, "options": options.get(each, {})} for each in rewards
+        ]
+    )
     if not refused:
         rollouts.check_answers(config, {"prepare_data": prepared})
         return
     with pytest.raises(DataError, match="no prompt has an answer") as caught:
         rollouts.check_answers(config, {"prepare_data": prepared})
-    assert "exact, maths" in str(caught.value) and "a: f:0" in str(caught.value)
+    needing = [each if isinstance(each, str) else each["name"] for each in rewards if each != "format"]
+    assert f"rewards: {', '.join(needing)}" in str(caught.value) and "a: f:0" in str(caught.value)
 
 
 def length(answer: object) -> float:
