@@ -45,7 +45,7 @@ from posttrain_lib.checkpoint.state_reader import (
     read_tensors,
 )
 from posttrain_lib.checkpoint.state_saver import Ranks, Saving, Snapshot, WritePlan, reason
-from posttrain_lib.checkpoint.state_writer import HostBuffer, index_file
+from posttrain_lib.checkpoint.state_writer import HostBuffer, image_file, index_file
 from posttrain_lib.errors import CheckpointError, PosttrainError
 from posttrain_lib.lineage.digests import digest_text
 from posttrain_lib.training.device import rng_state, set_rng_state
@@ -201,7 +201,7 @@ class CheckpointManager:
 
     def _snapshot(self, state: TrainState) -> Snapshot:
         tensors = state.tensors()
-        texts = {f"rng-{self.rank}.json": json.dumps(rng_state())}
+        texts = {_generators_file(self.rank): json.dumps(rng_state())}
         if self.rank == 0:
             content: dict[str, Any] = {
                 "progress": dataclasses.asdict(state.progress),
@@ -270,7 +270,7 @@ class CheckpointManager:
             check_fits(catalogue, tensors, path)
             read_tensors(files, catalogue, tensors)
             if (raw["world"], raw["layout"]) == (self._ranks.world, self._layout):
-                set_rng_state(json.loads(files.text(f"rng-{self.rank}.json")))
+                set_rng_state(json.loads(files.text(_generators_file(self.rank))))
 
         problem = self._judged(name, load)
         if problem is None:
@@ -329,7 +329,8 @@ def damage(path: str | Path) -> str | None:
     files = checkpoint_files(path)
     try:
         content = json.loads(files.text(MANIFEST))
-        version, listed = content["format_version"], content["files"]
+        version, listed, world = content["format_version"], content["files"], content["world"]
+        written = {STATE, *(file(rank) for rank in range(world) for file in (image_file, index_file, _generators_file))}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -360,6 +361,8 @@ def damage(path: str | Path) -> str | None:
 def load_model_state(path: str | Path) -> dict[str, Tensor]:
     """Whole weights of a checkpoint on the CPU, in the dtypes of training, by our parameter names; in one process,
     whatever wrote it.
+    if set(listed) != written:
+        return f"{MANIFEST} lists other files than {world} rank(s) write"
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -419,6 +422,10 @@ def _check_trajectory(saved: Mapping[str, Any], wanted: Mapping[str, Any], where
                 expected=value,
                 fix="restore that value, or start anew with an empty work folder",
             )
+
+def _generators_file(rank: int) -> str:
+    return f"rng-{rank}.json"
+
 
 
 def _best_step(files: CheckpointFiles) -> int | None:

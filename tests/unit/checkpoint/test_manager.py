@@ -218,6 +218,22 @@ def file_size_limit(limit: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+@pytest.mark.parametrize("world", [0, 2, "1", None])
+def test_a_wrong_number_of_ranks_is_damage(tmp_path: Path, world: Any) -> None:
+    """Of too many ranks there are no files; of too few, tensors would be missing without a word."""
+    said: list[str] = []
+    manager = Manager(tmp_path, 3, say=said.append)
+    good, bad = manager.save(make_state(1)), manager.save(make_state(2))
+    manifest = bad / "manifest.json"
+    content = {**json.loads(manifest.read_text()), "world": world}
+    manifest.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    for look in (manager.newest, lambda: manager.resume(make_state())):
+        assert look() == good
+        assert said.pop().startswith("skipped checkpoint step-00000002: manifest.json ")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model_state(bad)
+
+
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
