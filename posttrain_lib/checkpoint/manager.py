@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,8 @@ class CheckpointManager:
         self.wait()
         begun = time.perf_counter()
         snapshot = self._snapshot(state)
-        self._saving = Saving(snapshot, self._folder, self._ranks, self._memory, self._retain, FORMAT_VERSION)
+        retain = partial(self._retain, snapshot.name)
+        self._saving = Saving(snapshot, self._folder, self._ranks, self._memory, retain, FORMAT_VERSION)
         self._stall_seconds += time.perf_counter() - begun
         if wait or not self._asynchronous:
             self.wait()
@@ -160,15 +162,26 @@ class CheckpointManager:
         it, which then fills the state again. The last that is left is checked before it is read.
 
         Raises:
-            CheckpointError: as :meth:`newest` and :meth:`load`.
+            CheckpointError: as :meth:`newest` and :meth:`load`; or all of several are damaged, and reading them has
+                left their values in ``state``.
         """
-        names = self._candidates()
+        names, problems, touched = self._candidates(), [], False
         for number, name in enumerate(names):
             problem = self._deep_damage(name) if number == len(names) - 1 else None
-            problem = problem or self._load(name, state)
+            if problem is None:
+                problem = self._load(name, state)
+                touched = True
             if problem is None:
                 return self._folder.path(name)
             self.say(f"skipped checkpoint {name}: {problem}")
+            problems.append(f"{name}: {problem}")
+        if touched:
+            raise CheckpointError(
+                "every checkpoint is damaged, and the model holds what was read of them",
+                where=self._folder.path(names[0]),
+                got="; ".join(problems),
+                fix="bring one of them back, or remove them all to start anew",
+            )
         return None
 
     def newest(self) -> str | Path | None:
@@ -305,9 +318,13 @@ class CheckpointManager:
             raise refused
         return next((found for found, _ in answers if found), None)
 
-    def _retain(self) -> None:
-        """Keep the newest ``keep_last``, whichever checkpoint each of those calls the best, and one every so many."""
-        names = self._folder.names()
+    def _retain(self, saved: str) -> None:
+        """Keep the newest ``keep_last``, whichever checkpoint each of those calls the best, and one every so many.
+
+        The newest is the one just ``saved``. Those of later steps were damaged when the run went back behind them:
+        they stay, and count for nothing, until the run comes to their step again.
+        """
+        names = [name for name in self._folder.names() if name <= saved]
         kept = set(names[-self.keep_last :])
         for name in list(kept):
             best = _best_step(checkpoint_files(self._folder.path(name)))
@@ -344,6 +361,8 @@ def damage(path: str | Path) -> str | None:
             fix="go on with the version of this project that wrote it, or export its model there and start from that "
             "(model.path), with an empty work folder",
         )
+    if set(listed) != written:
+        return f"{MANIFEST} lists other files than {world} rank(s) write"
     for name, (size, digest) in listed.items():
         try:
             found = files.size(name)
@@ -361,8 +380,6 @@ def damage(path: str | Path) -> str | None:
 def load_model_state(path: str | Path) -> dict[str, Tensor]:
     """Whole weights of a checkpoint on the CPU, in the dtypes of training, by our parameter names; in one process,
     whatever wrote it.
-    if set(listed) != written:
-        return f"{MANIFEST} lists other files than {world} rank(s) write"
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -406,6 +423,10 @@ def fetch_checkpoint(url: str, out: Path) -> Path:
     return folder.path(name)
 
 
+def _generators_file(rank: int) -> str:
+    return f"rng-{rank}.json"
+
+
 def _open(path: str | Path) -> tuple[CheckpointFiles, dict[str, StoredTensor]]:
     files = checkpoint_files(path)
     world = json.loads(files.text(MANIFEST))["world"]
@@ -422,10 +443,6 @@ def _check_trajectory(saved: Mapping[str, Any], wanted: Mapping[str, Any], where
                 expected=value,
                 fix="restore that value, or start anew with an empty work folder",
             )
-
-def _generators_file(rank: int) -> str:
-    return f"rng-{rank}.json"
-
 
 
 def _best_step(files: CheckpointFiles) -> int | None:

@@ -139,6 +139,45 @@ def test_the_last_that_is_left_is_checked_before_it_is_read(tmp_path: Path) -> N
     assert state.progress == Progress()
 
 
+def damaged(checkpoint: Path, place: int) -> Path:
+    """The checkpoint with a flipped bit at that place of its tensors."""
+    image = checkpoint / "tensors-0.bin"
+    content = bytearray(image.read_bytes())
+    content[place] ^= 1
+    image.write_bytes(content)
+    return checkpoint
+
+
+def test_damaged_values_are_never_taken_for_the_start(tmp_path: Path) -> None:
+    """The newest is found damaged when most of it stands in the model already; so no run may begin with that."""
+    manager, state = Manager(tmp_path, 2, say=lambda text: None), make_state()
+    for step in (1, 2):
+        damaged(manager.save(make_state(step)), -70)
+    before = [value.clone() for value in tensors_of(state)]
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged") as caught:
+        manager.resume(state)
+    assert not all(torch.equal(a, b) for a, b in zip(before, tensors_of(state), strict=True))
+    assert "step-00000001: tensors-0.bin" in str(caught.value.got) and "step-00000002" in str(caught.value.got)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_one_of_a_later_step_pushes_no_whole_one_out(tmp_path: Path, keep: int) -> None:
+    """The run goes on from the one before it, and saves steps that come before the damaged one's."""
+    manager, state = Manager(tmp_path, 2, say=lambda text: None), make_state()
+    manager.save(make_state(10))
+    bad = damaged(manager.save(make_state(20)), 0)
+    manager.keep_last = keep
+    manager.resume(state)
+    for step in (12, 14, 16):
+        state.progress.step = step
+        saved = manager.save(state)
+        assert manager.newest() == saved
+    assert len(names(tmp_path)) == keep + 1 and bad.name in names(tmp_path)
+    state.progress.step = 20
+    assert manager.save(state) == manager.newest() == bad
+    assert len(names(tmp_path)) == keep
+
+
 def test_weights_in_a_plain_process(tmp_path: Path) -> None:
     state = make_state(step=1)
     weights = load_model_state(Manager(tmp_path, 1).save(state))
@@ -175,6 +214,22 @@ def test_damage_is_named_and_passed_over(tmp_path: Path, file: str, harm: str) -
         assert len(said) == 1
         assert said[0].startswith("skipped checkpoint step-00000002: ")
         assert file in said.pop()
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model_state(bad)
+
+
+@pytest.mark.parametrize("world", [0, 2, "1", None])
+def test_a_wrong_number_of_ranks_is_damage(tmp_path: Path, world: Any) -> None:
+    """Of too many ranks there are no files; of too few, tensors would be missing without a word."""
+    said: list[str] = []
+    manager = Manager(tmp_path, 3, say=said.append)
+    good, bad = manager.save(make_state(1)), manager.save(make_state(2))
+    manifest = bad / "manifest.json"
+    content = {**json.loads(manifest.read_text()), "world": world}
+    manifest.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    for look in (manager.newest, lambda: manager.resume(make_state())):
+        assert look() == good
+        assert said.pop().startswith("skipped checkpoint step-00000002: manifest.json ")
     with pytest.raises(CheckpointError, match="damaged"):
         load_model_state(bad)
 
@@ -218,22 +273,6 @@ def file_size_limit(limit: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-@pytest.mark.parametrize("world", [0, 2, "1", None])
-def test_a_wrong_number_of_ranks_is_damage(tmp_path: Path, world: Any) -> None:
-    """Of too many ranks there are no files; of too few, tensors would be missing without a word."""
-    said: list[str] = []
-    manager = Manager(tmp_path, 3, say=said.append)
-    good, bad = manager.save(make_state(1)), manager.save(make_state(2))
-    manifest = bad / "manifest.json"
-    content = {**json.loads(manifest.read_text()), "world": world}
-    manifest.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-    for look in (manager.newest, lambda: manager.resume(make_state())):
-        assert look() == good
-        assert said.pop().startswith("skipped checkpoint step-00000002: manifest.json ")
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_model_state(bad)
-
-
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
