@@ -197,7 +197,7 @@ class Trainer:
             return None
         assert self.state.report is not None, "a checkpoint is saved with the report of its step"
         report = StepReport(**self.state.report)
-        if isinstance(self.feed, LiveFeed) and report.step == report.total_steps:  # it told there where the data ends
+        if report.step == report.total_steps:  # where the data ends was known there alone: live, or steps left out
             self.total_steps = report.total_steps
         return dataclasses.replace(report, event=", ".join(["resumed", *self.notes]))
 

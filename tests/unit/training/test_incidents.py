@@ -132,6 +132,16 @@ def test_rolling_back_leaves_the_data_since_the_checkpoint_out(tmp_path: Path, b
     assert reports[back + 1].lr == reports[1].lr
 
 
+def test_a_run_whose_data_ended_before_its_steps_is_over_when_it_is_resumed(tmp_path: Path) -> None:
+    """What was left out with a step that went wrong is missing at the end of the epoch."""
+    settings = config({"non_finite": "roll_back"}, steps=None, epochs=1)
+    reports, result = run(make_job(tmp_path, settings))
+    assert result is not None and result.step < reports[0].total_steps
+    resumed, again = run(make_job(tmp_path, settings))
+    assert again == result
+    assert [report.step for report in resumed] == [result.step]
+
+
 def test_a_run_that_stopped_goes_on_under_another_policy(tmp_path: Path, bad_step: int) -> None:
     """From its last checkpoint, as the run that had that policy from its beginning."""
     every = {"checkpoint": {"every_steps": 1, "keep_last": 2}}
