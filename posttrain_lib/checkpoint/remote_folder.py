@@ -48,7 +48,7 @@ def fetch_folder(url: str, pins: Mapping[str, Mapping[str, Any]], out: str | Pat
     for name in pins:
         if is_weights(name):
             continue
-        if ".." in PurePosixPath(name).parts:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:  # "m//etc/x" is below "m" in a store
             raise ModelError("a name of the model's files leads out of its folder", where=f"{url}/{name}")
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -250,6 +250,20 @@ def test_a_fetched_folder_has_the_small_files_and_no_weights(folders, pointing, 
     assert all(set(pin) == {"size", "ETag"} for pin in pointed["files"].values())
 
 
+@pytest.mark.parametrize("key", ["{out}/../planted.json", "hub/leading/{out}/planted.json"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(key, proxy, server, tmp_path):
+    _, client = server
+    client.pipe("hub/leading/config.json", b"{}")
+    if key.startswith("hub"):
+        client.pipe(key.format(out=tmp_path), b"planted")
+        pins = pinned_files("s3://hub/leading")
+    else:
+        pins = {key.format(out="down"): {"size": 7}}
+    with pytest.raises(ModelError, match="leads out of its folder"):
+        fetch_folder("s3://hub/leading", pins, tmp_path / "model")
+    assert not list(tmp_path.rglob("planted.json"))
+
+
 def test_everything_that_reads_weights_follows_the_pointer(folders, pointing, tmp_path):
     local = folders["sharded"]
     assert _same(dict(load_model(pointing).state_dict()), dict(load_model(local).state_dict()))
