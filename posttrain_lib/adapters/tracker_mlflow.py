@@ -45,7 +45,8 @@ class MLflowSink:
         number = experiment.experiment_id if experiment else self._client.create_experiment(self.experiment)
         self._run_id = self._client.create_run(number, run_name=facts.name).info.run_id
         self._client.set_tag(self._run_id, "posttrain.run_id", facts.run_id)
-        parameters = [Param(name, str(value)[:_CHARACTERS]) for name, value in flat(facts.config).items()]
+        config = flat(facts.config)
+        parameters = [Param(_spelled(name), str(value)[:_CHARACTERS]) for name, value in config.items()]
         for first in range(0, len(parameters), _PARAMETERS):
             self._client.log_batch(self._run_id, params=parameters[first : first + _PARAMETERS])
         return self._run_id
@@ -59,12 +60,12 @@ class MLflowSink:
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        """The summary as a file of the run, and how it ended."""
+        """How the run ended, and the summary as a file of it, which may have nowhere to go."""
+        self._client.set_terminated(self._run_id, "FINISHED" if summary is not None else "FAILED")
         if summary is not None:
             self._client.log_dict(self._run_id, dict(summary), "summary.json")
-        self._client.set_terminated(self._run_id, "FINISHED" if summary is not None else "FAILED")
 
 
 def _spelled(name: str) -> str:
-    """MLflow takes letters, digits, ``_ - . /`` and blanks; a source's name may have others."""
+    """MLflow takes letters, digits, ``_ - . /`` and blanks; a source's name may have others, or a gate's."""
     return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)

@@ -17,7 +17,8 @@ def figures(report: StepReport) -> dict[str, float]:
     """
     found: dict[str, float | None] = {"data/tokens_seen": report.tokens_seen, "memory/peak_gib": report.peak_memory_gib}
     found |= {f"loss/held_out/{_part(name)}": value for name, value in (report.held_out or {}).items()}
-    found |= {f"held_out/{name}": value for name, value in report.held_out_figures.items()}
+    # of rollouts "reward" is one figure and "reward/exact" another
+    found |= {f"held_out/{_part(name)}": value for name, value in report.held_out_figures.items()}
     if report.step > 0:
         found |= report.figures
         found |= {
@@ -46,9 +47,9 @@ def figures(report: StepReport) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def _part(source: str) -> str:
-    """A source's name within a figure's."""
-    return source.replace("/", "_")
+def _part(name: str) -> str:
+    """A name within a figure's."""
+    return name.replace("/", "_")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

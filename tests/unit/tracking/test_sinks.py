@@ -126,6 +126,13 @@ def test_figures_are_named_by_what_they_are() -> None:
     assert flat(FACTS.config) == {"train.steps": 4, "sources": ["a"]}
 
 
+def test_figures_of_rollouts_are_no_folders_of_others() -> None:
+    """As ``rl.figures`` names them: the reward, and its parts."""
+    found = figures(at(0, held_out_figures={"reward": 0.5, "reward/exact": 0.25, "pass@1": 0.25}))
+    assert found["held_out/reward"] == 0.5 and found["held_out/reward_exact"] == 0.25
+    assert not [name for name in found for other in found if other.startswith(f"{name}/")]
+
+
 class _Screen(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -230,6 +237,38 @@ def test_mlflow_folder_holds_one_run_with_every_step_of_both_attempts_once(tmp_p
     history = client.get_metric_history(run.info.run_id, "loss/train")
     assert [(one.step, one.value) for one in history] == [(step, 2.0 - step / 10) for step in range(1, 5)]
     assert "loss/source/a b_c" in run.data.metrics
+
+
+def test_mlflow_folder_holds_a_run_of_rollouts(tmp_path: Path) -> None:
+    """Whose gates and held-out figures have names that MLflow does not take as they are."""
+    import mlflow
+
+    uri = f"file:{tmp_path / 'mlruns'}"
+    facts = replace(FACTS, config={"gates": {"held_out.pass@1": {"min": 0.5}}})
+    driver = Sinks([built(to="mlflow", uri=uri)], facts, tmp_path, print)
+    driver.step(at(0, held_out_figures={"reward": 0.5, "reward/exact": 0.25, "pass@1": 0.25}))
+    driver.close({"step": 0})
+    assert driver.receipt() == [{"to": "mlflow", "written": 1, "lost": 0, "error": ""}]
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("posttrain").experiment_id])
+    assert run.data.params == {"gates.held_out.pass_1.min": "0.5"}
+    assert run.data.metrics["held_out/pass_1"] == 0.25
+
+
+def test_mlflow_says_how_a_run_ended_where_its_summary_has_no_place(tmp_path: Path) -> None:
+    """As with a server's store of files that this machine may not write to."""
+    import mlflow
+
+    uri = f"file:{tmp_path / 'mlruns'}"
+    driver = Sinks([built(to="mlflow", uri=uri)], FACTS, tmp_path, print)
+    driver.step(at(1))
+    for folder in (tmp_path / "mlruns").rglob("artifacts"):
+        (folder / "summary.json").mkdir()
+    driver.close({"step": 1})
+    assert driver.receipt()[0]["error"]
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("posttrain").experiment_id])
+    assert run.info.status == "FINISHED"
 
 
 def test_a_tracker_that_is_unknown_is_refused_in_the_run_file() -> None:
