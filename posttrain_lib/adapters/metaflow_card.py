@@ -46,6 +46,9 @@ class TrainingCard:
         for name, spec in curves(self._reports).items():
             if name in self._charts:
                 self._charts[name].update(spec)
+            else:  # before training a policy has no figures of its steps
+                self._charts[name] = VegaChart(spec)
+                self._card.append(self._charts[name])
         if report.answers:
             self._answers.update(answers_html(report.answers))
         self._card.refresh()
@@ -63,9 +66,9 @@ def headline(report: StepReport) -> str:
     if report.loss is None and report.step > 0:
         return f"step **{report.step}** of {report.total_steps} · {report.event}"
     if report.loss is None:
-        held_out = (
-            "" if report.held_out is None else f" · held-out loss **{report.held_out['all']:.4f}** before training"
-        )
+        known = {"loss": loss for name, loss in _held_out_loss(report).items() if name == "all"}
+        first = list((known or report.held_out_figures).items())[:1]
+        held_out = "".join(f" · held-out {name} **{value:.4f}** before training" for name, value in first)
         return f"step **0** of {report.total_steps}{held_out}"
     mfu = "" if report.mfu is None else f" · MFU {report.mfu:.1%}"
     return (
@@ -78,19 +81,19 @@ def headline(report: StepReport) -> str:
 def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
     """Vega-Lite charts by name: loss and held-out, learning rate and gradient norm, throughput, packing fill."""
     thin = reports[:: max(1, math.ceil(len(reports) / _MAX_POINTS))]
-    held = [report for report in reports if report.held_out]
+    held = [report for report in reports if report.held_out or report.held_out_figures]
     loss = [{"step": r.step, "value": r.loss, "curve": "training loss"} for r in thin if r.loss is not None]
     loss += [
         {"step": r.step, "value": value, "curve": f"held-out {'loss' if name == 'all' else name}"}
         for r in held
-        for name, value in (r.held_out or {}).items()
-        if name == "all" or len(r.held_out or {}) > 2
+        for name, value in _held_out_loss(r).items()
+        if name == "all" or len(_held_out_loss(r)) > 2
     ]
     steps = [r for r in thin if r.step > 0]
     peaks = {"MFU": "mfu", "MFU of the measured peak": "mfu_measured", "HFU": "hfu"}
     return {
         "loss": line_chart("Loss (nats per trained token, or per pair)", loss),
-        **_figure_charts(thin),
+        **_figure_charts(thin, held),
         "throughput": line_chart(
             "Throughput (real tokens per second)",
             [{"step": r.step, "value": r.tokens_per_second, "curve": "tokens/s"} for r in steps],
@@ -122,13 +125,19 @@ def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _figure_charts(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
+def _held_out_loss(report: StepReport) -> dict[str, float]:
+    """By source; of rollouts the value that picks the best checkpoint is none, and stands among their figures."""
+    return {} if "reward" in report.held_out_figures else report.held_out or {}
+
+
+def _figure_charts(steps: Sequence[StepReport], held: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
     """A chart for each figure of the loss's own, of the steps and of the held-out examples."""
+    told = [(report.step, "training", report.figures) for report in steps]
+    told += [(report.step, "held-out", report.held_out_figures) for report in held]
     values: dict[str, list[dict[str, Any]]] = {}
-    for report in reports:
-        for curve, figures in (("training", report.figures), ("held-out", report.held_out_figures)):
-            for name, value in figures.items():
-                values.setdefault(name, []).append({"step": report.step, "value": value, "curve": curve})
+    for step, curve, figures in told:
+        for name, value in figures.items():
+            values.setdefault(name, []).append({"step": step, "value": value, "curve": curve})
     return {name: line_chart(name, points) for name, points in values.items()}
 
 

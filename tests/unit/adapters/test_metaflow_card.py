@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from markdown_it import MarkdownIt
+from metaflow.cards import VegaChart
 
 from posttrain_lib.adapters.metaflow_card import (
     TrainingCard,
@@ -13,6 +14,7 @@ from posttrain_lib.adapters.metaflow_card import (
     coloured_sample,
     curves,
     generations_table,
+    headline,
     show,
 )
 from posttrain_lib.schema.manifests import Check
@@ -45,6 +47,23 @@ def test_sources_get_curves_of_their_own_when_there_are_several() -> None:
 def test_long_runs_are_thinned() -> None:
     reports = [replace(REPORT, step=step) for step in range(1, 5001)]
     assert len(curves(reports)["fill"]["data"]["values"]) <= 400
+
+
+def test_no_look_at_the_held_out_examples_is_thinned_out() -> None:
+    reports = [replace(REPORT, step=step, held_out_figures={} if step % 50 else {"f": 1.0}) for step in range(1001)]
+    assert points(curves(reports)["f"], "held-out") == [(step, 1.0) for step in range(0, 1001, 50)]
+
+
+def test_of_rollouts_the_value_that_picks_a_checkpoint_is_called_no_loss() -> None:
+    """It is the share of prompts that are answered wrong."""
+    looked = {"pass@1": 0.25, "reward": 0.5}
+    start = replace(REPORT, step=0, loss=None, held_out={"all": 0.75}, held_out_figures=looked)
+    assert headline(start) == "step **0** of 10 · held-out pass@1 **0.2500** before training"
+    drawn = curves([start, REPORT])
+    assert points(drawn["loss"], "held-out loss") == []
+    assert points(drawn["pass@1"], "held-out") == [(0, 0.25)]
+    assert headline(replace(start, held_out_figures={})).endswith("held-out loss **0.7500** before training")
+    assert headline(replace(start, held_out=None, held_out_figures={})) == "step **0** of 10"
 
 
 def test_a_sample_escapes_markup_and_colours_trained_tokens_only() -> None:
@@ -106,6 +125,18 @@ def test_the_live_card_is_built_once_and_then_updated() -> None:
     watch(replace(REPORT, step=2))
     assert len(card.components) == built > 3
     assert card.refreshes == 2
+
+
+def test_the_live_card_shows_figures_that_come_with_the_first_update() -> None:
+    """As those of rollouts do."""
+    card = Recorder()
+    watch = TrainingCard(card)
+    watch(replace(REPORT, step=0, loss=None, held_out_figures={"reward": 0.5}))
+    for step in (1, 2):
+        watch(replace(REPORT, step=step, figures={"reward/mean": 0.25}))
+    shown = {part._spec["title"]: part._spec for part in card.components if isinstance(part, VegaChart)}
+    assert points(shown["reward/mean"], "training") == [(1, 0.25), (2, 0.25)]
+    assert len(shown) == sum(isinstance(part, VegaChart) for part in card.components)
 
 
 def test_numbers_are_short() -> None:
