@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -47,6 +50,7 @@ class Channel:
                 memory. None: through the host's.
         """
         self._calls, theirs = Pipe()
+        self._pipe = socket.socket(fileno=os.dup(self._calls.fileno()))
         self._host = HostMemory()
         self._memory = self._host if device is None else DeviceMemory(device)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the channel
@@ -74,7 +78,7 @@ class Channel:
             RolloutError: its own, where it answers with one; it died, before or now; or it did not answer in time, and
                 was ended.
         """
-        self._send((what, arguments), what)
+        self._send((what, arguments), what, seconds)
         return self._answer(what, seconds)
 
     def push(self, what: str, weights: Iterable[tuple[str, Tensor]], *arguments: Any, seconds: float) -> Any:
@@ -85,46 +89,58 @@ class Channel:
             RolloutError: as :meth:`call`. What iterating raises: the process is told.
         """
         buckets = self._memory.buckets(weights)
-        self._send((what, (next(buckets), *arguments)), what)
+        self._send((what, (next(buckets), *arguments)), what, seconds)
         while True:
             try:
                 following = next(buckets, None)  # while the process reads the one before
             except BaseException:
                 with contextlib.suppress(RolloutError):  # the process says that it was broken off
                     self._answer(what, seconds)
-                    self._send(_BROKEN_OFF, what)
+                    self._send(_BROKEN_OFF, what, seconds)
                     self._answer(what, seconds)
                 raise
             answer = self._answer(what, seconds)
             if answer != TAKEN:
                 return answer
-            self._send(following, what)
+            self._send(following, what, seconds)
 
-    def _send(self, message: Any, what: str) -> None:
+    def _send(self, message: Any, what: str, seconds: float) -> None:
         sent = pickle.dumps(message)
         self._check_alive()
         # Stays where an exception from outside, such as an interrupt, leaves an answer in the pipe.
         self._failed = f"a call was broken off: {what!r}"
-        try:
-            self._calls.send_bytes(sent)
-        except OSError:
-            self._failed = f"died with exit code {self._process.wait()} at {what!r}"
-            self._check_alive()
+        self._within(seconds, what, partial(self._calls.send_bytes, sent))
 
     def _answer(self, what: str, seconds: float) -> Any:
+        answer = self._within(seconds, what, self._calls.recv)
+        self._failed = None
+        if isinstance(answer, RolloutError):
+            raise answer
+        return answer
+
+    def _within(self, seconds: float, what: str, work: Callable[[], Any]) -> Any:
+        """What work with the pipe comes to. The process is ended where nothing moves for so long: it may have stopped
+        within a message, too, its own or one that it should read."""
+        bound = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._pipe.setsockopt(socket.SOL_SOCKET, option, bound)
         try:
-            if self._calls.poll(seconds):
-                answer = self._calls.recv()
-                self._failed = None
-                if isinstance(answer, RolloutError):
-                    raise answer
-                return answer
+            return work()
+        except BlockingIOError:
             self._process.kill()
             self._process.wait()
             self._failed = f"no answer to {what!r} in {seconds:g} s"
         except (EOFError, OSError):
-            self._failed = f"died with exit code {self._process.wait()} at {what!r}"
+            self._failed = f"died with exit code {self._exit_code()} at {what!r}"
         return self._check_alive()
+
+    def _exit_code(self) -> int:
+        """Of the process, which has no pipe any more; it is killed where it does not end."""
+        try:
+            return self._process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
     def _check_alive(self) -> None:
         if self._failed is None:
@@ -140,11 +156,8 @@ class Channel:
         """End the process and give the memory back."""
         self._failed = self._failed or "it was closed"
         self._calls.close()
-        try:
-            self._process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._pipe.close()
+        self._exit_code()
         self._host.close()
         self._log.close()
 

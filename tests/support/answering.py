@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import sys
 from typing import Any
 
@@ -32,6 +33,12 @@ def answer(what: str, arguments: tuple[Any, ...]) -> Any:
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "hang":
+        signal.pause()
+    if what == "shut":
+        os.close(int(sys.argv[1]))
+        signal.pause()
+    if what == "half an answer":
+        os.write(int(sys.argv[1]), struct.pack("!i", 100) + b"the first part")
         signal.pause()
     return (what, arguments)
 

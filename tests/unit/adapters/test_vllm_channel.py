@@ -111,6 +111,27 @@ def test_an_answer_that_is_too_late_ends_the_process(channel: Channel) -> None:
         os.kill(channel.pid, 0)
 
 
+def test_a_process_that_stops_within_a_message_is_ended(channel: Channel) -> None:
+    """Where it does not read what is more than the pipe holds, and where its answer breaks off."""
+    channel.call("a", seconds=LONG)
+    os.kill(channel.pid, signal.SIGSTOP)
+    with pytest.raises(RolloutError, match=r"no answer to 'a' in 0\.2 s"):
+        channel.call("a", bytes(1 << 22), seconds=0.2)
+    other = Channel("tests.support.answering", {})
+    other.call("a", seconds=LONG)
+    with pytest.raises(RolloutError, match=r"no answer to 'half an answer' in 1 s"):
+        other.call("half an answer", seconds=1.0)
+    other.close()
+
+
+def test_a_process_that_has_shut_its_end_and_lives_on_is_ended(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain_lib.adapters.vllm_channel._GRACE", 0.2)
+    with pytest.raises(RolloutError, match="exit code -9 at 'shut'"):
+        channel.call("shut", seconds=LONG)
+
+
 def test_the_process_ends_with_its_driver() -> None:
     """Also where the driver is killed: its end of the pipe is gone then."""
     driver = (
