@@ -65,12 +65,16 @@ class Running:
         self._versions: list[int] = []
         self._most = min(sampling.max_new_tokens, window - len(request.prompt_ids))
         self._stream = Stream(request.seed)
+        self._drawn: float | None = None
         strings = sampling.stop_strings
         self._watch = StopStrings(strings, decode) if strings and decode is not None else None
 
     def draw(self) -> float:
-        """The next number of the request's own stream."""
-        return self._stream.draw()
+        """The next token's number, of the request's own stream: the same until that token is there, for a step may fail
+        behind it."""
+        if self._drawn is None:
+            self._drawn = self._stream.draw()
+        return self._drawn
 
     def allowed(self, vocab_size: int) -> np.ndarray | None:
         """Ids that may come next, None: any.
@@ -82,6 +86,7 @@ class Running:
 
     def take(self, token: int, logprob: float, version: int) -> Literal["stop", "length"] | None:
         """Add a token; how the completion ends with it, None: it goes on."""
+        self._drawn = None
         self.tokens.append(token)
         self._logprobs.append(logprob)
         self._versions.append(version)

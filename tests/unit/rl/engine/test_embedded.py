@@ -108,6 +108,25 @@ def test_weights_that_break_stop_the_run_and_good_ones_go_on(folder: Path) -> No
     assert set(found["0"].versions.tolist()) == {0, 2}
 
 
+def test_a_step_that_fails_takes_no_draw_with_it(folder: Path) -> None:
+    """What a seed gives does not go by the failures on the way."""
+    model, spec = loaded(folder)
+    engine = embedded(folder)
+    good = [(name, tensor.clone()) for name, tensor in hf_weights(model, spec)]
+    requests = [request(str(n), prompt, 10, seed=n) for n, prompt in enumerate(PROMPTS)]
+    expected = drained(engine, requests)
+    engine.submit(requests)
+    engine.step()
+    engine.push([(name, torch.full_like(tensor, float("nan"))) for name, tensor in good], 1)
+    with pytest.raises(RolloutError, match="not finite"):
+        engine.step()
+    engine.push(good, 2)
+    found = drained(engine)
+    assert {key: each.token_ids.tolist() for key, each in found.items()} == {
+        key: each.token_ids.tolist() for key, each in expected.items()
+    }
+
+
 def test_a_failed_push_stops_generation_until_a_good_one(folder: Path) -> None:
     model, spec = loaded(folder)
     engine = embedded(folder)
