@@ -81,10 +81,10 @@ class Store:
     def find(self, step: str, key: str) -> StepManifest | None:
         """The published result, or None. A result whose files went missing or changed size is set aside, not used."""
         folder = self.result_folder(step, key)
-        manifest = read_manifest(folder)
-        if manifest is None:
+        if not folder.exists():
             return None
-        problem = first_damage(folder)
+        manifest = read_manifest(folder)
+        problem = f"{MANIFEST} is missing" if manifest is None else first_damage(folder)
         if problem is not None:
             aside = self.root / "tmp" / f"damaged-{step}-{key[:12]}-{uuid.uuid4().hex[:8]}"
             with disk_errors("setting a damaged result aside", folder):
@@ -322,7 +322,12 @@ def _parse(path: Path) -> StepManifest:
 
 def first_damage(folder: Path) -> str | None:
     """The first file of a published result that is missing or has another size, None where all is whole."""
-    listing = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    try:
+        listing = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{FILES} is missing"
+    except ValueError:
+        return f"{FILES} is torn"
     for name, size in listing.items():
         path = folder / name
         if not path.is_file():

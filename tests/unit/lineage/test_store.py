@@ -43,15 +43,25 @@ def test_an_exception_while_writing_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        ("truncate", "data.txt"),
+        ("truncate", "files.json"),
+        ("remove", "data.txt"),
+        ("remove", "files.json"),
+        ("remove", "manifest.json"),
+    ],
+)
 def test_a_damaged_result_is_set_aside_and_said(
-    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, damage: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """As a removal that was killed leaves it, whatever went first."""
     store = Store(tmp_path)
-    path = publish(store) / "data.txt"
+    path = publish(store) / name
     path.write_text("") if damage == "truncate" else path.unlink()
     assert store.find("prepare", "k1") is None
-    assert "data.txt" in capsys.readouterr().out
+    assert name in capsys.readouterr().out
     publish(store, text="content")
     assert store.find("prepare", "k1") is not None
 
