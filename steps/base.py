@@ -163,8 +163,8 @@ def _do(
     # Now, not when the body is through: files may be edited while it runs.
     code, environment = keep_code(store), keep_environment(store)
     keep_sources(store, parts["source"], step.module, references_in(step.settings(config)))
-    if replace:
-        _forget(store.result_folder(step.name, key), work)
+    if replace and work.exists():
+        _remove_tree(work)  # the caller asked for the work to be done afresh
     with store.scratch() as out:
         with disk_errors(f"step {step.name}", out):
             result = step.body(StepContext(config, inputs, out, work, say, observe))
@@ -217,13 +217,6 @@ def _reading(store: Store, inputs: Mapping[str, ArtifactRef]) -> Iterator[None]:
                     fix=f"start the run again, or resume it from step {step}: what is still there is reused",
                 )
         yield
-
-
-def _forget(*folders: Path) -> None:
-    """Drop an earlier result and its work folder: the caller asked for the work to be done afresh."""
-    for folder in folders:
-        if folder.exists():
-            _remove_tree(folder)
 
 
 def _remove_tree(folder: Path) -> None:

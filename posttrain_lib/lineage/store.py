@@ -131,7 +131,10 @@ class Store:
             write_atomically(folder / FILES, json.dumps(listing, indent=1, sort_keys=True))
             write_atomically(folder / MANIFEST, json.dumps(manifest.to_dict(), indent=1, sort_keys=True))
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(folder, target)
+            with self.scratch() as aside:  # one that work done afresh replaces is there up to here, and goes whole
+                if target.exists():
+                    os.rename(target, aside / "replaced")
+                os.rename(folder, target)
             sync_folder(target.parent)
         return manifest
 

@@ -119,6 +119,21 @@ def test_reuse_can_be_turned_off(tmp_path: Path, config: RunConfig) -> None:
     assert store.find("fake", manifest.key) is not None
 
 
+def test_work_done_afresh_leaves_the_earlier_result_to_its_readers(tmp_path: Path, config: RunConfig) -> None:
+    """Up to the moment when the new one stands in its place; for good where the work fails."""
+    recorder, store = Recorder(), Store(tmp_path)
+    first, _ = run(recorder.step(), config, store)
+    recorder.fail = DataError("bad row")
+    with store.reading([("fake", first.key)]), pytest.raises(DataError):
+        run(recorder.step(), config, store, reuse=False)
+    assert Path(first.outputs["result"].uri).read_text() == "10"
+    recorder.fail = None
+    (Path(first.outputs["result"].uri).parent / "more").write_text("of the first")
+    again, _ = run(recorder.step(), config, store, reuse=False)
+    assert recorder.runs == 3 and not (Path(again.outputs["result"].uri).parent / "more").exists()
+    assert not list((tmp_path / "tmp").iterdir())
+
+
 def test_a_failed_body_publishes_nothing_but_keeps_its_work(tmp_path: Path, config: RunConfig) -> None:
     recorder, store = Recorder(), Store(tmp_path)
     recorder.fail = DataError("bad row")
