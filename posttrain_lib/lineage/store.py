@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -175,14 +176,13 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """Everything in the store that takes space, oldest use first."""
+        places = [(kind, folder) for kind in ("steps", "work") for folder in (self.root / kind).glob("*/*")]
+        places += [("tmp", folder) for folder in (self.root / "tmp").glob("*")]
         found = []
-        for kind in ("steps", "work"):
-            for folder in sorted((self.root / kind).glob("*/*")):
-                size = sum(item.stat().st_size for item in list_files(folder))
-                found.append(Entry(kind, folder.parent.name, folder.name, folder, size, _used_at(folder)))
-        for folder in sorted((self.root / "tmp").glob("*")):
-            size = sum(item.stat().st_size for item in list_files(folder))
-            found.append(Entry("tmp", "-", folder.name, folder, size, _used_at(folder)))
+        for kind, folder in sorted(places):
+            size, used_at = _size_and_use(folder)
+            step = "-" if kind == "tmp" else folder.parent.name
+            found.append(Entry(kind, step, folder.name, folder, size, used_at))
         return sorted(found, key=lambda entry: entry.used_at)
 
     def remove(self, entry: Entry) -> bool:
@@ -202,15 +202,15 @@ class Store:
                 handle = held.enter_context(open(path, "a+", encoding="utf-8"))
                 if not _try_lock(handle):
                     return False
-            if not entry.path.exists() or _used_at(entry.path) > entry.used_at:
+            if not entry.path.exists() or _size_and_use(entry.path)[1] > entry.used_at:
                 return False
-            aside = self.root / "tmp" / f"removed-{uuid.uuid4().hex[:12]}"
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(entry.path, aside)
-            if aside.is_dir():
-                shutil.rmtree(aside)
-            else:
-                aside.unlink()
+            with self.scratch() as folder:  # held, so that another clean-up does not take it for left over
+                aside = folder / "removed"
+                os.rename(entry.path, aside)
+                if aside.is_dir():
+                    shutil.rmtree(aside)
+                else:
+                    aside.unlink()
             if entry.kind == "tmp":
                 self._lock_file("tmp", entry.key).unlink()  # no other process will ask for this name
         return True
@@ -233,10 +233,19 @@ def disk_errors(doing: str, where: object) -> Iterator[None]:
         ) from error
 
 
-def _used_at(path: Path) -> float:
-    """Last use of a result, last change of any other folder; seconds since the epoch."""
-    marker = path / MANIFEST
-    return (marker if marker.is_file() else path).stat().st_mtime
+def _size_and_use(path: Path) -> tuple[int, float]:
+    """Bytes; and the last use of a result, of anything else the last change of whatever is in it, in seconds since the
+    epoch. Running steps write and remove files meanwhile: one that vanishes counts nothing.
+    """
+    size, changed = 0, 0.0
+    for each in [path, *(Path(at, name) for at, _, names in os.walk(path) for name in names)]:
+        with contextlib.suppress(FileNotFoundError):
+            status = each.stat()
+            size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+            changed = max(changed, status.st_mtime)
+    with contextlib.suppress(FileNotFoundError):
+        return size, (path / MANIFEST).stat().st_mtime
+    return size, changed
 
 
 def _try_lock(handle: IO[str]) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -262,6 +263,58 @@ def test_what_a_step_writes_and_its_work_stay(tmp_path: Path) -> None:
     (left,) = store.entries()
     assert store.remove(left) and not work.exists()
     assert not list((tmp_path / "tmp").iterdir()) and not list((tmp_path / "locks").glob("tmp-*"))
+
+
+def test_interrupted_work_is_as_young_as_what_was_last_written_in_it(tmp_path: Path) -> None:
+    """Training writes checkpoints for days into folders below the one that it made when it began."""
+    store = Store(tmp_path)
+    work = store.work_folder("train", "w1")
+    (work / "checkpoints" / "step-10").mkdir(parents=True)
+    (work / "checkpoints" / "step-10" / "weights").write_text("new")
+    for folder in (work, work / "checkpoints", work / "checkpoints" / "step-10"):
+        os.utime(folder, (1, 1))
+    (entry,) = store.entries()
+    assert entry.used_at > time.time() - 3600
+    assert not store.remove(dataclasses.replace(entry, used_at=1.0))
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_files_that_vanish_while_the_store_is_listed_count_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """A running step removes checkpoints and publishes results at any moment: before any look at a file."""
+    store = Store(tmp_path)
+    work = store.work_folder("train", "w1")
+    work.mkdir(parents=True)
+    (work / "kept").write_text("12")
+    (work / "gone").write_text("1234")
+    real, looked = Path.stat, []
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        looked.extend([path] if path == work / "gone" else [])
+        if len(looked) == looks:
+            (work / "gone").unlink(missing_ok=True)
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    (entry,) = store.entries()
+    assert entry.size_bytes == (2 if len(looked) == looks else 6)
+
+
+def test_what_one_clean_up_is_removing_another_leaves_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, others = Store(tmp_path), []
+    os.utime(publish(store) / "manifest.json", (1, 1))
+    real = shutil.rmtree
+
+    def rmtree(folder: Path, **options: bool) -> None:
+        if folder.name == "removed":
+            others.extend(store.remove(entry) for entry in store.entries())
+        real(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    (entry,) = store.entries()
+    assert store.remove(entry)
+    assert others == [False] and not list((tmp_path / "tmp").iterdir())
 
 
 def test_what_a_killed_step_was_writing_goes(tmp_path: Path) -> None:
