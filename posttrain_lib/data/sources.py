@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def files_of(path: str) -> list[str]:
     and the name of a file are taken at their word.
 
     Raises:
-        DataError: nothing matches, a folder holds several splits or a file of no known kind, or the store cannot be
-            listed whole.
+        DataError: nothing matches, a folder holds several splits or a file of no known kind, a link leads to no file,
+            or the store cannot be listed whole.
     """
     if is_hub_id(path):
         return [path]
@@ -210,12 +211,23 @@ def _expand(path: str) -> list[tuple[str, dict[str, Any]]]:
     elif match := _MAGIC.search(inner):
         # Not filesystem.glob: where a listing fails, it leaves out what it could not list and says nothing.
         matches = re.compile(glob_translate(inner)).match
-        root = inner[: match.start()].rpartition("/")[0]
-        found = {name: told for name, told in _find(path, filesystem, root).items() if matches(name)}
+        below = _find(path, filesystem, inner[: match.start()].rpartition("/")[0])
+        found = {
+            name: told
+            for name, told in below.items()
+            if matches(name) or (told["type"] != "file" and filesystem.isdir(name) and _may_hide(name, inner))
+        }
     else:
         found = {}
     if not found:
         raise DataError("no file matches the data path", where=path, fix="check the path; a glob needs quotes in YAML")
+    if strays := [name for name, told in found.items() if told["type"] not in ("file", "directory")]:
+        raise DataError(
+            "links among the data lead to no file: to a folder, or to nothing",
+            where=path,
+            got=_named(strays),
+            fix="mend or remove them; a folder behind a link is read where a source names it",
+        )
     return sorted((filesystem.unstrip_protocol(name), told) for name, told in found.items())
 
 
@@ -241,19 +253,40 @@ def _info(path: str, filesystem: Any, inner: str) -> dict[str, Any] | None:
 
 
 def _find(path: str, filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
-    """Every file below ``root`` -> what its store tells of it."""
-    # S3 and the hub list flat, page by page, and raise; the others walk, and would leave out a folder that fails.
-    options = {} if {"s3", "hf"} & set(protocols(filesystem)) else {"on_error": "raise"}
+    """Every file below ``root``, and every link, to whatever -> what its store tells of it."""
+    # S3 and the hub list flat, page by page, and raise.
+    flat = {"s3", "hf"} & set(protocols(filesystem))
     try:
-        found = patiently(path, lambda: filesystem.find(root, detail=True, **options))
+        found = patiently(path, lambda: filesystem.find(root, detail=True)) if flat else _walk(path, filesystem, root)
     except FileNotFoundError:
         return {}
     return {
-        name: told
+        name: {**told, "type": "file"} if told["type"] == "other" and filesystem.isfile(name) else told
         for name, told in found.items()
         if not (name.endswith("/") and not told.get("size"))  # an empty key by which tools mark a folder
-        and (told["type"] == "file" or (told["type"] != "directory" and filesystem.isfile(name)))  # a link
+        and told["type"] != "directory"
     }
+
+
+def _walk(path: str, filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
+    """As ``filesystem.find``, which leaves out a folder below ``root`` that it cannot list, and says nothing."""
+    found: dict[str, dict[str, Any]] = {}
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        for told in patiently(path, partial(filesystem.ls, folder, detail=True)):
+            if told["type"] != "directory":
+                found[told["name"]] = told
+            elif told["name"].rstrip("/") != folder.rstrip("/"):
+                pending.append(told["name"])
+    return found
+
+
+def _may_hide(folder: str, pattern: str) -> bool:
+    """Whether what lies below a folder could match the glob."""
+    parts, depth = pattern.split("/"), folder.count("/") + 1
+    above = glob_translate("/".join(parts[:depth]))
+    return "**" in pattern or (depth < len(parts) and re.match(above, folder) is not None)
 
 
 def _data_in(path: str, folder: str, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -267,21 +300,25 @@ def _data_in(path: str, folder: str, found: dict[str, dict[str, Any]]) -> dict[s
         hidden = any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts)
         if hidden or parts[-1] in _ABOUT_DATA:
             passed_over.append("/".join(parts))
-        elif _stem(parts[-1])[0].endswith((*_JSON_LINES, *_COLUMNS)):
+        elif told["type"] != "file" or _stem(parts[-1])[0].endswith((*_JSON_LINES, *_COLUMNS)):
             data[name] = told
         else:
             (passed_over if _ABOUT_FOLDER.fullmatch(parts[-1]) else unknown).append("/".join(parts))
     wrong = unknown or ([] if data else passed_over)
     if wrong:
-        more = f" and {len(wrong) - _NAMED_AT_MOST:,} more" if len(wrong) > _NAMED_AT_MOST else ""
         raise DataError(
             "the folder holds files of an unknown kind" if unknown else "the folder holds nothing that is read as data",
             where=path,
-            got=", ".join(sorted(wrong)[:_NAMED_AT_MOST]) + more,
+            got=_named(wrong),
             expected=_KNOWN_KINDS,
             fix="move the others out of the folder, or let their names begin with _; data.sources take a glob, too",
         )
     return data
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED_AT_MOST:,} more" if len(names) > _NAMED_AT_MOST else ""
+    return ", ".join(sorted(names)[:_NAMED_AT_MOST]) + more
 
 
 def _is_saved(path: str, filesystem: Any, inner: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -11,9 +12,11 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -227,6 +230,45 @@ def test_links_are_followed_and_an_unreadable_folder_is_no_empty_one(tmp_path: P
     assert len(digest_rows(pinned(str(tmp_path / "linked")), FileDigests())) == 64
     with pytest.raises(DataError, match="no file matches"):
         files_of(str(tmp_path / "nothing" / "*.jsonl"))
+
+
+def test_a_folder_below_that_cannot_be_listed_is_no_empty_one(tmp_path: Path) -> None:
+    class OneShut(LocalFileSystem):
+        """Somebody else's folder, for a superuser too."""
+
+        protocol = ("oneshut",)
+
+        def ls(self, path: str, detail: bool = False, **options: Any) -> list[Any]:
+            if str(path).endswith("/shut"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return list(super().ls(path, detail, **options))
+
+    for folder in ("open", "shut"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text("{}\n")
+    fsspec.register_implementation("oneshut", OneShut, clobber=True)
+    for path in (f"oneshut://{tmp_path}", f"oneshut://{tmp_path}/*/*.jsonl"):
+        with pytest.raises(DataError, match="Permission denied"):
+            files_of(path)
+
+
+@pytest.mark.parametrize("behind", ["folder", "nothing"])
+@pytest.mark.parametrize("pattern", ["", "/*/*.jsonl", "/**/*.jsonl"])
+def test_a_link_that_leads_to_no_file_is_named(tmp_path: Path, behind: str, pattern: str) -> None:
+    """Rows would be missing without a word."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.jsonl").write_text("{}\n")
+    data = tmp_path / "data"
+    (data / "there").mkdir(parents=True)
+    (data / "there" / "b.jsonl").write_text("{}\n")
+    link = data / "sub" if behind == "folder" else data / "there" / "c.jsonl"
+    link.symlink_to(tmp_path / ("real" if behind == "folder" else "gone"))
+    with pytest.raises(DataError, match="lead to no file") as caught:
+        files_of(f"{data}{pattern}")
+    assert str(link.relative_to(data)) in str(caught.value.got)
+    assert len(files_of(f"{data}/th*/b*.jsonl")) == 1  # it is in nobody's way there
+    link.rename(link.with_name(f"_{link.name}"))
+    assert len(files_of(str(data))) == 1
 
 
 def test_a_million_tiny_rows(tmp_path: Path) -> None:
