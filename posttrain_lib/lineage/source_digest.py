@@ -87,20 +87,28 @@ def user_code(references: Iterable[str]) -> dict[str, str]:
     """``module:attribute`` -> digest of the module's file, for code that is neither the project's nor installed.
 
     Installed packages are in the environment's digest. What such a module imports in turn is not followed, save the
-    other files of its own package.
+    other files of its own package, be it a folder without ``__init__.py``.
     """
     found = {}
     for reference in references:
         top = reference.partition(":")[0].partition(".")[0]
         if top in PACKAGES or top in sys.stdlib_module_names:
             continue
-        spec = importlib.util.find_spec(top)
-        if spec is None or spec.origin is None or any(part.endswith("-packages") for part in Path(spec.origin).parts):
-            continue
-        origin = Path(spec.origin)
-        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-        found[reference] = digest_value([digest_file(file) for file in files])
+        if files := _files_of(top):
+            found[reference] = digest_value([digest_file(file) for file in files])
     return found
+
+
+def _files_of(top: str) -> list[Path]:
+    """A module's file, or all of a package's; none of what is installed, or is not there."""
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        return []
+    if spec.origin is not None and Path(spec.origin).name != "__init__.py":
+        files = [Path(spec.origin)]
+    else:
+        files = [file for place in spec.submodule_search_locations or () for file in sorted(Path(place).rglob("*.py"))]
+    return [file for file in files if not any(part.endswith("-packages") for part in file.parts)]
 
 
 def references_in(value: Any) -> Iterator[str]:

@@ -65,3 +65,26 @@ def test_a_users_own_module_is_part_of_the_key_and_installed_ones_are_not(
     assert list(before) == ["my_own_loss:Loss"]
     (tmp_path / "my_own_loss.py").write_text("SCALE = 0.0\n")
     assert user_code(references_in(settings)) != before
+
+
+@pytest.mark.parametrize("files", [("__init__.py", "losses.py"), ("losses.py",), ("deep/losses.py",)])
+def test_every_file_of_a_users_own_package_is_part_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...]
+) -> None:
+    """A folder without ``__init__.py`` is a package, too."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in files:
+        path = tmp_path / "my_own_package" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("SCALE = 1.0\n")
+    reference = f"my_own_package.{files[-1].removesuffix('.py').replace('/', '.')}:Loss"
+    before = user_code([reference])
+    assert list(before) == [reference]
+    path.write_text("SCALE = 0.0\n")
+    assert user_code([reference]) != before
+
+
+def test_an_empty_folder_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_own_folder").mkdir()
+    assert user_code(["my_own_folder:thing", "nothing_of_that_name:thing"]) == {}
