@@ -315,13 +315,13 @@ class Quarantine:
             return
         kept = [line for line in self._whole_lines() if At(*line[1]["at"]) < positions[line[1]["stream"]]]
         unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text("".join(text for text, _ in kept), encoding="utf-8")
+        unfinished.write_bytes(b"".join(line for line, _ in kept))
         os.replace(unfinished, self.path)
 
-    def _whole_lines(self) -> list[tuple[str, dict[str, Any]]]:
-        """A killed process may have left half a line at the end: its row is visited again."""
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [(line + "\n", json.loads(line)) for line in lines]
+    def _whole_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """A killed process may have left half a line, or half a character, at the end: its row is visited again."""
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        return [(line + b"\n", json.loads(line)) for line in lines]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import pytest
 from posttrain_lib.config.data import DataConfig
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.data.fingerprint import fingerprint
-from posttrain_lib.data.live_feed import QUARANTINE, LiveFeed, LiveSpec
+from posttrain_lib.data.live_feed import QUARANTINE, LiveFeed, LiveSpec, Quarantine
+from posttrain_lib.data.live_rows import At
 from posttrain_lib.data.loader import LoadedStep, PackedLoader
 from posttrain_lib.data.prepare import prepare_dataset
 from posttrain_lib.data.sources import list_files, pinned
@@ -226,6 +227,19 @@ def test_an_interrupted_run_counts_like_a_whole_one(data: Data, tmp_path: Path) 
     assert _take(loader, 1000)[-1].rows == wanted
     texts = [(tmp_path / run / QUARANTINE).read_text() for run in ("whole", "work")]
     assert texts[0] == texts[1] != ""
+
+
+def test_a_quarantine_that_was_cut_anywhere_goes_on(tmp_path: Path) -> None:
+    """By a kill in the middle of a line: of a character, too."""
+    quarantine = Quarantine(tmp_path / QUARANTINE)
+    for number in range(2):
+        quarantine.add(0, At(0, 0, number), "one", f"r{number}", "why", "日本語", {"text": "日本語"})
+    whole = quarantine.path.read_bytes()
+    first = whole.splitlines(keepends=True)[0]
+    for end in range(len(first), len(whole)):
+        quarantine.path.write_bytes(whole[:end])
+        quarantine.go_to([At(0, 0, 2)])
+        assert quarantine.path.read_bytes() == first
 
 
 def test_the_quarantine_of_a_run_that_ends_holds_what_it_consumed(data: Data, tmp_path: Path) -> None:
