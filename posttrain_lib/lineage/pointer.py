@@ -178,7 +178,7 @@ def append(store: Store, name: str, before: Pointer, entry: Entry) -> Pointer:
     """The pointer with one more entry, and the version that it makes current. The caller holds the model's lock.
 
     Raises:
-        StoreError: the disk says no; the pointer is then what it was.
+        StoreError: the disk says no; the pointer is then what it was, or the error says that the decision stands.
     """
     path = _path(store, name)
     entry = dataclasses.replace(
@@ -193,7 +193,7 @@ def append(store: Store, name: str, before: Pointer, entry: Entry) -> Pointer:
         newest.unlink(missing_ok=True)  # of a history that was lost; this one must not be held to it
     _write(path, entry.version, history)
     # Behind the pointer: a writer killed in between leaves a note that lags, which every longer history agrees with.
-    with disk_errors("noting the newest entry of a model", newest):
+    with disk_errors("the decision was written and stands; noting it as the newest one", newest):
         write_atomically(newest, json.dumps({"number": entry.number, "digest": entry.digest()}))
         sync_folder(path.parent)
     return Pointer(entry.version, history)

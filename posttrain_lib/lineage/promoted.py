@@ -93,7 +93,7 @@ def record(store: Store, entry: Promoted, before: pointer.Pointer, decision: poi
 
     Raises:
         ModelError: the folder is not byte for byte what the entry says.
-        StoreError: the disk says no. The pointer is then what it was.
+        StoreError: the disk says no. The pointer is then what it was, or the error says that the decision stands.
     """
     now = _digest(Path(entry.path))
     if now != entry.digest:

@@ -140,6 +140,16 @@ def test_a_note_that_lags_is_no_damage_and_a_torn_one_is_named(store: Store) -> 
         pointer.read(store, "mine", [1, 2])
 
 
+def test_a_note_that_cannot_be_written_is_told_and_the_decision_stands(store: Store) -> None:
+    """Who reads of a failure must not take the version before for the current one."""
+    before = pointer.read(store, "mine", [1, 2])
+    path(store).with_name("newest.json").unlink()
+    path(store).with_name("newest.json").mkdir()
+    with pytest.raises(StoreError, match="the decision was written and stands"):
+        pointer.append(store, "mine", before, entry(2, "rolled back"))
+    assert pointer.read(store, "mine", [1, 2]).current == 2
+
+
 def test_a_current_version_set_by_hand_is_named_with_what_to_do(store: Store) -> None:
     change(store, lambda raw: raw.update(current=2))
     with pytest.raises(StoreError, match="changed by hand") as caught:
