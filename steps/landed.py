@@ -155,7 +155,16 @@ def _listed(folder: str) -> list[TakenFile]:
     found = []
     for file, digest in list_files(folder, known):
         name = file_system(file)[1]
-        size = sizes[name]
+        if name == inner:
+            raise DataError(
+                "the folder where rows land is a datasets folder: one thing, and no files that come one by one",
+                where="landing.path",
+                got=folder,
+                fix="let files of JSON lines or Parquet land in a folder of their own",
+            )
+        size = sizes.get(name)
+        if size is None:
+            continue  # it landed since; the next look finds it
         if "://" in file:  # the store's word for a version is another for the same content, written again
             digest = known.remote(file, size, digest, partial(digest_of_first, file, size))
         found.append(TakenFile(name.removeprefix(inner.rstrip("/") + "/"), size, digest))

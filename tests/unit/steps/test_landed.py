@@ -12,6 +12,7 @@ import pytest
 
 from posttrain_lib.config.retrain import GeneratedRows
 from posttrain_lib.errors import DataError
+from posttrain_lib.lineage.digests import FileDigests
 from posttrain_lib.lineage.pointer import TakenFile
 from posttrain_lib.lineage.store import Store
 from steps import landed
@@ -119,6 +120,28 @@ def test_a_file_changed_between_look_and_copy_is_named(folder: Path) -> None:
     path.write_text(path.read_text().replace("one", "ONE"))
     with pytest.raises(DataError, match="changed while it was taken"):
         take(folder, found.files)
+
+
+def test_a_file_that_lands_while_the_folder_is_looked_at_is_the_next_looks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = landed.known_digests
+
+    def known_digests() -> FileDigests:  # asked for between the two listings
+        write(folder / "2026-03-03.jsonl", "late")
+        return real()
+
+    monkeypatch.setattr(landed, "known_digests", known_digests)
+    first = new_files(str(folder), (), "stop").files
+    assert [file.path for file in first] == ["2026-03-01.jsonl", "more/2026-03-02.jsonl"]
+    assert [file.path for file in new_files(str(folder), first, "stop").files] == ["2026-03-03.jsonl"]
+
+
+def test_a_datasets_folder_is_no_landing(folder: Path) -> None:
+    for name in ("state.json", "dataset_info.json"):
+        (folder / name).write_text("{}")
+    with pytest.raises(DataError, match="is a datasets folder"):
+        new_files(str(folder), (), "stop")
 
 
 def test_rows_that_land_by_themselves(isolated_store: Path) -> None:
