@@ -32,7 +32,7 @@ from typing import IO
 from posttrain_lib.errors import StoreError
 from posttrain_lib.lineage.digests import digest_text, list_files, sync_folder, write_atomically
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
-from posttrain_lib.schema.manifests import FORMAT_VERSION, StepManifest
+from posttrain_lib.schema.manifests import FORMAT_VERSION, ArtifactRef, StepManifest
 
 STORE_VARIABLE = "POSTTRAIN_STORE"
 MANIFEST = "manifest.json"
@@ -96,7 +96,25 @@ class Store:
             )
             return None
         os.utime(folder / MANIFEST)  # last use, for the clean-up
-        return manifest
+        return None if manifest is None else self._as_placed_now(manifest)
+
+    def _as_placed_now(self, manifest: StepManifest) -> StepManifest:
+        """The manifest with the places of this store, which may have been moved or copied since it was published."""
+        own = (manifest.step, manifest.key)
+
+        def now(ref: ArtifactRef) -> ArtifactRef:
+            place = published_place(ref.uri)
+            if place is None:
+                return ref
+            here = self.result_folder(*place[1:])
+            moved = place[1:] == own or (here.is_dir() and not place[0].is_dir())
+            return dataclasses.replace(ref, uri=f"{here}{ref.uri.removeprefix(str(place[0]))}") if moved else ref
+
+        inputs, outputs = (
+            {name: now(ref) for name, ref in refs.items()} for refs in (manifest.inputs, manifest.outputs)
+        )
+        placed = dataclasses.replace(manifest, inputs=inputs, outputs=outputs)
+        return manifest if placed == manifest else dataclasses.replace(placed, digest=manifest_digest(placed))
 
     def newest(self, step: str, flow: str | None = None) -> StepManifest | None:
         """The last published or reused result of ``step`` whatever its key, to say what changed since; the last that a

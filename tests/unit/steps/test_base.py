@@ -12,12 +12,13 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.config.train import Incidents
 from posttrain_lib.errors import DataError, StoreError
+from posttrain_lib.lineage.graph import HERE, Raw, trace
 from posttrain_lib.lineage.kept import packages_of, sources_of
 from posttrain_lib.lineage.source_digest import source_digests
-from posttrain_lib.lineage.store import MANIFEST, Store
+from posttrain_lib.lineage.store import MANIFEST, Store, check_manifest
 from posttrain_lib.schema.manifests import ArtifactRef, MadeBy, StepManifest
 from steps import base, train
-from steps.base import Step, StepContext, StepResult, content_key, results_of, run_step
+from steps.base import Manifests, Step, StepContext, StepResult, content_key, results_of, run_step
 
 RAW: dict[str, Any] = {
     "name": "test",
@@ -117,6 +118,40 @@ def test_reuse_can_be_turned_off(tmp_path: Path, config: RunConfig) -> None:
     assert recorder.runs == 2
     assert "reuse is off" in said[0]
     assert store.find("fake", manifest.key) is not None
+
+
+def chained(name: str, before: str | None = None) -> Step:
+    """A step that writes a file, or reads that of the step ``before``."""
+
+    def body(context: StepContext) -> StepResult:
+        text = name if before is None else f"{Path(context.inputs['in'].uri).read_text()} {name}"
+        (context.out / "text").write_text(text)
+        return StepResult({"text": ("text", "text")})
+
+    def inputs(_: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
+        return {} if before is None else {"in": manifests[before].outputs["text"]}
+
+    return Step(name, 1, "posttrain_lib.errors", lambda _: {}, inputs, body)
+
+
+@pytest.mark.parametrize("original_stays", [False, True])
+def test_results_are_used_where_the_store_is_now(tmp_path: Path, config: RunConfig, original_stays: bool) -> None:
+    """Moved, as to a larger disk, or copied."""
+    before, now = Store(tmp_path / "before"), Store(tmp_path / "now")
+    first = run_step(chained("first"), config, {}, store=before)
+    run_step(chained("second", "first"), config, {"first": first}, store=before)
+    shutil.copytree(before.root, now.root)
+    if not original_stays:
+        shutil.rmtree(before.root)
+    first = run_step(chained("first"), config, {}, store=now)
+    second = run_step(chained("second", "first"), config, {"first": first}, store=now)
+    third = run_step(chained("third", "second"), config, {"second": second}, store=now)
+    assert first.reused and second.reused
+    assert Path(third.outputs["text"].uri).read_text() == "first second third"
+    assert {Path(made.outputs["text"].uri).is_relative_to(now.root) for made in (first, second, third)} == {True}
+    check_manifest(second, "memory")
+    shown = trace(now, [first, second, third], lambda *_: Raw(HERE))
+    assert original_stays or (len(shown.nodes), len(shown.roots)) == (3, 1)
 
 
 def test_work_done_afresh_leaves_the_earlier_result_to_its_readers(tmp_path: Path, config: RunConfig) -> None:
