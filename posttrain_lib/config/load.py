@@ -20,28 +20,44 @@ from posttrain_lib.errors import ConfigError
 Config = TypeVar("Config", bound=BaseModel)
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+#: keys may go through names of sources, tasks and metrics
+_NEXT_OVERRIDE = re.compile(r",(?=\s*[A-Za-z_][\w.@-]*=)")
 
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML in which a key stands once: plain YAML lets the last of two win, without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's, after a look for doubles."""
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """As SafeLoader's, then a look for doubles: before a merge (``<<``) puts other mappings' keys beside them."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue  # no key of a mapping: SafeLoader refuses it
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _split_overrides(text: str) -> list[str]:
-    """``a.b=1,c.d=[2,3]`` as its parts: a comma separates where a key and an equals sign follow."""
-    return [piece for piece in re.split(r",(?=\s*[A-Za-z_][\w.]*=)", text) if piece.strip()]
+    """``a.b=1,c.d=[2,3]`` as its parts: a comma separates where a key and an equals sign follow, behind a whole value.
+    Within quotes and brackets there is none."""
+    pieces: list[str] = []
+    for piece in _NEXT_OVERRIDE.split(text):
+        if pieces and not _is_yaml(pieces[-1].partition("=")[2]):
+            pieces[-1] += f",{piece}"
+        else:
+            pieces.append(piece)
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _is_yaml(text: str) -> bool:
+    try:
+        yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError):
+        return False
+    return True
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

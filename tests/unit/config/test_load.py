@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from posttrain_lib.config import RunConfig, load_run_config
-from posttrain_lib.config.load import build_run_config, parse_run_config
+from posttrain_lib.config.load import build_run_config, load_yaml, parse_run_config
 from posttrain_lib.errors import ConfigError
 
 DEFAULT = Path(__file__).resolve().parents[3] / "configs" / "sft" / "default.yaml"
@@ -158,6 +158,25 @@ def test_overrides_come_together_or_one_by_one() -> None:
     apart = load_run_config(DEFAULT, ["train.steps=50", "train.seed=1"])
     assert load_run_config(DEFAULT, ["train.steps=50,train.seed=1"]) == apart
     assert (apart.train.steps, apart.train.seed) == (50, 1)
+
+
+def test_what_looks_like_an_override_within_a_value_is_none() -> None:
+    overrides = 'model.path="a,b=c",data.sources=[{name: a, path: "day,part=1"}],train.seed=1'
+    config = build_run_config(MINIMAL, overrides=[overrides])
+    assert (config.model.path, config.data.sources[0].path, config.train.seed) == ("a,b=c", "day,part=1", 1)
+
+
+def test_overrides_through_names_with_other_signs_come_apart() -> None:
+    sources = [{"name": "a-b", "path": "rows.jsonl"}]
+    raw = {**MINIMAL, "data": {**MINIMAL["data"], "sources": sources}}
+    config = build_run_config(raw, overrides=["data.chat_template=x.jinja,train.mixture.sources.a-b.weight=2"])
+    assert config.data.chat_template == "x.jinja"
+    assert config.train.mixture is not None and config.train.mixture.sources["a-b"].weight == 2
+
+
+def test_a_mapping_that_stands_further_in_may_be_merged_where_it_changes_a_key() -> None:
+    text = "in: {it: {deep: &deep {<<: &base {weight: 1}, weight: 2}}}\nout: {<<: *deep, epochs: 3}\n"
+    assert load_yaml(text, "x.yaml")["out"] == {"weight": 2, "epochs": 3}
 
 
 def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
