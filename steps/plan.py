@@ -9,11 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from posttrain_lib.compute.plan import PlanError, make_plan, plan_lines, refuse_what_does_not_fit
 from posttrain_lib.compute.plan_memory import weights_of
 from posttrain_lib.config import RunConfig, load_run_config
+from posttrain_lib.config.load import dump_yaml
 from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.models.families import get_family, read_hf_config, spec_from_config, spec_from_folder
@@ -304,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = with_models_found(load_run_config(options.config, options.set), say=lambda _: None)
         print(describe(config))
         if options.resolved:
-            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            print(dump_yaml(config.model_dump(mode="json")), end="")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,18 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
 
+class _StrictDumper(yaml.SafeDumper):
+    """Writes what :class:`_StrictLoader` reads as it was."""
+
+
+for _side in (_StrictLoader, _StrictDumper):  # 1e-5 is a number in YAML 1.2, and for whoever writes it; PyYAML has 1.1
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
 def _split_overrides(text: str) -> list[str]:
     """``a.b=1,c.d=[2,3]`` as its parts: a comma separates where a key and an equals sign follow, behind a whole value.
     Within quotes and brackets there is none."""
@@ -113,6 +125,11 @@ def load_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError("the config is not a mapping of sections", where=where, got=type(raw).__name__)
     return raw
+
+
+def dump_yaml(plain: dict[str, Any]) -> str:
+    """Plain values as text that :func:`load_yaml` reads to the same."""
+    return yaml.dump(plain, Dumper=_StrictDumper, sort_keys=False)
 
 
 def build_config(model: type[Config], raw: dict[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Config:

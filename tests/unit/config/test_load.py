@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from posttrain_lib.config import RunConfig, load_run_config
-from posttrain_lib.config.load import build_run_config, load_yaml, parse_run_config
+from posttrain_lib.config.load import build_run_config, dump_yaml, load_yaml, parse_run_config
 from posttrain_lib.errors import ConfigError
 
 DEFAULT = Path(__file__).resolve().parents[3] / "configs" / "sft" / "default.yaml"
@@ -90,8 +90,19 @@ def test_a_truth_value_is_no_number(change: str) -> None:
     assert "true and false are no values" in refused([change])
 
 
+@pytest.mark.parametrize("text", ["1e-5", "1E5", "-2e+3", "1.e2", ".5e1", "3.25e-07"])
+def test_a_number_with_an_exponent_alone_is_a_number_in_free_options_too(text: str) -> None:
+    config = build_run_config(MINIMAL, overrides=[f"train.loss_options={{gamma: {text}, name: 'e5', id: 'a1e5'}}"])
+    assert config.train.loss_options == {"gamma": float(text), "name": "e5", "id": "a1e5"}
+
+
+def test_what_is_written_out_is_read_to_the_same() -> None:
+    plain = {"a": "1e-5", "b": 1e-5, "c": "1e5", "d": 1e22, "e": "010", "f": "yes", "g": "2026-01-01", "h": None}
+    assert load_yaml(dump_yaml(plain), "x.yaml") == plain
+
+
 def test_a_number_may_be_a_text_or_whole() -> None:
-    """YAML reads 1e-5 as a text, and so is every environment variable."""
+    """As that of every environment variable is."""
     config = build_run_config(MINIMAL, overrides=["train.optimizer.lr=1e-5", "train.steps='7'", "train.clip_norm=1"])
     assert (config.train.optimizer.lr, config.train.steps, config.train.clip_norm) == (1e-5, 7, 1.0)
 
