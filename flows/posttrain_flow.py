@@ -69,6 +69,8 @@ def plain_options(arguments: list[str]) -> list[str]:
             option += [argument, pending.pop(0), pending.pop(0)]
         elif argument == "--config" and pending:
             option += [argument, "config", pending.pop(0)]
+        elif argument.startswith("--set="):
+            pending[:0] = ["--set", argument.removeprefix("--set=")]
         elif argument == "--set" and pending and "--set" in rest:
             rest[rest.index("--set") + 1] += f",{pending.pop(0)}"
         else:

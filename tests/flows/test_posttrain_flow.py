@@ -22,6 +22,7 @@ FLOWS = Path(__file__).resolve().parents[2] / "flows"
         ("--config config a.yaml run", "--config config a.yaml run"),
         ("run --set a=1 --set b=2 --set c=3", "run --set a=1,b=2,c=3"),
         ("run --set a=1,b=2", "run --set a=1,b=2"),
+        ("run --set=a=1 --set=b=2 --set c=3 --set=d=4", "run --set a=1,b=2,c=3,d=4"),
     ],
 )
 def test_options(given: str, wanted: str) -> None:
