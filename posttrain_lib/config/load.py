@@ -137,7 +137,7 @@ def build_config(model: type[Config], raw: dict[str, Any], *, where: str, overri
     pieces = [piece for text in overrides for piece in _split_overrides(text)]
     for override in pieces:
         raw = _override(raw, override)
-    raw = _expand(raw, where, ())
+    raw = expand_variables(raw, where, ())
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -179,11 +179,16 @@ def _names(raw: dict[str, Any], key: str) -> list[str]:
     return names
 
 
-def _expand(value: Any, where: str, place: tuple[str, ...]) -> Any:
+def expand_variables(value: Any, where: str, place: tuple[str, ...]) -> Any:
+    """Plain values, in which ``${VARIABLE}`` stands for the environment's; ``place``: the keys that lead to them.
+
+    Raises:
+        ConfigError: a variable is not set.
+    """
     if isinstance(value, dict):
-        return {key: _expand(item, where, (*place, str(key))) for key, item in value.items()}
+        return {key: expand_variables(item, where, (*place, str(key))) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, where, (*place, str(i))) for i, item in enumerate(value)]
+        return [expand_variables(item, where, (*place, str(i))) for i, item in enumerate(value)]
     if not isinstance(value, str):
         return value
 

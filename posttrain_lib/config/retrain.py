@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from posttrain_lib.config.base import Section
 from posttrain_lib.config.cron import check_cron
 from posttrain_lib.config.evaluation import AnyTask, MetricGate
-from posttrain_lib.config.load import build_config, load_yaml
+from posttrain_lib.config.load import build_config, expand_variables, load_yaml
 from posttrain_lib.config.run import RunConfig
 from posttrain_lib.config.train import MixedSource
 from posttrain_lib.errors import ConfigError
@@ -158,8 +158,10 @@ def parse_retrain_config(text: str, *, where: str = "config", overrides: Sequenc
         ConfigError: no YAML mapping, an unknown key or impossible value, here or in the run file.
     """
     raw = load_yaml(text, where)
-    if isinstance(raw.get("run_file"), str):
-        raw = {**raw, "run": _laid_over(_run_file(raw["run_file"], where), raw.get("run") or {})}
+    changes = raw.get("run") or {}
+    if isinstance(raw.get("run_file"), str) and isinstance(changes, dict):
+        named = expand_variables(raw["run_file"], where, ("run_file",))
+        raw = {**raw, "run_file": named, "run": _laid_over(_run_file(named, where), changes)}
     return build_config(RetrainConfig, raw, where=where, overrides=overrides)
 
 

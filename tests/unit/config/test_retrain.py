@@ -82,6 +82,8 @@ def test_a_misspelt_key_names_the_nearest(changes: dict[str, Any], place: str, n
         ({"schedule": {"timezone": "Europe/Berln"}}, "did you mean 'Europe/Berlin'"),
         ({"gates": {"held_out.loss": {}}}, "a gate demands something"),
         ({"name": "a/b"}, "config field 'name'"),
+        ({"run": 5}, "config field 'run'"),
+        ({"run_file": "${NOT_SET_ANYWHERE}/x.yaml"}, "NOT_SET_ANYWHERE is not set"),
         ({"run": {"train": {"row_tokens": 64}}}, "train.row_tokens"),
         ({"suites": [{"task": "perplexity"}, {"task": "perplexity"}]}, "several tasks are called 'perplexity'"),
     ],
@@ -99,3 +101,10 @@ def test_a_run_file_anywhere(tmp_path: Path) -> None:
     copy = tmp_path / "mine.yaml"
     copy.write_text((PROJECT_ROOT / "configs" / "sft" / "retrain.yaml").read_text())
     assert parsed(run_file=str(copy)).run == parsed().run
+
+
+def test_a_run_file_in_a_folder_that_a_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN_FILES", "configs/sft")
+    config = parsed(run_file="${RUN_FILES}/retrain.yaml")
+    assert config == parsed()
+    assert build_retrain_config(config.model_dump(mode="json")) == config
