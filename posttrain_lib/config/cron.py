@@ -10,27 +10,33 @@ _DAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
 
 
 class _Field(NamedTuple):
+    """``words`` stand for numbers; entries like ``special`` are of this field alone."""
+
     name: str
     least: int
     most: int
     words: tuple[str, ...] = ()
+    special: str = ""
 
 
 _FIELDS = (
     _Field("minute", 0, 59),
     _Field("hour", 0, 23),
-    _Field("day of month", 1, 31, ("L", "W", "LW")),
+    _Field("day of month", 1, 31, special=r"L|LW|([1-9]|[12]\d|3[01])W"),
     _Field("month", 1, 12, _MONTHS),
-    _Field("day of week", 1, 7, (*_DAYS, "L")),
+    _Field("day of week", 1, 7, _DAYS, special=r"L|[1-7]L|[1-7]#[1-5]"),
     _Field("year", 1970, 2199),
 )
 _DAY_FIELDS = (2, 4)
-#: one entry of a field's list: *, a value, a range, each with a step or without; of days also 5W, 6L, 6#3
-_ENTRY = re.compile(r"(?P<from>\*|\w+)(-(?P<to>\w+))?(/(?P<step>\d+))?(#[1-5])?")
+_WEEK = 4
+#: one entry of a field's list: *, a value, a range, each with a step or without
+_ENTRY = re.compile(r"(?P<from>\*|\w+)(-(?P<to>\w+))?(/(?P<step>\d+))?")
 
 
 def check_cron(text: str) -> str:
     """The expression, where every field has values of its own and one of the two day fields is ``?``.
+
+    Days of the week are names: AWS counts them from 1 = SUN, Argo from 0, and a 2 would be another day on either.
 
     Raises:
         ValueError: naming the field and what is wrong.
@@ -46,16 +52,20 @@ def check_cron(text: str) -> str:
         if found == "?" and place in _DAY_FIELDS:
             continue
         for entry in found.split(","):
-            _check_entry(field, entry)
+            _check_entry(field, entry, by_name=place == _WEEK)
     return text
 
 
-def _check_entry(field: _Field, entry: str) -> None:
+def _check_entry(field: _Field, entry: str, *, by_name: bool) -> None:
+    if field.special and re.fullmatch(field.special, entry.upper()):
+        return
     parts = _ENTRY.fullmatch(entry)
     if parts is None or (parts["step"] is not None and int(parts["step"]) == 0):
         raise ValueError(f"{field.name} {entry!r} is no value, list, range or step")
     for value in (parts["from"], parts["to"]):
-        number = re.fullmatch(r"(\d+)[LW]?", value or "")
-        allowed = value in (None, "*") or value.upper() in field.words
-        if not allowed and not (number and field.least <= int(number[1]) <= field.most):
+        if value in (None, "*") or value.upper() in field.words:
+            continue
+        if not value.isdecimal() or not field.least <= int(value) <= field.most:
             raise ValueError(f"{field.name} {entry!r} is outside of {field.least} to {field.most}")
+        if by_name:
+            raise ValueError(f"{field.name} {entry!r} is another day on AWS than on Argo: name it, as MON-FRI")

@@ -67,7 +67,7 @@ class ScheduleConfig(Section):
     cron: str = Field(
         "0 3 * * ? *",
         description="minute, hour, day of month, month, day of week, year: as AWS EventBridge writes them, for Step "
-        "Functions takes no other form; Argo gets the first five",
+        "Functions takes no other form; Argo gets the first five. Days of the week are named, as MON-FRI",
     )
     timezone: str | None = Field(
         None,
