@@ -48,8 +48,8 @@ class TaskSection(Section):
 
     @property
     def title(self) -> str:
-        """The task's name in results."""
-        return self.name or self.task.rpartition(":")[2]
+        """The task's name in results; without a dot, behind which gates have the metric."""
+        return self.name or self.task.rpartition(":")[2].rpartition(".")[2]
 
     def arguments(self) -> dict[str, Any]:
         """What the task is made with."""
@@ -107,12 +107,24 @@ class MultipleChoiceTask(TaskSection):
     chat: bool = Field(False, description="the prompt goes through the chat template, as a user's turn or messages")
     before_choice: str = Field(" ", description="between prompt and choice; not with chat")
 
+    @model_validator(mode="after")
+    def _chat_has_its_own(self) -> MultipleChoiceTask:
+        if self.chat and self.before_choice != type(self).model_fields["before_choice"].default:
+            raise ValueError("before_choice is not for chat: true, where the template stands between prompt and choice")
+        return self
+
 
 class SampledTask(PromptedTask):
     """A task that may sample."""
 
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     top_p: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _greedy_has_no_nucleus(self) -> SampledTask:
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError("top_p is of sampling: set temperature above 0, or leave top_p out")
+        return self
 
 
 class Judge(Section):
@@ -163,6 +175,8 @@ class PassAtKTask(SampledTask):
     def _enough_samples(self) -> PassAtKTask:
         if max(self.k) > self.samples:
             raise ValueError(f"pass@{max(self.k)} needs at least {max(self.k)} samples, got {self.samples}")
+        if self.verifier != "exact" and self.extract != "whole":
+            raise ValueError("extract is for verifier exact: a verifier of one's own finds the answer itself")
         return self
 
 

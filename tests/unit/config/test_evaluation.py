@@ -46,6 +46,11 @@ def test_tasks_survive_the_way_through_a_flow() -> None:
     assert config.evaluation.tasks[2].arguments() == {"size": 2}
 
 
+def test_a_gate_may_be_on_a_task_whose_attribute_has_a_dot() -> None:
+    gates = {"metrics": {"make.score": {"min": 0.5}}}
+    assert config_of(tasks=[{"task": "my.module:Own.make"}], gates=gates).evaluation.tasks[0].title == "make"
+
+
 @pytest.mark.parametrize(
     ("evaluation", "what", "fix"),
     [
@@ -55,6 +60,9 @@ def test_tasks_survive_the_way_through_a_flow() -> None:
         ({"tasks": [{"task": "a.b:C", "optins": {}}]}, "unknown key 'evaluation.tasks.0.user.optins'", "'options'"),
         ({"tasks": [{"file": "x"}]}, "unknown task None", "name one"),
         ({"tasks": [{"task": "pass_at_k", "k": [9]}]}, "needs at least 9 samples", None),
+        ({"tasks": [{**CHOICE, "chat": True, "before_choice": "\n"}]}, "before_choice is not for chat: true", None),
+        ({"tasks": [{"task": "win_rate", "scorer": "m:f", "top_p": 0.5}]}, "top_p is of sampling", None),
+        ({"tasks": [{"task": "pass_at_k", "verifier": "m:f", "extract": "gsm8k"}]}, "extract is for verifier", None),
         ({"tasks": [CHOICE, CHOICE]}, "several tasks are called 'multiple_choice'", None),
         ({"tasks": [{"task": "perplexity", "name": "held_out"}]}, "held-out loss's own", None),
         (
