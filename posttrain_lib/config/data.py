@@ -10,6 +10,17 @@ from pydantic import Field, field_validator, model_validator
 from posttrain_lib.config.base import Section
 
 
+def check_source_name(name: str) -> str:
+    """The name of a source, where it is not what the mean over all of them is called.
+
+    Raises:
+        ValueError: it is.
+    """
+    if name == "all":
+        raise ValueError("'all' is what the mean over all sources is called: give the source another name")
+    return name
+
+
 class GeneratedConversations(Section):
     """Rows made by the project's own generator (the embedded default; needs no download)."""
 
@@ -38,6 +49,11 @@ class Source(Section):
     fields: dict[str, str] = Field(
         default_factory=dict, description="the format's field -> what the rows call it, as {prompt: question}"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_the_whole(cls, value: str) -> str:
+        return check_source_name(value)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from posttrain_lib.config.base import Section
 from posttrain_lib.config.cron import check_cron
+from posttrain_lib.config.data import check_source_name
 from posttrain_lib.config.evaluation import AnyTask, MetricGate
 from posttrain_lib.config.load import build_config, expand_variables, load_yaml
 from posttrain_lib.config.run import RunConfig
@@ -49,6 +50,11 @@ class Landing(Section):
         description="rows of a rejected candidate, or of a version that was rolled back: they stay out, or the next "
         "run takes them again beside what is new",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_the_whole(cls, value: str) -> str:
+        return check_source_name(value)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Landing:

@@ -67,6 +67,7 @@ def test_unknown_keys_name_their_place_and_the_nearest(key: str, place: str, nea
         (["train.clip_norm=.nan"], "train.clip_norm"),
         (["train.optimizer.lr=fast"], "train.optimizer.lr"),
         (["recipe=ppo"], "recipe"),
+        (["data.sources=[{name: all, path: x}]"], "mean over all sources"),
     ],
 )
 def test_impossible_values_and_combinations(change: list[str], said: str) -> None:

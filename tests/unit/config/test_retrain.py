@@ -83,6 +83,7 @@ def test_a_misspelt_key_names_the_nearest(changes: dict[str, Any], place: str, n
         ({"gates": {"held_out.loss": {}}}, "a gate demands something"),
         ({"name": "a/b"}, "config field 'name'"),
         ({"run": 5}, "config field 'run'"),
+        ({"landing": {"path": "x", "name": "all"}}, "mean over all sources"),
         ({"run_file": "${NOT_SET_ANYWHERE}/x.yaml"}, "NOT_SET_ANYWHERE is not set"),
         ({"run": {"train": {"row_tokens": 64}}}, "train.row_tokens"),
         ({"suites": [{"task": "perplexity"}, {"task": "perplexity"}]}, "several tasks are called 'perplexity'"),
