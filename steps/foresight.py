@@ -187,11 +187,6 @@ def _check_rollouts(config: RunConfig) -> None:
         named_constraint(bound)
     resolve(config.grpo.advantage, RULES, what="advantage rule", where="grpo.advantage")
     check_engine(config.grpo.rollout.engine, config.grpo.rollout.options)
-    warm = config.grpo.warm_start
-    for source in () if warm is None else warm.data.sources:
-        check_fields(source.format, source.fields)
-        if source.path is not None and "://" not in source.path:
-            files_of(source.path)
 
 
 def _check_weights(config: RunConfig) -> None:

@@ -13,11 +13,13 @@ from posttrain_lib.compute.plan import PlanError, make_plan, plan_lines, refuse_
 from posttrain_lib.compute.plan_memory import weights_of
 from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.load import dump_yaml
+from posttrain_lib.config.train import TrainConfig
 from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.models.families import get_family, read_hf_config, spec_from_config, spec_from_folder
 from posttrain_lib.models.hf_spec import LACKS, HFSpec, check_workers, hf_spec_from_config
 from posttrain_lib.models.spec import ModelSpec, check_prefixes, matmul_parameters, parameter_count
+from steps import warm_start
 from steps.foresight import check_model, check_names, local_folder
 from steps.pipeline import add_config_arguments, plain_errors
 from steps.start_from import told, with_models_found
@@ -31,10 +33,11 @@ def describe(config: RunConfig) -> str:
     slots = train.rows_per_step * train.row_tokens
     elsewhere = _data_elsewhere(config)
     check_names(_without(config, elsewhere))
+    if warm_start.is_needed(config):
+        warm = warm_start.sft_config(config, "the run's model")
+        check_names(_without(warm, _data_elsewhere(warm)))
     _check_compiler(config)
-    length = f"{train.steps} steps" if train.steps is not None else "until the mixture ends,"
-    if train.epochs is not None:
-        length = f"{train.epochs:g} epochs"
+    length = _length(train)
     lines = [
         f"plan of {config.name} ({config.recipe})",
         f"  data       {', '.join(source.name for source in config.data.sources)}; "
@@ -57,6 +60,12 @@ def describe(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
+def _length(train: TrainConfig) -> str:
+    if train.steps is not None:
+        return f"{train.steps} steps"
+    return "until the mixture ends," if train.epochs is None else f"{train.epochs:g} epochs"
+
+
 def _training_lines(config: RunConfig, length: str) -> list[str]:
     train, compute, grpo = config.train, config.compute, config.grpo
     if grpo is None:
@@ -76,9 +85,7 @@ def _training_lines(config: RunConfig, length: str) -> list[str]:
         f"  training   {length}, {grpo.updates_per_batch} a batch, rows of up to {train.row_tokens} tokens",
     ]
     if grpo.warm_start is not None:
-        warm = grpo.warm_start.train
-        much = f"{warm.steps} steps" if warm.steps is not None else f"{warm.epochs:g} epochs"
-        lines.insert(0, f"  warm start {much} of supervised fine-tuning")
+        lines.insert(0, f"  warm start {_length(grpo.warm_start.train)} of supervised fine-tuning")
     return lines
 
 

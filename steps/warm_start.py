@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain_lib.config import RunConfig
+from posttrain_lib.config.load import build_run_config
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 from steps.rollouts import check_answers
@@ -66,9 +67,13 @@ def body(context: StepContext) -> StepResult:
 
 
 def sft_config(config: RunConfig, model: str) -> RunConfig:
-    """The run of recipe sft that the warm start is."""
+    """The run of recipe sft that the warm start is.
+
+    Raises:
+        ConfigError: its sections do not agree, or not with the run's devices.
+    """
     assert config.grpo is not None and config.grpo.warm_start is not None
-    return RunConfig.model_validate(
+    return build_run_config(
         {
             "recipe": "sft",
             "name": f"{config.name}-warm-start",
@@ -79,7 +84,8 @@ def sft_config(config: RunConfig, model: str) -> RunConfig:
             # The run's own evaluation and export come behind the rollouts.
             "evaluation": {"exact_match_prompts": 0, "samples": 0},
             "export": {"verify_vllm": False, "checkpoint": "last"},
-        }
+        },
+        where="grpo.warm_start",
     )
 
 

@@ -13,6 +13,8 @@ from posttrain_lib.models.spec import parameter_count
 from steps import plan
 from steps.pipeline import DEFAULT_CONFIG
 
+GRPO = DEFAULT_CONFIG.parents[1] / "grpo" / "default.yaml"
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -160,3 +162,24 @@ def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:
     source = f"data.sources=[{{name: {name}, path: {tmp_path / 'rows.jsonl'}, format: preference}}]"
     with pytest.raises(ConfigError, match="does not train on rows of this format"):
         plan.describe(load_run_config(DEFAULT_CONFIG, [source, "model.from_scratch.tokenizer=owner/name"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("rows_per_step=3", r"micro_batch_rows"),
+        ("optimizer.name=adamx", "adamx"),
+        ("loss=dpo", "does not train on rows of this format"),
+        ("loss_options={smoothing: 1}", "smoothing"),
+    ],
+)
+def test_a_warm_start_that_cannot_be_is_refused_before_the_run(change: str, words: str) -> None:
+    config = load_run_config(GRPO, [f"grpo.warm_start.train.{change}"])
+    with pytest.raises(ConfigError, match=words):
+        plan.describe(config)
+
+
+def test_a_warm_start_may_last_until_its_mixture_ends() -> None:
+    changes = ["steps=null", "schedule.warmup_steps=0", "mixture={exhausted: drop}"]
+    config = load_run_config(GRPO, [f"grpo.warm_start.train.{change}" for change in changes])
+    assert "warm start until the mixture ends, of supervised fine-tuning" in plan.describe(config)
