@@ -18,6 +18,13 @@ HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(@(?P<revision>.+))?")
 #: row format -> what its rows become; those of all others become documents
 _KINDS = {"preference": "pair", "prompts": "prompt"}
 
+#: recipe -> where its run file names a frozen model of its own
+COMPANION_FIELDS = {
+    "dpo": "dpo.reference.path",
+    "distill": "distill.teacher.path",
+    "grpo": "grpo.reference.path, grpo.teacher.path",
+}
+
 
 def check_names(config: RunConfig) -> None:
     """Formats and their fields, local files, the loss and what it learns from, the optimiser, mixture and devices.

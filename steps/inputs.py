@@ -24,14 +24,7 @@ from posttrain_lib.lineage.pointer import rollback_command
 from posttrain_lib.lineage.store import default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
-from steps.foresight import HUB_ID, check_evaluation, check_model, check_start, local_folder
-
-#: recipe -> where its run file names a frozen model of its own
-_COMPANION_FIELDS = {
-    "dpo": "dpo.reference.path",
-    "distill": "distill.teacher.path",
-    "grpo": "grpo.reference.path, grpo.teacher.path",
-}
+from steps.foresight import COMPANION_FIELDS, HUB_ID, check_evaluation, check_model, check_start, local_folder
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -120,7 +113,7 @@ def _check_companion(context: StepContext, tokenizer: tuple[str, str] | Artifact
     from posttrain_lib.data.shared_ids import check_shared_ids
 
     own = tokenizer.uri if isinstance(tokenizer, ArtifactRef) else context.out / tokenizer[0]
-    where = _COMPANION_FIELDS[context.config.recipe]
+    where = COMPANION_FIELDS[context.config.recipe]
     check_shared_ids(own, context.inputs["companion"].uri, where=where)
 
 
@@ -286,7 +279,7 @@ def _local_folders(config: RunConfig) -> dict[str, Path]:
     scratch, template = config.model.from_scratch, config.data.chat_template
     wanted = {
         "model": (config.model.path, "model.path"),
-        "companion": (config.companion.path if config.companion else None, _COMPANION_FIELDS.get(config.recipe, "")),
+        "companion": (config.companion.path if config.companion else None, COMPANION_FIELDS.get(config.recipe, "")),
         "tokenizer": (config.data.tokenizer, "data.tokenizer"),
         "scratch_tokenizer": (scratch.tokenizer if scratch else None, "model.from_scratch.tokenizer"),
     }

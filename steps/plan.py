@@ -9,10 +9,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from posttrain_lib.checkpoint.folder_headers import check_folder_headers
 from posttrain_lib.compute.plan import PlanError, make_plan, plan_lines, refuse_what_does_not_fit
 from posttrain_lib.compute.plan_memory import weights_of
 from posttrain_lib.config import RunConfig, load_run_config
 from posttrain_lib.config.load import dump_yaml
+from posttrain_lib.config.model import FromScratch
 from posttrain_lib.config.train import TrainConfig
 from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError, DataError
@@ -20,7 +22,7 @@ from posttrain_lib.models.families import get_family, read_hf_config, spec_from_
 from posttrain_lib.models.hf_spec import LACKS, HFSpec, check_workers, hf_spec_from_config
 from posttrain_lib.models.spec import ModelSpec, check_prefixes, matmul_parameters, parameter_count
 from steps import warm_start
-from steps.foresight import check_model, check_names, local_folder
+from steps.foresight import COMPANION_FIELDS, check_model, check_names, local_folder
 from steps.pipeline import add_config_arguments, plain_errors
 from steps.start_from import told, with_models_found
 
@@ -164,7 +166,7 @@ def _model_lines(config: RunConfig) -> list[str]:
         return _hf_lines(config)
     spec = _spec(config)
     if spec is None:
-        return [f"  model      {config.model.path} (fetched when the run starts)"]
+        return [f"  model      {_fetched(config)} (fetched when the run starts)"]
     _check_positions(spec, config)
     check_prefixes(spec.config, config.train.share_prefixes, config.data.max_example_tokens)
     body, _ = matmul_parameters(spec)
@@ -189,17 +191,26 @@ def _beside(spec: ModelSpec, config: RunConfig) -> ModelSpec | None:
         return None
     if companion.path is None:
         return spec
-    folder = Path(companion.path).expanduser()
-    return spec_from_folder(folder) if folder.is_dir() else None
+    folder = local_folder(companion.path, COMPANION_FIELDS[config.recipe])
+    return None if folder is None else spec_from_folder(folder)
+
+
+def _fetched(config: RunConfig) -> str:
+    scratch = config.model.from_scratch
+    return str(config.model.path) if scratch is None else f"{scratch.family} with the tokenizer {scratch.tokenizer}"
 
 
 def _check_folder(config: RunConfig) -> None:
-    """A model and a tokenizer that are here already are held against each other, by their headers alone."""
+    """A model and a tokenizer that are here already are held against each other, by their headers alone; so are those
+    of a frozen model."""
     path, tokenizer = config.model.path, config.data.tokenizer
     own = None if tokenizer is None else local_folder(tokenizer, "data.tokenizer")
     folder = None if path is None or "://" in path else local_folder(path, "model.path")
     if folder is not None:
         check_model(config, folder, own)
+    frozen = None if config.companion is None else config.companion.path
+    if frozen is not None and (folder := local_folder(frozen, COMPANION_FIELDS[config.recipe])) is not None:
+        check_folder_headers(folder, "native", folder)
 
 
 def _lora_lines(spec: ModelSpec, config: RunConfig) -> list[str]:
@@ -222,7 +233,7 @@ def _hf_lines(config: RunConfig) -> list[str]:
     lacking = ["  backend    hf: transformers' own class. It lacks", *(f"             {lack}" for lack in LACKS)]
     raw = _hf_config(config)
     if raw is None:
-        return [f"  model      {config.model.path} (fetched when the run starts)", *lacking]
+        return [f"  model      {_fetched(config)} (fetched when the run starts)", *lacking]
     spec = hf_spec_from_config(raw, where="model")
     _check_positions(spec, config)
     states = 4 if config.train.optimizer.name == "adamw" else 3  # with weights and gradients
@@ -251,8 +262,9 @@ def _hf_config(config: RunConfig) -> dict[str, Any] | None:
     scratch = config.model.from_scratch
     if scratch is not None:
         get_family(scratch.family, where="model.from_scratch.family")
-        vocabulary = _vocabulary(Path(scratch.tokenizer)) if scratch.tokenizer else scratch.tokenizer_vocab_size
-        return {"model_type": scratch.family, "vocab_size": vocabulary, **scratch.architecture}
+        vocabulary = _scratch_vocabulary(scratch)
+        made = {"model_type": scratch.family, "vocab_size": vocabulary, **scratch.architecture}
+        return None if vocabulary is None else made
     path = str(config.model.path)
     folder = None if "://" in path else local_folder(path, "model.path")
     return None if folder is None else read_hf_config(folder)
@@ -263,8 +275,7 @@ def _spec(config: RunConfig) -> ModelSpec | None:
     if raw is None:
         return None
     if scratch is not None:
-        vocabulary = _vocabulary(Path(scratch.tokenizer)) if scratch.tokenizer else scratch.tokenizer_vocab_size
-        return _grown(spec_from_config(raw, where="model.from_scratch.architecture"), vocabulary, config)
+        return _grown(spec_from_config(raw, where="model.from_scratch.architecture"), raw["vocab_size"], config)
     path = Path(str(config.model.path)).expanduser() / "config.json"
     spec = spec_from_config(raw, where=str(path))
     if not config.model.vocabulary.count():
@@ -277,6 +288,14 @@ def _grown(spec: ModelSpec, ids: int, config: RunConfig) -> ModelSpec:
     new = config.model.vocabulary.count()
     rows = max(spec.config.vocab_size, ids + new) if new else spec.config.vocab_size
     return dataclasses.replace(spec, config=dataclasses.replace(spec.config, vocab_size=rows))
+
+
+def _scratch_vocabulary(scratch: FromScratch) -> int | None:
+    """Ids of the tokenizer that a model is made for; None where it is to be fetched."""
+    if scratch.tokenizer is None:
+        return scratch.tokenizer_vocab_size
+    folder = local_folder(scratch.tokenizer, "model.from_scratch.tokenizer")
+    return None if folder is None else _vocabulary(folder)
 
 
 def _vocabulary(folder: Path, where: str = "model.from_scratch.tokenizer") -> int:

@@ -14,7 +14,6 @@ from steps import plan
 from steps.pipeline import DEFAULT_CONFIG
 
 GRPO = DEFAULT_CONFIG.parents[1] / "grpo" / "default.yaml"
-
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -183,3 +182,37 @@ def test_a_warm_start_may_last_until_its_mixture_ends() -> None:
     changes = ["steps=null", "schedule.warmup_steps=0", "mixture={exhausted: drop}"]
     config = load_run_config(GRPO, [f"grpo.warm_start.train.{change}" for change in changes])
     assert "warm start until the mixture ends, of supervised fine-tuning" in plan.describe(config)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field", "changes"),
+    [
+        ("distill", "distill.teacher.path", []),
+        ("dpo", "dpo.reference.path", []),
+        ("dpo", "dpo.reference.path", ["dpo.reference.kept=live"]),
+        ("grpo", "grpo.reference.path", ["grpo.kl_weight=0.1"]),
+    ],
+)
+def test_a_frozen_model_that_is_not_there_or_damaged_is_told(
+    recipe: str, field: str, changes: list[str], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def described(folder: Path) -> str:
+        config = DEFAULT_CONFIG.parents[1] / recipe / "default.yaml"
+        return plan.describe(load_run_config(config, [*changes, f"{field}={folder}"]))
+
+    with pytest.raises(ConfigError, match=f"(?s)path does not exist.*{field}"):
+        described(tmp_path / "nowhere")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_folder("qwen3"), damaged)
+    assert described(damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="safetensors"):
+        described(damaged)
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_when_the_run_starts() -> None:
+    text = plan.describe(load_run_config(DEFAULT_CONFIG, ["model.from_scratch.tokenizer=somebody/something"]))
+    assert "qwen3 with the tokenizer somebody/something (fetched when the run starts)" in text
+    with pytest.raises(ConfigError, match="model.from_scratch.tokenizer"):
+        plan.describe(load_run_config(DEFAULT_CONFIG, ["model.from_scratch.tokenizer=/nowhere"]))
