@@ -57,6 +57,7 @@ class WinRate(Task):
             raise ConfigError("win_rate needs one judge", where="evaluation.tasks", expected="reward_model, or scorer")
         self._scorer_name, self._scorer_options, self._folder = scorer, dict(scorer_options or {}), reward_model
         self._temperature, self._top_p, self._most = temperature, top_p, max_new_tokens
+        self._known: dict[bytes, float] = {}
         self.needs = self._prompts.needs
 
     def files(self) -> tuple[str, ...]:
@@ -91,20 +92,28 @@ class WinRate(Task):
             np.array([*prompt["prompt_ids"], *tokens], dtype=np.int64)
             for prompt, (tokens,) in zip(prompts, made, strict=True)
         ]
-        values = np.asarray(self._scorer(given.row_tokens)(documents), dtype=np.float64)
-        if values.shape != (len(documents),) or not np.isfinite(values).all():
-            raise DataError(
-                "the scorer gave no finite score for each document",
-                where=f"evaluation.tasks: {self._scorer_name or self._folder}",
-                got=f"shape {values.shape}, {int((~np.isfinite(values)).sum())} not finite",
-                expected=f"{len(documents)} finite numbers",
-            )
+        values = self._scored(documents, given.row_tokens)
         groups = tuple(prompt["source"] for prompt in prompts)
         examples = [
             {"row_id": prompt["row_id"], "completion": tokenizer.decode(tokens), "score": float(value)}
             for prompt, (tokens,), value in zip(prompts, made, values, strict=True)
         ]
         return TaskResult({"score": Scores(values, groups=groups)}, examples)
+
+    def _scored(self, documents: list[NDArray[np.int64]], row_tokens: int) -> NDArray[np.float64]:
+        """The score of each document, float64 [n]. One that was scored before keeps its score: what a reward model is
+        given beside it moves the last bits, and equal answers of two models would not be a tie."""
+        new = {each.tobytes(): each for each in documents if each.tobytes() not in self._known}
+        values = np.asarray(self._scorer(row_tokens)([*new.values()]) if new else [], dtype=np.float64)
+        if values.shape != (len(new),) or not np.isfinite(values).all():
+            raise DataError(
+                "the scorer gave no finite score for each document",
+                where=f"evaluation.tasks: {self._scorer_name or self._folder}",
+                got=f"shape {values.shape}, {int((~np.isfinite(values)).sum())} not finite",
+                expected=f"{len(new)} finite numbers",
+            )
+        self._known.update(zip(new, values.tolist(), strict=True))
+        return np.array([self._known[each.tobytes()] for each in documents])
 
     def compare(self, before: TaskResult, after: TaskResult) -> dict[str, Scores]:
         """1 where the score rose, 0 where it fell, one half where it stayed, as for equal answers."""

@@ -229,6 +229,20 @@ def test_a_reward_model_judges_by_its_folder(
             build_task("win_rate", {"prompts": 4, **options})
 
 
+def beside(documents: list[np.ndarray]) -> list[float]:
+    """As a reward model's in a packed row: what else is scored moves a score's last bits."""
+    return [1.0 + 1e-7 * sum(len(other) for other in documents) for _ in documents]
+
+
+def test_an_answer_that_stayed_is_a_tie_whatever_it_is_scored_beside(
+    small: Decoder, tokenizer: ChatTokenizer, given: Given
+) -> None:
+    task = build_task("win_rate", {"scorer": f"{__name__}:beside", "prompts": 4, "max_new_tokens": 4})
+    before = task.run(small, tokenizer, given)
+    after = task.run(small, tokenizer, Given(prompts=given.prompts[1:3]))
+    assert after.scores["score"].values.tolist() == before.scores["score"].values.tolist()[1:3]
+
+
 def nothing(documents: list[np.ndarray]) -> list[float]:
     return [math.nan for _ in documents]
 
