@@ -83,8 +83,8 @@ def shown(value: Mapping[str, Any] | None, sign: str = "") -> str:
 def _verdict(change: Estimate | None, better: str) -> str:
     if change is None:
         return ""
-    if change.low is None or change.high is None or change.low <= 0 <= change.high:
-        return "unclear"
+    if change.low is None or change.high is None or not (change.low > 0 or change.high < 0):
+        return "unclear"  # also where a score is no number
     return "better" if (change.mean > 0) == (better == "higher") else "worse"
 
 

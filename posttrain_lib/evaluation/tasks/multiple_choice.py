@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class MultipleChoice(Task):
         choices = each_of(
             self._file,
             questions,
-            lambda asked: [_choice_ids(tokenizer, self._before + choice) for choice in asked.choices],
+            lambda asked: [_ids_of(tokenizer, "choice", self._before + choice) for choice in asked.choices],
             lambda asked: asked.row_id,
         )
         sequences = [[*prompt, *ids] for prompt, several in zip(prompts, choices, strict=True) for ids in several]
@@ -110,25 +110,28 @@ class MultipleChoice(Task):
         return each_of(
             self._file,
             questions,
-            lambda asked: [*begin, *text_ids(tokenizer, asked.prompt)],
+            lambda asked: _ids_of(tokenizer, "prompt", asked.prompt, begin),
             lambda asked: asked.row_id,
         )
 
 
-def _choice_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    ids = text_ids(tokenizer, text)
+def _ids_of(tokenizer: ChatTokenizer, what: str, text: str, begin: Sequence[int] = ()) -> list[int]:
+    ids = [*begin, *text_ids(tokenizer, text)]
     if not ids:
-        raise RefusedRow("empty_text", f"the choice {text!r} has no token")
+        raise RefusedRow("empty_text", f"the {what} {text!r} has no token")
     return ids
 
 
 def _judged(asked: Question, sums: list[float]) -> dict[str, Any]:
-    by_length = [value / len(choice) for value, choice in zip(sums, asked.choices, strict=True)]
-    likely = np.exp(np.array(sums) - max(sums))
+    """A choice whose log-probability is no number is not chosen, and where none has any the model has not answered."""
+    values = np.where(np.isnan(sums), -np.inf, sums)
+    by_length = values / [len(choice) for choice in asked.choices]
+    answered = bool(np.isfinite(values.max()))
+    likely = np.exp(values - values.max()) if answered else np.zeros(len(values))
     return {
         "row_id": asked.row_id,
         "logprobs": sums,
-        "accuracy": float(int(np.argmax(sums)) == asked.answer),
-        "accuracy_norm": float(int(np.argmax(by_length)) == asked.answer),
-        "answer_probability": float(likely[asked.answer] / likely.sum()),
+        "accuracy": float(answered and int(values.argmax()) == asked.answer),
+        "accuracy_norm": float(answered and int(by_length.argmax()) == asked.answer),
+        "answer_probability": float(likely[asked.answer] / max(likely.sum(), 1.0)),
     }

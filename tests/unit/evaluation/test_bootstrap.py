@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -59,6 +60,12 @@ def test_seeded_and_the_same_however_many_are_drawn_at_once(monkeypatch: pytest.
     whole = estimate(scores, seed=5)
     monkeypatch.setattr(bootstrap, "_DRAWN_AT_ONCE", 100)
     assert estimate(scores, seed=5) == whole
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_a_score_that_is_no_number_makes_nothing_better_or_worse(better: Literal["higher", "lower"]) -> None:
+    before, after = (Scores(np.array([1.0, value, 3.0]), better=better) for value in (2.0, math.nan))
+    assert [row["verdict"] for row in compare("task", {"it": before}, {"it": after}, seed=0)] == ["unclear"]
 
 
 def test_rows_of_a_comparison_per_group_and_their_verdicts() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -227,6 +229,33 @@ def test_a_reward_model_judges_by_its_folder(
     for options in ({}, {"reward_model": str(judge), "scorer": f"{__name__}:shortest"}):
         with pytest.raises(ConfigError, match="one judge"):
             build_task("win_rate", {"prompts": 4, **options})
+
+
+def test_a_prompt_without_a_token_is_refused_by_name(small: Decoder, folder: Path, tmp_path: Path) -> None:
+    """Its first choice's first token would have the probability that another question's last token gives it."""
+    shutil.copytree(folder, tmp_path / "stripping")
+    path = tmp_path / "stripping" / "tokenizer.json"
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": strip}))
+    questions = write(tmp_path / "q.jsonl", [*QUESTIONS[:1], {**QUESTIONS[1], "prompt": "  "}])
+    task = build_task("multiple_choice", {"file": questions})
+    with pytest.raises(DataError, match="(?s)1 rows.*the prompt '  ' has no token"):
+        task.run(small, ChatTokenizer(path.parent), Given())
+
+
+def test_a_model_whose_scores_are_no_numbers_answers_nothing(
+    small: Decoder, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    questions = [{**question, "answer": 0} for question in QUESTIONS]
+    broken = copy.deepcopy(small)
+    with torch.no_grad():
+        broken.head_weight.fill_(math.nan)
+    result = build_task("multiple_choice", {"file": write(tmp_path / "q.jsonl", questions)}).run(
+        broken, tokenizer, Given()
+    )
+    assert {name: scores.values.tolist() for name, scores in result.scores.items()} == {
+        name: [0.0] * 3 for name in ("accuracy", "accuracy_norm", "answer_probability")
+    }
 
 
 def beside(documents: list[np.ndarray]) -> list[float]:
