@@ -85,12 +85,16 @@ def check_mesh(spec: ModelSpec, config: RunConfig) -> None:
         ConfigError: naming the degree, and what it does not fit.
     """
     from posttrain_lib.parallel.context import check_context
-    from posttrain_lib.parallel.experts import check_experts
+    from posttrain_lib.parallel.experts import check_experts, even_dimension
     from posttrain_lib.parallel.tensor import check_tensor
 
     mesh = config.compute.mesh_spec()
     check_tensor(spec.config, mesh.tensor)
     check_experts(spec.config, mesh.expert)
+    if mesh.expert > 1:
+        shapes = {shape for name, shape in spec.parameter_shapes().items() if spec.sharding_of(name) == "expert"}
+        for experts, *features in sorted(shapes):
+            even_dimension((experts // mesh.expert, *features), mesh.shard * mesh.context // mesh.expert)
     check_context(spec.config, mesh.context, row_tokens=config.train.row_tokens, longest=config.data.max_example_tokens)
 
 

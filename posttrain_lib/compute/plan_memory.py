@@ -219,17 +219,18 @@ def _weight(
 
 
 def share_of(spec: ModelSpec, name: str, shape: tuple[int, ...], mesh: MeshSpec) -> Share:
-    """Entries of a parameter on the rank that has most of it: cut by tensor parallelism, dealt out by expert, and laid
-    over what is left of shard x context along its first dimension."""
+    """Entries of a parameter on the rank that has most of it: cut by tensor parallelism and laid over shard x context
+    along its first dimension; or dealt out by expert, and laid over what is left along whichever dimension is even."""
     return _share(_cut(spec, name), shape, mesh)
 
 
 def _share(kind: str, shape: tuple[int, ...], mesh: MeshSpec) -> Share:
     ranks = mesh.shard * mesh.context
     first, rest = shape[0], math.prod(shape[1:])
-    if kind == "expert":
-        first, ranks = first // mesh.expert, ranks // mesh.expert
-    elif kind in ("column", "vocabulary"):
+    if kind == "expert" and mesh.expert > 1:  # see parallel.experts.even_dimension
+        whole = first // mesh.expert * rest
+        return Share(whole // (ranks // mesh.expert), whole)
+    if kind in ("column", "vocabulary"):
         first = -(-first // mesh.tensor)
     elif kind == "row":
         rest = -(-rest // mesh.tensor)

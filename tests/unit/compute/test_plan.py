@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any, get_args
 
@@ -97,8 +98,18 @@ def test_adapters_train_little(llama: ModelSpec) -> None:
     assert held["parameters"] == 8_030_261_248 * 2 + trained * 4
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_moe", "deepseek_v3", "olmo2", "qwen3_next"])
-@pytest.mark.parametrize("mesh", [MeshSpec(shard=4), MeshSpec(shard=2, tensor=2), MeshSpec(replicate=2, shard=2)])
+#: experts dealt out: whole ones are then shared out, or, of two that four ranks share, their features
+_DEALT = [MeshSpec(shard=4, expert=2), MeshSpec(shard=8, expert=2), MeshSpec(replicate=2, shard=2, expert=2)]
+_LAID = [
+    *itertools.product(
+        ["llama", "qwen3_moe", "deepseek_v3", "olmo2", "qwen3_next"],
+        [MeshSpec(shard=4), MeshSpec(shard=2, tensor=2), MeshSpec(replicate=2, shard=2)],
+    ),
+    *itertools.product(["qwen3_moe", "deepseek_v3", "gpt_oss"], _DEALT),
+]
+
+
+@pytest.mark.parametrize(("case", "mesh"), _LAID)
 def test_shares_are_those_of_the_real_layout(case: str, mesh: MeshSpec) -> None:
     """The first rank's parameters of a model laid over ranks that exist in name alone (torch's fake backend)."""
     import torch.distributed as dist
@@ -176,6 +187,8 @@ def test_a_mesh_is_held_against_the_model(llama: ModelSpec) -> None:
     experts = spec_from_config({**TINY_SIZES, **CASES["qwen3_moe"]})
     with pytest.raises(ConfigError, match="experts cannot be dealt out evenly"):
         make_plan(experts, run_config(devices_per_node=4, mesh={"expert": 4}))
+    with pytest.raises(ConfigError, match="cannot be cut evenly over the ranks that share it"):
+        make_plan(experts, run_config({"rows_per_step": 14}, devices_per_node=14, mesh={"expert": 2}))
     linear = spec_from_config({**TINY_SIZES, **CASES["qwen3_next"]})
     with pytest.raises(ConfigError, match="linear attention"):
         make_plan(linear, run_config(devices_per_node=2, mesh={"context": 2}))
