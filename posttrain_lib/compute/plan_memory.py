@@ -47,6 +47,7 @@ KINDS = {
     "cast weights": "half-precision copies that blocks keep for their backward",
     "backward of a block": "what is computed again, and gradients of activations",
     "output head": "rows, chunk of logits, gradient of its weight",
+    "checkpoint": "this device's share of weights and optimiser's state, copied to be written",
     "runtime": "device context, libraries, allocator slack (assumed)",
 }
 
@@ -128,6 +129,7 @@ class Estimate:
         # Without a GPU the host's memory is the device's: what is offloaded lies in it all the same.
         held = dict.fromkeys(_HELD, 0) if layout.offload and layout.cuda else self._held(layout)
         found = {**held, **_sharding(layout, trained, frozen), **self._computing(layout)}
+        found["checkpoint"] = 0 if layout.cuda else self._saved(layout)
         found["frozen model"] = 0 if self._beside is None else self._beside.weights(layout)
         runtime = CUDA_RUNTIME_BYTES if layout.cuda else CPU_RUNTIME_BYTES
         found["runtime"] = runtime + int(ALLOCATOR_SLACK * sum(found.values()))
@@ -140,8 +142,14 @@ class Estimate:
         return gathered + (0 if layout.offload and layout.cuda else _FLOAT32 * _own(trained))
 
     def host_bytes(self, layout: Layout) -> int:
-        """Bytes of host memory that a rank needs for what it does not keep on its GPU; 0 without a GPU."""
-        return sum(self._held(layout).values()) if layout.offload and layout.cuda else 0
+        """Bytes of host memory that a rank needs for what it does not keep on its GPU, and for the copy of it that a
+        checkpoint is written from; 0 without a GPU."""
+        return sum(self._held(layout).values()) + self._saved(layout) if layout.offload and layout.cuda else 0
+
+    def _saved(self, layout: Layout) -> int:
+        """Bytes of the host's buffer that a checkpoint is written from: what copies of the model share is dealt out."""
+        trained, _ = self._shares_of(layout)
+        return _FLOAT32 * _own(trained) * (1 + layout.moments) // layout.mesh.replicate
 
     def _held(self, layout: Layout) -> dict[str, int]:
         trained, frozen = (_own(shares) for shares in self._shares_of(layout))

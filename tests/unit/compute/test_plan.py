@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
 
+from posttrain_lib.checkpoint.manager import CheckpointManager
 from posttrain_lib.compute import plan as planning
 from posttrain_lib.compute import plan_layout
 from posttrain_lib.compute.plan import PlanError, make_plan, plan_lines, refuse_what_does_not_fit
-from posttrain_lib.compute.plan_memory import KINDS, Layout, memory, share_of, weights_of
+from posttrain_lib.compute.plan_memory import KINDS, Estimate, Layout, memory, share_of, weights_of
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.compute import Gpu
 from posttrain_lib.config.model import Lora
@@ -27,6 +30,7 @@ from posttrain_lib.ops.local import local
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.schema.mesh import MeshSpec
 from posttrain_lib.training.peaks import DATA_SHEETS
+from posttrain_lib.training.state import TrainState
 from tests.support.live_storages import LiveStorages
 from tests.support.tiny_models import CASES
 
@@ -71,6 +75,33 @@ def test_weights_gradients_and_both_moments(llama: ModelSpec) -> None:
     assert held["parameters"] == held["gradients"] == held["optimiser"] / 2 == 8_030_261_248 * 4
     assert held["gathered weights"] == held["communication"] == held["gradients between micro-batches"] == 0
     assert memory(llama, layout(moments=0))["optimiser"] == 0
+
+
+def test_what_a_checkpoint_is_written_from_lies_in_the_hosts_memory(llama: ModelSpec) -> None:
+    """Weights and both moments once more: beside them on a CPU, beside what is offloaded of a GPU."""
+    written = 8_030_261_248 * 12
+    assert memory(llama, layout())["checkpoint"] == written
+    assert memory(llama, layout(cuda=True))["checkpoint"] == 0
+    assert memory(llama, layout(mesh=MeshSpec(replicate=2, shard=2)))["checkpoint"] == written / 4
+    lora = Lora(rank=16)
+    trained = sum(torch.Size(shape).numel() for _, shape, is_trained in weights_of(llama, lora) if is_trained)
+    assert memory(llama, layout(lora=lora))["checkpoint"] == trained * 12
+    away = layout(mesh=MeshSpec(shard=2), offload=True, cuda=True)
+    assert Estimate(llama).host_bytes(away) == (8_030_261_248 * 16 + written) / 2
+
+
+def test_the_copy_that_a_checkpoint_is_written_from_is_as_large_as_planned(tmp_path: Path) -> None:
+    spec = spec_from_config({**TINY_SIZES, **CASES["llama"]})
+    model = build_model(spec)
+    optimizer = build_optimizer(model, run_config().train.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    position: Any = SimpleNamespace(state=dict)
+    CheckpointManager(tmp_path, 1).save(TrainState(model, optimizer, position, {}))
+    written = (tmp_path / "step-00000000/tensors-0.bin").stat().st_size
+    counters = 64 * len(list(model.parameters()))  # of AdamW, one a parameter, and where each begins
+    assert memory(spec, layout())["checkpoint"] <= written <= memory(spec, layout())["checkpoint"] + 4 * counters
 
 
 def test_ranks_share_weights_and_gather_two_blocks(llama: ModelSpec) -> None:
@@ -159,7 +190,7 @@ def test_a_step_holds_about_what_was_planned(case: str) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     held = memory(spec, layout(row_tokens=tokens))
-    planned = sum(held.values()) - held["runtime"] - held["parameters"]
+    planned = sum(held.values()) - held["runtime"] - held["parameters"] - held["checkpoint"]  # none was written
     # A plan adds up what a step holds at different times: it may be above, and by no more than half.
     assert 0.95 * live.peak_bytes < planned < 1.5 * live.peak_bytes, (planned, live.peak_bytes, held)
 

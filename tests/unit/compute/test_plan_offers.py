@@ -127,12 +127,12 @@ def offloaded(**compute: Any) -> dict[str, Any]:
 
 
 def test_a_nodes_memory_is_held_against_what_it_has(llama: ModelSpec) -> None:
-    enough = make_plan(llama, run_config(**offloaded(host_memory_gib=200)))
+    enough = make_plan(llama, run_config(**offloaded(host_memory_gib=300)))
     assert enough.host_fits and enough.fits and not any("host_memory_gib" in text for text in enough.warnings)
-    assert any("in each node's memory, of 200.0 GiB" in line for line in plan_lines(enough))
+    assert any("in each node's memory, of 300.0 GiB" in line for line in plan_lines(enough))
     short = make_plan(llama, run_config(**offloaded(host_memory_gib=64)))
-    assert short.host_bytes == 8_030_261_248 * 16 and short.total_bytes < (short.device_bytes or 0)
-    with pytest.raises(PlanError, match=r"a node would need 119\.7 GiB of its own memory and has 64\.0 GiB") as refused:
+    assert short.host_bytes == 8_030_261_248 * 28 and short.total_bytes < (short.device_bytes or 0)
+    with pytest.raises(PlanError, match=r"a node would need 209\.4 GiB of its own memory and has 64\.0 GiB") as refused:
         refuse_what_does_not_fit(short)
     assert "compute.offload: none" in str(refused.value.fix)
 
@@ -140,7 +140,7 @@ def test_a_nodes_memory_is_held_against_what_it_has(llama: ModelSpec) -> None:
 def test_a_node_that_nobody_names_is_warned_of(llama: ModelSpec) -> None:
     plan = make_plan(llama, run_config({"rows_per_step": 16}, **offloaded(nodes=2, host_memory_gib=None)))
     assert plan.fits and plan.host_memory_bytes is None
-    assert any("59.8 GiB of each node's memory" in t and "compute.host_memory_gib" in t for t in plan.warnings)
+    assert any("104.7 GiB of each node's memory" in t and "compute.host_memory_gib" in t for t in plan.warnings)
 
 
 def test_a_node_that_trains_here_has_what_is_free_here(llama: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_a_node_that_trains_here_has_what_is_free_here(llama: ModelSpec, monkeyp
 def test_an_offer_of_offloading_names_the_nodes_memory(llama: ModelSpec) -> None:
     plan = make_plan(llama, run_config(devices_per_node=8, device_memory_gib=40, host_memory_gib=1000))
     offer = next(item for item in plan.alternatives if item.settings == {"compute.offload": "parameters"})
-    assert offer.host_bytes == 8_030_261_248 * 16 and "119.7 GiB of each node's memory" in str(offer)
+    assert offer.host_bytes == 8_030_261_248 * 28 and "209.4 GiB of each node's memory" in str(offer)
     none = make_plan(llama, run_config(devices_per_node=8, device_memory_gib=40, host_memory_gib=10))
     assert not any(item.fits for item in none.alternatives if "compute.offload" in item.settings)
 
