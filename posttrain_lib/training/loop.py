@@ -312,6 +312,7 @@ class Trainer:
                 batch_rows=self.config.micro_batch_rows,
                 mesh=self.mesh,
                 precision=self.config.precision,
+                observe=lambda _batch, _output: pulse.moved(),
             )
         if not math.isfinite(means.losses["all"]):
             raise TrainingError(

@@ -50,6 +50,11 @@ def beat(phase: str, step: int | None = None) -> None:
         _pulse.timeline.append((phase, time.time()))
 
 
+def moved() -> None:
+    """A part of the phase is done: one that takes long is no hang."""
+    _pulse.beats += 1
+
+
 def ask_to_stop(reason: str) -> None:
     """Let this process's rank finish its step, checkpoint and stop; all other ranks stop with it."""
     _pulse.stop = _pulse.stop or reason

@@ -18,6 +18,7 @@ from posttrain_lib.optim.clipping import clip_gradients, gradient_norm
 from posttrain_lib.parallel.apply import gradient_scale, settle_gradients, synchronise_gradients
 from posttrain_lib.parallel.context import own_part
 from posttrain_lib.parallel.process_group import gather_objects, global_max
+from posttrain_lib.training import pulse
 from posttrain_lib.training.device import autocast
 from posttrain_lib.training.incidents import incident
 from posttrain_lib.training.timing import NO_CLOCK, StepClock
@@ -194,6 +195,7 @@ def _accumulate(
         totals[1:] += output_sums(loss, batch, output, sources).flatten()
         for place, name in enumerate(loss.extremes):
             extremes[place] = torch.maximum(extremes[place], output.extremes[name])
+        pulse.moved()
     with settings.clock.part("backward"):
         settle_gradients(model)
     total, *sums = settings.mesh.sum_over_tokens(

@@ -13,7 +13,7 @@ import torch
 
 from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.manager import load_model_state
-from posttrain_lib.data.loader import count_steps
+from posttrain_lib.data.loader import count_steps, held_out_batches
 from posttrain_lib.data.store_feed import StoreFeed
 from posttrain_lib.data.token_store import TokenStore, TokenStoreWriter
 from posttrain_lib.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -24,6 +24,7 @@ from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.schema.examples import TokenizedExample
 from posttrain_lib.schema.reports import StepReport, TrainResult
+from posttrain_lib.training import pulse
 from posttrain_lib.training.job import TrainJob
 from posttrain_lib.training.loop import train
 from tests.oracles.tiny_job import SOURCES, VOCABULARY, make_job, tiny_config, write_store
@@ -68,6 +69,19 @@ def test_reports_and_result(tmp_path: Path) -> None:
     assert result.best_held_out == min(report.held_out["all"] for report in reports[1:] if report.held_out)
     assert Path(result.last_checkpoint).name == "step-00000006"
     json.dumps([dataclasses.asdict(report) for report in reports], allow_nan=False)
+
+
+def test_a_long_look_at_held_out_rows_and_a_step_of_many_micro_batches_move(tmp_path: Path) -> None:
+    """A watchdog takes a rank whose pulse stands still for hung, however much it has to do."""
+    job = make_job(tmp_path, tiny_config(steps=2, micro_batch_rows=1))
+    batches = list(held_out_batches(TokenStore(Path(job.held_out_store)), row_tokens=32))
+    pulse.begin()
+    beats = []
+    for _ in train(job):
+        beats.append(pulse.current().beats)
+    assert len(batches) > 3
+    assert beats[0] >= len(batches)
+    assert beats[1] - beats[0] >= 8, "rows of a step, each a micro-batch"
 
 
 def test_held_out_loss_is_that_of_the_checkpoint(tmp_path: Path) -> None:
