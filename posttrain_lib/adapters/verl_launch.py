@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain_lib.adapters.verl_roles import VerlPolicy, VerlReference, VerlWorkers, verl_models
-from posttrain_lib.compute.heart import DRIVER, Heart, OwnWatch, clear, write_driver_pulse
+from posttrain_lib.compute.heart import DRIVER, Heart, OwnWatch, write_driver_pulse
 from posttrain_lib.compute.memory import memory_errors
 from posttrain_lib.rl.run import train_on_rollouts
 from posttrain_lib.training import pulse
@@ -31,7 +31,6 @@ def run_rollouts(
         WorkerLostError: a rank died. PosttrainError: what a role raised.
     """
     work = Path(job.work_dir)
-    clear(work)
     write_driver_pulse(work)
 
     @contextlib.contextmanager

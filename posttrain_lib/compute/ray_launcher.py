@@ -116,12 +116,11 @@ def launch_on_ray(job: TrainJob, compute: ComputeConfig, attempt_with: Attempt |
         pulse.beat("Ray")
         try:
             # A session of its own for each attempt: whatever killed a worker may have hurt Ray as well.
-            with (
-                ray_session(work, compute.address, cores) as session,
-                on_signals(compute.stop_signals, lambda name: ask_all_to_stop(work, f"the driver got {name}")),
-            ):
-                unit = unit or unit_of(job)  # of the first attempt: what was lost since must not change it
-                return (yield from (attempt_with or _run_once)(job, compute, session, unit, attempt > 0))
+            with ray_session(work, compute.address, cores) as session:
+                clear(work)  # before signals are heard: what they ask for is left there
+                with on_signals(compute.stop_signals, lambda name: ask_all_to_stop(work, f"the driver got {name}")):
+                    unit = unit or unit_of(job)  # of the first attempt: what was lost since must not change it
+                    return (yield from (attempt_with or _run_once)(job, compute, session, unit, attempt > 0))
         except WorkerLostError as lost:
             if attempt == compute.retries:
                 raise TrainingError(
@@ -139,7 +138,6 @@ def _run_once(
     job: TrainJob, compute: ComputeConfig, session: RaySession, unit: dict[str, float], after_loss: bool
 ) -> Events:
     work = Path(job.work_dir)
-    clear(work)
     evidence = KillEvidence()
     actor = ray.remote(max_restarts=0, max_task_retries=0)(TrainingWorker)
     workers: list[Any] = []

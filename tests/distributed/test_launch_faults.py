@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from posttrain_lib.compute import ray_launcher
 from posttrain_lib.compute.heart import read_pulses
-from posttrain_lib.errors import RETRY_EXIT_CODE
+from posttrain_lib.compute.ray_session import RaySession
+from posttrain_lib.config.compute import ComputeConfig
+from posttrain_lib.errors import RETRY_EXIT_CODE, PreemptedError
 from posttrain_lib.losses.base import Loss
+from posttrain_lib.training.job import TrainJob
+from posttrain_lib.training.loop import Events
 from posttrain_lib.training.pulse import current
+from tests.oracles.tiny_job import make_job, tiny_config
 from tests.support.launched import Family, command, start, wait_for
 
 LONG = {"steps": 100_000, "evaluate_every_steps": 100_000, "checkpoint": {"every_steps": 50_000}}
@@ -79,6 +85,23 @@ def test_ray_workers_stop_together_whoever_is_asked(to: str, tmp_path: Path) -> 
     assert "PreemptedError" in output.read_text()
     assert len(list((tmp_path / "work/checkpoints").glob("step-*"))) == 1
     wait_for(lambda: not family.alive(), 60, "the end of all processes")
+
+
+@pytest.mark.slow
+def test_a_stop_that_is_asked_for_before_the_ranks_are_there_is_heard_by_them(tmp_path: Path) -> None:
+    """A machine may be taken back while a lost worker is being replaced."""
+
+    def asked(
+        job: TrainJob, compute: ComputeConfig, session: RaySession, unit: dict[str, float], after_loss: bool
+    ) -> Events:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return (yield from ray_launcher._run_once(job, compute, session, unit, after_loss))
+
+    job, compute = make_job(tmp_path, tiny_config(**LONG)), ComputeConfig(launcher="ray", device="cpu")
+    with pytest.raises(PreemptedError, match="stopped after step") as stopped:
+        for report in ray_launcher.launch_on_ray(job, compute, asked):
+            assert report.step < 50, "nobody heard of it"
+    assert stopped.value.got == "the driver got SIGTERM"
 
 
 @pytest.mark.slow
