@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -168,15 +169,24 @@ def _finite(result: TrainResult, reports: list[StepReport]) -> Check:
 
 
 def _bring_checkpoints(result: TrainResult, out: Path) -> None:
-    """The job's checkpoints, moved; of those in a store, the last and the best, fetched: a step's result is local."""
+    """The job's checkpoints, linked: the work folder has them too until the result is published, which takes a while
+    for its digests, and whoever is killed before that goes on from there. Of those in a store, the last and the best,
+    fetched: a step's result is local."""
     from posttrain_lib.checkpoint.manager import fetch_checkpoint
 
     last = result.last_checkpoint
     if "://" not in last:
-        Path(last).parent.rename(out)
+        shutil.copytree(Path(last).parent, out, copy_function=_link)
         return
     for url in dict.fromkeys([last, result.best_checkpoint or last]):
         fetch_checkpoint(url, out)
+
+
+def _link(file: str, link: str) -> None:
+    try:
+        os.link(file, link)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, link)
 
 
 def summary(result: TrainResult) -> str:

@@ -1,17 +1,22 @@
 """What a person sees while training runs."""
 
+import errno
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.tracking.terminal import ProgressLine
 from steps.base import StepContext
-from steps.train import summary, throughput
+from steps.train import _bring_checkpoints, summary, throughput
 from steps.watch import watch
+from tests.oracles.tiny_job import make_job, tiny_config
+from tests.unit.training.test_loop import run
 
 REPORT = StepReport(
     step=5, total_steps=10, loss=1.25, lr=0.1, grad_norm=1.0, trained_weight=50.0, real_tokens=90, slot_tokens=100,
@@ -104,3 +109,26 @@ def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path: Path) -> None:
         said.clear()
         watch(reports(first), context)
         assert any("WARNING" in line and "step 2" in line for line in said) == told
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_killed_before_it_is_published_has_not_lost_its_checkpoints(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests of a large result take minutes, and all that the step made besides its work folder goes with it."""
+    job = make_job(tmp_path, tiny_config(steps=2))
+    _, result = run(job)
+    assert result is not None
+    if not links:
+        monkeypatch.setattr("os.link", refused)
+    (tmp_path / "out").mkdir()
+    _bring_checkpoints(result, tmp_path / "out/checkpoints")
+    last = tmp_path / "out/checkpoints" / Path(result.last_checkpoint).name
+    assert load_model_state(last).keys() == load_model_state(result.last_checkpoint).keys()
+    shutil.rmtree(tmp_path / "out")
+    reports, again = run(job)
+    assert again == result and [report.step for report in reports] == [2]
+
+
+def refused(*_: object) -> None:
+    raise OSError(errno.EPERM, "no links here")
