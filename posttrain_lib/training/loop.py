@@ -196,6 +196,7 @@ class Trainer:
         if self.checkpoints.resume(self.state) is None:
             return None
         assert self.state.report is not None, "a checkpoint is saved with the report of its step"
+        self.state.progress.stopped_early = self._patience_is_over()  # by today's patience: it may have changed
         report = StepReport(**self.state.report)
         if report.step == report.total_steps:  # where the data ends was known there alone: live, or steps left out
             self.total_steps = report.total_steps
@@ -335,10 +336,12 @@ class Trainer:
             progress.patience_held_out, progress.stale_evaluations = held_out, 0
         else:
             progress.stale_evaluations += 1
-        if stopping and progress.stale_evaluations >= stopping.patience:
-            progress.stopped_early = True
-            events.append("early_stop")
-        return events
+        progress.stopped_early = self._patience_is_over()
+        return [*events, *(["early_stop"] if progress.stopped_early else [])]
+
+    def _patience_is_over(self) -> bool:
+        stopping = self.config.early_stopping
+        return stopping is not None and self.state.progress.stale_evaluations >= stopping.patience
 
     def _report(
         self,

@@ -133,6 +133,20 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert [report.step for report in again] == [2]
 
 
+@pytest.mark.parametrize("patience", [None, {"patience": 4, "min_delta": 100.0}])
+def test_a_run_that_stopped_early_goes_on_under_more_patience(tmp_path: Path, patience: dict | None) -> None:
+    """Early stopping may change in the middle of a run; the weights are those of a run that had it from the start."""
+    steps, impatient = {"steps": 6, "evaluate_every_steps": 1}, {"patience": 2, "min_delta": 100.0}
+    _, stopped = run(make_job(tmp_path, tiny_config(**steps, early_stopping=impatient)))
+    assert stopped is not None and stopped.stopped_early and stopped.step == 2
+    resumed, result = run(make_job(tmp_path, tiny_config(**steps, early_stopping=patience)))
+    _, whole = run(make_job(tmp_path, tiny_config(**steps, early_stopping=patience), work="whole"))
+    assert result is not None and whole is not None
+    assert (resumed[0].step, result.step, result.stopped_early) == (2, whole.step, patience is not None)
+    one, other = (load_model_state(found.last_checkpoint) for found in (result, whole))
+    assert all(torch.equal(other[name], weight) for name, weight in one.items())
+
+
 def test_epochs_decide_the_steps(tmp_path: Path) -> None:
     config = tiny_config(steps=None, epochs=1.5)
     reports, result = run(make_job(tmp_path, config))
