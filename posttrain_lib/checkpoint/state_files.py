@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ _PARTIAL = ".partial"
 def step_folder(step: int) -> str:
     """Folder name of a step's checkpoint."""
     return f"step-{step:08d}"
+
+
+def is_step_folder(name: str) -> bool:
+    """Whether a folder is a step's checkpoint; not a copy that somebody made of one, under a name with more in it."""
+    return re.fullmatch(r"step-\d{8,}", name) is not None
 
 
 class Image(Protocol):
@@ -121,7 +127,7 @@ class LocalFolder:
         sync_folder(self._folder)
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self._folder.glob("step-*"))
+        return sorted(path.name for path in self._folder.glob("step-*") if is_step_folder(path.name))
 
     def remove(self, name: str) -> None:
         doomed = self._folder / f".{name}.doomed{_PARTIAL}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from posttrain_lib.checkpoint.state_files import MANIFEST, WRITE_BYTES, Image
+from posttrain_lib.checkpoint.state_files import MANIFEST, WRITE_BYTES, Image, is_step_folder
 from posttrain_lib.data.remote import RemoteObject, file_system, patiently, protocols
 from posttrain_lib.errors import CheckpointError, DataError
 
@@ -69,7 +69,7 @@ class RemoteFolder:
         listing: dict[str, list[str]] = {}
         for path in found:
             name, _, file = str(path).removeprefix(self._root.rstrip("/") + "/").partition("/")
-            if name.startswith("step-") and file:
+            if is_step_folder(name) and file:
                 listing.setdefault(name, []).append(file)
         return listing
 

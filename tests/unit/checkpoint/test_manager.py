@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,18 @@ def test_retention_keeps_every_so_many_steps(tmp_path: Path) -> None:
     for step in range(1, 8):
         manager.save(make_state(step))
     assert [int(name[-1]) for name in names(tmp_path)] == [3, 6, 7]
+
+
+def test_a_copy_under_another_name_is_left_alone_and_takes_no_place(tmp_path: Path) -> None:
+    manager = Manager(tmp_path, keep_last=2, keep_every_steps=10)
+    first = manager.save(make_state(1))
+    shutil.copytree(first, tmp_path / "step-00000001-before-the-change")
+    shutil.copytree(first, tmp_path / "step-99999999.bak")
+    for step in range(2, 5):
+        manager.save(make_state(step))
+    kept = ["step-00000001-before-the-change", "step-00000003", "step-00000004", "step-99999999.bak"]
+    assert names(tmp_path) == kept
+    assert manager.newest() == tmp_path / "step-00000004"
 
 
 def names(folder: Path) -> list[str]:
