@@ -307,11 +307,10 @@ class CheckpointManager:
         except PosttrainError as error:
             refusal = error
         except OSError as error:
-            if error.errno == errno.EIO:  # the disk cannot read what it has
-                problem = reason(error)
-            else:
-                where = self._folder.path(name)
-                refusal = CheckpointError("the checkpoint cannot be read", where=where, got=reason(error))
+            try:
+                problem = _lost_bytes(error, self._folder.path(name))
+            except CheckpointError as unreachable:
+                refusal = unreachable
         answers = self._ranks.gather((problem, refusal))
         refused = refusal or next((error for _, error in answers if error is not None), None)
         if refused is not None:
@@ -327,7 +326,7 @@ class CheckpointManager:
         names = [name for name in self._folder.names() if name <= saved]
         kept = set(names[-self.keep_last :])
         for name in list(kept):
-            best = _best_step(checkpoint_files(self._folder.path(name)))
+            best = _best_step(self._folder.path(name))
             if best is not None:
                 kept.add(step_folder(best))
         for name in names:
@@ -341,7 +340,7 @@ def damage(path: str | Path) -> str | None:
     them checks them.
 
     Raises:
-        CheckpointError: it is of another format than this code reads.
+        CheckpointError: it is of another format than this code reads, or cannot be reached.
     """
     files = checkpoint_files(path)
     try:
@@ -350,7 +349,9 @@ def damage(path: str | Path) -> str | None:
         written = {STATE, *(file(rank) for rank in range(world) for file in (image_file, index_file, _generators_file))}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({_lost_bytes(error, path)})"
+    except (ValueError, TypeError, KeyError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -372,6 +373,8 @@ def damage(path: str | Path) -> str | None:
                 return f"{name} has another sha256"
         except FileNotFoundError:
             return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({_lost_bytes(error, path)})"
         except UnicodeDecodeError:
             return f"{name} has another sha256"
     return None
@@ -423,6 +426,17 @@ def fetch_checkpoint(url: str, out: Path) -> Path:
     return folder.path(name)
 
 
+def _lost_bytes(error: OSError, where: object) -> str:
+    """What the disk says where it cannot read what it has.
+
+    Raises:
+        CheckpointError: it is anything else, and the checkpoint may be whole: no rights, a storage that is away.
+    """
+    if error.errno == errno.EIO:
+        return reason(error)
+    raise CheckpointError("the checkpoint cannot be read", where=where, got=reason(error)) from error
+
+
 def _generators_file(rank: int) -> str:
     return f"rng-{rank}.json"
 
@@ -445,10 +459,19 @@ def _check_trajectory(saved: Mapping[str, Any], wanted: Mapping[str, Any], where
             )
 
 
-def _best_step(files: CheckpointFiles) -> int | None:
-    """Which step a checkpoint calls the best; None too where it is damaged, which then keeps nothing alive."""
+def _best_step(path: str | Path) -> int | None:
+    """Which step a checkpoint calls the best; None too where it is damaged, which then keeps nothing alive.
+
+    Raises:
+        CheckpointError: it cannot be reached.
+    """
     try:
-        step = json.loads(files.text(STATE))["progress"]["best_step"]
-    except (OSError, ValueError, KeyError):
+        step = json.loads(checkpoint_files(path).text(STATE))["progress"]["best_step"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _lost_bytes(error, path)
+        return None
+    except (ValueError, KeyError):
         return None
     return None if step is None else int(step)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import resource
 import shutil
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from posttrain_lib.checkpoint.manager import FORMAT_VERSION, CheckpointManager, load_model_state
+from posttrain_lib.checkpoint.state_files import LocalFiles
 from posttrain_lib.errors import CheckpointError
 from posttrain_lib.optim import build_optimizer
 from posttrain_lib.training.state import Progress, TrainState
@@ -229,6 +232,35 @@ def test_damage_is_named_and_passed_over(tmp_path: Path, file: str, harm: str) -
         assert file in said.pop()
     with pytest.raises(CheckpointError, match="damaged"):
         load_model_state(bad)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "tensors-0.json"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_what_the_disk_cannot_read_is_damage_and_what_is_away_is_not(
+    tmp_path: Path, file: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run does not go back behind a checkpoint that may be whole, and removes no best one that it cannot ask for."""
+    said: list[str] = []
+    manager = Manager(tmp_path, 1, say=said.append)
+    good, bad = manager.save(make_state(1, best=1)), manager.save(make_state(2, best=1))
+    read = LocalFiles.text
+
+    def failing(files: LocalFiles, name: str) -> str:
+        if files.where(name) == str(bad / file):
+            raise OSError(code, os.strerror(code))
+        return read(files, name)
+
+    monkeypatch.setattr(LocalFiles, "text", failing)
+    if code == errno.EIO:
+        assert manager.resume(make_state()) == good
+        assert said[0].startswith(f"skipped checkpoint step-00000002: {file} cannot be read")
+        return
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        manager.resume(make_state())
+    if file == "state.json":
+        with pytest.raises(CheckpointError):
+            manager._retain(bad.name)
+    assert names(tmp_path) == [good.name, bad.name]
 
 
 @pytest.mark.parametrize("world", [0, 2, "1", None])
