@@ -190,8 +190,10 @@ class FamilyWriter:
         known = {**(self.defaults.get("rope_parameters") or {}), **self.defaults}
         if isinstance(theta := known.get("rope_theta"), int | float) and theta != 10_000:
             arguments.append(Keyword("theta", repr(float(theta))))
-        partial = self._picked("partial") or str(known.get("partial_rotary_factor") or 1.0)
-        if float(partial) != 1.0:
+        # Nothing was picked where config.json states it: then the family reads it.
+        picked = self._picked("partial")
+        partial = picked or str(known.get("partial_rotary_factor") or 1.0)
+        if picked is None or float(partial) != 1.0:
             arguments.append(Keyword("partial", partial))
         if self._picked("interleaved") == "True":
             arguments.append(Keyword("interleaved", "True"))

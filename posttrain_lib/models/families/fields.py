@@ -16,6 +16,7 @@ from posttrain_lib.models.spec import Activation, RopeConfig
 
 REQUIRED = object()
 _ORIGINAL = "original_max_position_embeddings"
+_SLIDES = "sliding_attention"
 
 # Fields that say nothing about the forward or the training of the decoder.
 HARMLESS = frozenset(
@@ -132,10 +133,10 @@ class ConfigReader:
         """A field's value, None where it is missing; it counts as not read yet."""
         return self._content.get(name)
 
-    def activation(self, *names: str) -> Activation:
-        """The feed-forward's activation, of the first of these fields that is there; silu by default."""
+    def activation(self, *names: str, default: str = "silu") -> Activation:
+        """The feed-forward's activation, of the first of these fields that is there."""
         found = [(name, self._take(name, None)) for name in names]
-        name, value = next((item for item in found if item[1] is not None), (names[0], "silu"))
+        name, value = next((item for item in found if item[1] is not None), (names[0], default))
         if value not in _ACTIVATIONS:
             raise _wrong(name, value, "one of " + ", ".join(repr(item) for item in _ACTIVATIONS))
         return _ACTIVATIONS[value]
@@ -158,20 +159,23 @@ class ConfigReader:
         positions: int,
         *,
         theta: float = 10_000.0,
-        partial: float = 1.0,
+        partial: float | None = None,
         interleaved: bool = False,
         original: int | None = None,
         renamed: Mapping[str, str] = MappingProxyType({}),
+        usual: Mapping[str, Any] = MappingProxyType({}),
     ) -> RopeConfig:
         """``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before).
 
         Args:
             head_dim: entries of a head. positions: ``max_position_embeddings``.
-            theta, partial: the family's defaults for ``rope_theta`` and ``partial_rotary_factor``.
+            theta, partial: the family's defaults for ``rope_theta`` and ``partial_rotary_factor``. partial None: its
+                heads turn whole, and a file that says otherwise is refused.
             original: ``original_max_position_embeddings`` where the family keeps it outside.
             renamed: kinds that the family's older files call otherwise.
+            usual: the family's default for ``rope_parameters``.
         """
-        given = self._rope_fields(theta, partial)
+        given = self._rope_fields(theta, partial, usual)
         for key in ("rope_type", "type"):
             if given.get(key) in renamed:
                 given[key] = renamed[given[key]]
@@ -191,26 +195,33 @@ class ConfigReader:
             thetas: kind -> (field of its theta in older files, default). ``rope_scaling`` belongs to full attention.
         """
         scaling, new = self._take("rope_scaling", None), self._take("rope_parameters", None)
+        if scaling and new:
+            raise _wrong("rope_scaling", scaling, "only one of rope_scaling and rope_parameters")
+        if new and not set(new) & set(thetas):
+            raise _wrong("rope_parameters", new, f"one rotary embedding for each of {', '.join(thetas)}")
         old = {kind: self._take(field, default) for kind, (field, default) in thetas.items()}
         found = {}
         for kind in thetas:
-            given = dict((new or {}).get(kind) or (scaling if kind == "full_attention" and not new else None) or {})
+            given = dict((new or {}).get(kind) or (scaling if kind == "full_attention" else None) or {})
             given.setdefault("rope_theta", old[kind])
+            _check_whole(given.get("partial_rotary_factor"))
             found[kind] = self._one_rope(given, head_dim, positions, False)
         return found
 
-    def _rope_fields(self, theta: float, partial: float) -> dict[str, Any]:
+    def _rope_fields(self, theta: float, partial: float | None, usual: Mapping[str, Any]) -> dict[str, Any]:
         """What the file says of its one rotary embedding, theta and partial factor among it."""
         stated, share = self._take("rope_theta", None), self._take("partial_rotary_factor", None)
         old, new = self._take("rope_scaling", None), self._take("rope_parameters", None)
         if old and new and dict(old) != dict(new):
             raise _wrong("rope_scaling", old, "the same as rope_parameters, or only one of the two")
-        given = dict(new or old or {})
+        given = dict(new or old or usual)
         if any(isinstance(value, dict) for value in given.values()):
             raise _wrong("rope_parameters" if new else "rope_scaling", given, "one rotary embedding for all layers")
         given.setdefault("rope_theta", theta if stated is None else stated)
         if given.get("partial_rotary_factor") is None:
             given["partial_rotary_factor"] = partial if share is None else share
+        if partial is None:
+            _check_whole(given.pop("partial_rotary_factor"))
         return given
 
     def _one_rope(self, given: dict[str, Any], head_dim: int, positions: int, interleaved: bool) -> RopeConfig:
@@ -270,15 +281,18 @@ class ConfigReader:
         first = self._take("max_window_layers", default_first)
         if not enabled:
             window = None
-        slides = "sliding_attention"
         kinds = self.layer_types(
             layers,
-            ("full_attention", slides),
-            lambda layer: slides if window is not None and layer >= first else "full_attention",
+            ("full_attention", _SLIDES),
+            lambda layer: _SLIDES if window is not None and layer >= first else "full_attention",
         )
-        if slides in kinds and window is None:
-            raise _wrong("layer_types", slides, "full_attention, where no sliding window is in use")
-        return tuple(window if kind == slides else None for kind in kinds)
+        return self.windows(kinds, window)
+
+    def windows(self, kinds: Sequence[str], window: int | None) -> tuple[int | None, ...]:
+        """The window of each layer, of the kinds that :meth:`layer_types` gave: None where it does not slide."""
+        if _SLIDES in kinds and window is None:
+            raise _wrong("layer_types", _SLIDES, "full_attention, where no sliding window is in use")
+        return tuple(window if kind == _SLIDES else None for kind in kinds)
 
     def skip(self, *names: str) -> None:
         """Fields that this family's mathematics does not read."""
@@ -316,6 +330,11 @@ def _wrong(name: str, got: Any, expected: str) -> ModelError:
         expected=expected,
         fix="use a model without it; it is not ignored, because the model would be another one",
     )
+
+
+def _check_whole(partial: Any) -> None:
+    if partial not in (None, 1):
+        raise _wrong("partial_rotary_factor", partial, "1: heads of this architecture turn whole")
 
 
 def _above_zero(name: str, value: Any) -> float:

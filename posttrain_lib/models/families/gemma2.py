@@ -37,7 +37,8 @@ def read_config(fields: ConfigReader) -> DecoderConfig:
         ("full_attention", "sliding_attention"),
         lambda layer: "full_attention" if layer % 2 else "sliding_attention",
     )
-    return sandwich_decoder(fields, sizes, kinds, dict.fromkeys(kinds, rope), score_cap=50.0, logit_cap=30.0)
+    softcap = fields.optional_number("attn_logit_softcapping", 50.0)
+    return sandwich_decoder(fields, sizes, kinds, dict.fromkeys(kinds, rope), logit_cap=30.0, softcap=softcap)
 
 
 def sandwich_decoder(
@@ -46,7 +47,6 @@ def sandwich_decoder(
     kinds: Sequence[str],
     ropes: Mapping[str, RopeConfig],
     *,
-    score_cap: float | None = None,
     logit_cap: float | None = None,
     **attention: Any,
 ) -> DecoderConfig:
@@ -54,28 +54,27 @@ def sandwich_decoder(
 
     Args:
         kinds: of each layer. ropes: by kind.
-        score_cap, logit_cap: the family's defaults. attention: what else its attention has.
+        logit_cap: the family's default. attention: what else its attention has.
     """
     bias, window = fields.boolean("attention_bias", False), fields.window(default=4096)
     scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
-    softcap = fields.optional_number("attn_logit_softcapping", score_cap)
     fields.one_of("use_bidirectional_attention", (None, False), None)
-    mlp = MLPConfig(sizes.intermediate, fields.activation("hidden_activation", "hidden_act"))
+    mlp = MLPConfig(sizes.intermediate, fields.activation("hidden_activation", default="gelu_pytorch_tanh"))
+    fields.skip("hidden_act")  # the modelling code reads the other one
     layers = {
         kind: LayerConfig(
             sizes.attention(
                 rope=ropes[kind],
                 scale=scale,
-                softcap=softcap,
                 qkv_bias=bias,
                 o_bias=bias,
-                window=window if kind == "sliding_attention" else None,
+                window=own,
                 **attention,
             ),
             mlp,
             ALL_NORMS,
         )
-        for kind in set(kinds)
+        for kind, own in set(zip(kinds, fields.windows(kinds, window), strict=True))
     }
     return sizes.decoder(
         (layers[kind] for kind in kinds),

@@ -28,6 +28,7 @@ def read_config(fields: ConfigReader) -> DecoderConfig:
     kinds = fields.layer_types(
         sizes.layers, tuple(_THETAS), lambda layer: "sliding_attention" if (layer + 1) % every else "full_attention"
     )
+    fields.one_of("attn_logit_softcapping", (None,), None)  # its modelling code has no place for one
     return sandwich_decoder(fields, sizes, kinds, ropes, qk_norm="head")
 
 

@@ -16,12 +16,15 @@ from posttrain_lib.models.families.shared import (
 from posttrain_lib.models.spec import DecoderConfig, ExpertsConfig, LayerConfig, NormConfig
 from posttrain_lib.models.weights import Rule
 
+#: what a file without ``rope_parameters`` means
+_YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+
 
 def read_config(fields: ConfigReader) -> DecoderConfig:
     """Defaults are those of transformers' GptOssConfig."""
     sizes = read_sizes(fields, positions=131072, head_dim=64, key_value_heads=8, eps=1e-5)
     bias, window = fields.boolean("attention_bias", True), fields.window(default=128)
-    rope = fields.rope(sizes.head_dim, sizes.positions, theta=150_000.0)
+    rope = fields.rope(sizes.head_dim, sizes.positions, theta=150_000.0, usual=_YARN)
     kinds = fields.layer_types(
         sizes.layers,
         ("full_attention", "sliding_attention"),
@@ -38,11 +41,10 @@ def read_config(fields: ConfigReader) -> DecoderConfig:
         router="softmax_of_top",
         bias=True,
     )
-    windows = (window if kind == "sliding_attention" else None for kind in kinds)
     return sizes.decoder(
         (
             LayerConfig(sizes.attention(rope=rope, window=window, sinks=True, qkv_bias=bias, o_bias=bias), experts)
-            for window in windows
+            for window in fields.windows(kinds, window)
         ),
         NormConfig(sizes.eps, late_cast=True),
     )

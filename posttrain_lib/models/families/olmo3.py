@@ -20,7 +20,6 @@ def read_config(fields: ConfigReader) -> DecoderConfig:
         ("full_attention", "sliding_attention"),
         lambda layer: "sliding_attention" if (layer + 1) % 4 else "full_attention",
     )
-    windows = (window if kind == "sliding_attention" else None for kind in kinds)
     return sizes.decoder(
         (
             LayerConfig(
@@ -28,7 +27,7 @@ def read_config(fields: ConfigReader) -> DecoderConfig:
                 mlp,
                 POST_NORMS,
             )
-            for window in windows
+            for window in fields.windows(kinds, window)
         ),
         NormConfig(sizes.eps, late_cast=True),
     )

@@ -17,6 +17,7 @@ def read_config(fields: ConfigReader) -> DecoderConfig:
     rope = fields.rope(
         sizes.head_dim,
         sizes.positions,
+        partial=1.0,
         original=fields.integer("original_max_position_embeddings", 4096),
         renamed={"su": "longrope", "yarn": "longrope"},  # as transformers reads its older files
     )

@@ -17,7 +17,7 @@ from posttrain_lib.models.spec import DecoderConfig, LayerConfig, MLPConfig
 
 def read_config(fields: ConfigReader) -> DecoderConfig:
     """Defaults are those of transformers' Qwen2Config."""
-    sizes = read_sizes(fields, positions=32768)
+    sizes = read_sizes(fields, positions=32768, key_value_heads=32)
     rope = fields.rope(sizes.head_dim, sizes.positions)
     mlp = MLPConfig(sizes.intermediate, fields.activation("hidden_act"))
     windows = fields.qwen_windows(sizes.layers, default_window=4096, default_first=28)

@@ -18,7 +18,8 @@ from posttrain_lib.models.spec import DecoderConfig, LayerConfig, MLPConfig
 
 def read_config(fields: ConfigReader) -> DecoderConfig:
     """Defaults are those of transformers' Qwen3Config."""
-    sizes, bias = read_sizes(fields, positions=32768, head_dim=128), fields.boolean("attention_bias", False)
+    sizes = read_sizes(fields, positions=32768, head_dim=128, key_value_heads=32)
+    bias = fields.boolean("attention_bias", False)
     rope = fields.rope(sizes.head_dim, sizes.positions)
     mlp = MLPConfig(sizes.intermediate, fields.activation("hidden_act"))
     windows = fields.qwen_windows(sizes.layers, default_window=4096, default_first=28)

@@ -49,19 +49,19 @@ def read_sizes(
     *,
     positions: int,
     head_dim: int | None = None,
-    key_value_heads: Any = None,
+    key_value_heads: int | None = None,
     eps: float = 1e-6,
     tied: bool = False,
 ) -> Sizes:
     """The sizes of a config.json.
 
     Args:
-        positions, head_dim, key_value_heads, eps, tied: transformers' defaults of the family; head_dim None = hidden
-            size / heads, key_value_heads None = as many as heads.
+        positions, head_dim, key_value_heads, eps, tied: transformers' defaults of the family, for a field that is
+            missing; head_dim None or null in the file = hidden size / heads, key_value_heads so = as many as heads.
     """
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    given = fields.optional_integer("num_key_value_heads") or key_value_heads or heads
-    size = fields.optional_integer("head_dim") or head_dim or hidden // heads
+    given = fields.optional_integer("num_key_value_heads", key_value_heads) or heads
+    size = fields.optional_integer("head_dim", head_dim) or hidden // heads
     check_heads(heads, given, size)
     return Sizes(
         vocab=fields.integer("vocab_size"),

@@ -29,13 +29,13 @@ def read_config(fields: ConfigReader) -> DecoderConfig:
         LayerConfig(
             sizes.attention(
                 rope=rope if turn else None,
-                window=window if kind == "sliding_attention" else None,
+                window=own,
                 qkv_bias=bias,
                 o_bias=bias,
             ),
             mlp,
         )
-        for turn, kind in zip(turns, kinds, strict=True)
+        for turn, own in zip(turns, fields.windows(kinds, window), strict=True)
     )
 
 

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
+import torch
 
+from posttrain_lib.adapters.hf_reference import load_reference
+from posttrain_lib.checkpoint.hf import load_hf_weights
 from posttrain_lib.checkpoint.hf_files import read_headers
+from posttrain_lib.checkpoint.verify_documents import Documents, largest
+from posttrain_lib.conversion.family_test import TINY_SIZES
+from posttrain_lib.conversion.reference_facts import random_reference
 from posttrain_lib.errors import ModelError
+from posttrain_lib.models.decoder import build_model
 from posttrain_lib.models.families import FAMILIES, get_family, spec_from_config, spec_from_folder
 from posttrain_lib.models.families.shared import sharding_plan
 from posttrain_lib.models.spec import parameter_count
@@ -43,7 +51,6 @@ def _config(folder):
 
 def _agrees_with_transformers(content):
     """Our mapping against what transformers computes from the same config.json, where each can be read off."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ours = spec_from_config(content).config
@@ -110,11 +117,29 @@ def test_every_family_has_a_tiny_model_with_its_peculiarities():
             "layer_types": ["sliding_attention", "full_attention"],
         },
         {key: value for key, value in QWEN3.items() if key != "head_dim"},
+        {**LLAMA, "model_type": "smollm3", "num_attention_heads": 8, "num_key_value_heads": None, "pad_token_id": 0},
+        {**LLAMA, "model_type": "qwen2", "hidden_size": 128, "num_attention_heads": 64},
     ],
     ids=lambda content: "-".join(f"{k}" for k in content if k not in LLAMA) or "plain",
 )
 def test_defaults_and_old_spellings(content):
     _agrees_with_transformers(content)
+
+
+@pytest.mark.parametrize(
+    ("case", "left_out"), [*((case, "") for case in CASES), ("gpt_oss", "rope_parameters"), ("gemma3", "layer_types")]
+)
+def test_what_a_file_leaves_out_is_what_transformers_takes_it_for(case, left_out, tmp_path):
+    """The files that transformers writes state everything; these state what is peculiar and nothing else."""
+    content = {key: value for key, value in {**TINY_SIZES, **CASES[case]}.items() if key != left_out}
+    random_reference(copy.deepcopy(content)).save_pretrained(tmp_path)  # transformers fills in nested fields
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    spec = spec_from_folder(tmp_path)
+    model = build_model(spec)
+    load_hf_weights(model, spec, tmp_path)
+    documents = Documents.random(spec, (40, 1, 17), seed=0)
+    theirs = documents.reference_logits(load_reference(tmp_path, dtype=torch.float32))
+    assert largest(documents.packed_logits(model) - theirs) < 1e-4 * largest(theirs)
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -135,6 +160,7 @@ def test_other_published_models_are_refused_by_name(name, real_data):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "rope_parameters.beta_fast"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": -0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_theta": -1}, "rope_theta"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -167,6 +193,23 @@ def test_impossible_windows_are_refused(change, field):
     with pytest.raises(ModelError) as caught:
         spec_from_config({**QWEN2, **change})
     assert caught.value.where.endswith(field)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "field"),
+    [
+        ("smollm3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ("gemma2", {"sliding_window": None}, "layer_types"),
+        ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling"),
+        ("gemma3", {"rope_parameters": {"rope_type": "linear", "factor": 8.0}}, "rope_parameters"),
+        ("deepseek_v3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_fields_that_contradict_or_that_the_modelling_code_does_not_read_are_refused(case, change, field):
+    with pytest.raises(ModelError) as caught:
+        spec_from_config({**TINY_SIZES, **CASES[case], **change})
+    assert caught.value.where.endswith(f": {field}")
 
 
 @pytest.mark.parametrize("name", [name for name in LLAMA if name != "model_type"])
