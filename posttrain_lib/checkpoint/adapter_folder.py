@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posttrain_lib.checkpoint.adapters import load_adapter
 from posttrain_lib.checkpoint.hf import load_hf_weights
-from posttrain_lib.checkpoint.verify_documents import largest
+from posttrain_lib.checkpoint.verify_documents import furthest, largest
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.models.lora import Adapted, LoraSettings, merge, planned_adapters
@@ -116,21 +116,21 @@ def compare_adapter(
     theirs, mine = read.state_dict(), {**model.state_dict(), **state}
     adapters = {adapted.name: adapted for adapted in planned_adapters(model, settings)}
     names, rows = [name for name, _ in model.named_parameters()], model.config.vocab_size
-    worst, where = 0.0, "all weights are equal"
+    found: dict[str, float] = {}
     for name in dict.fromkeys([*names, *spec.parameter_shapes()]):
-        apart = math.inf
+        found[name] = math.inf
         if name in mine and name in theirs:
             wanted = _merged(mine, adapters.get(name), name)
             wanted = wanted[:rows] if name in VOCABULARY_WEIGHTS else wanted  # without rows that stand for no token
-            apart = _apart(_merged(theirs, read.adapters.get(name), name), wanted)
-        if not apart <= worst:
-            worst, where = apart, f"furthest apart: {name}"
+            found[name] = _apart(_merged(theirs, read.adapters.get(name), name), wanted)
+    where, worst = furthest(found)
+    said = f"furthest apart: {where}" if worst else "all weights are equal"
     return Check(
         "adapter on its base = trained weights",
         worst <= _ROUNDING,
         worst,
         _ROUNDING,
-        f"{where}; difference relative to a weight's largest entry, in float64",
+        f"{said}; difference relative to a weight's largest entry, in float64",
     )
 
 
@@ -143,5 +143,7 @@ def _merged(parameters: Mapping[str, Tensor], adapted: Adapted | None, name: str
 def _apart(read: Tensor, wanted: Tensor) -> float:
     if read.shape != wanted.shape:
         return math.inf
-    apart = largest(read - wanted)
-    return apart / largest(wanted) if apart else 0.0
+    apart, size = largest(read - wanted), largest(wanted)
+    if not apart:
+        return 0.0
+    return apart / size if size else math.inf

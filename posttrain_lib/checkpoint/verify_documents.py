@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,13 @@ _ROUNDING = 2.0**-23
 def largest(values: Tensor) -> float:
     """Largest magnitude; NaN where there is one."""
     return float(values.abs().max()) if values.numel() else 0.0
+
+
+def furthest(apart: Mapping[str, float]) -> tuple[str, float]:
+    """(name, value) of the largest difference. A NaN is larger than all: in a comparison of numbers it would be lost
+    to whatever comes behind it."""
+    name = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
+    return name, apart[name]
 
 
 def noise_limit(floor: float, exact: Tensor) -> float:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from posttrain_lib.checkpoint.hf import load_hf_weights
+from posttrain_lib.checkpoint.verify_documents import furthest
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.models.decoder import Decoder, build_model
 from posttrain_lib.models.lora import whole
@@ -143,8 +144,8 @@ def _compared(kind: str, expected: _Result, ranks: list[_Result]) -> Check:
     name = f"sharded = single, {kind}"
     if ranks[0].refused:
         return Check(name, True, ranks[0].refused, "two ranks", "this architecture is not cut so over two ranks")
-    worst, where = 0.0, "logits"
-    for result in ranks:
+    found: dict[str, float] = {}
+    for rank, result in enumerate(ranks):
         pairs = {
             "logits": (result.logits, expected.logits),
             **{n: (g, expected.grads.get(n)) for n, g in result.grads.items()},
@@ -152,8 +153,8 @@ def _compared(kind: str, expected: _Result, ranks: list[_Result]) -> Check:
         missing = sorted(set(expected.grads) - set(result.grads))
         for part, (got, wanted) in pairs.items():
             apart = float("inf") if got is None or wanted is None or missing else _apart(got, wanted)
-            if not apart <= worst:  # NaN, too
-                worst, where = apart, missing[0] if missing else part
+            found[f"{missing[0] if missing else part} of rank {rank}"] = apart
+    where, worst = furthest(found)
     reason = f"float64, two processes, logits and the gradient of every parameter; largest in {where}"
     return Check(name, worst <= _LIMIT, worst, _LIMIT, reason)
 

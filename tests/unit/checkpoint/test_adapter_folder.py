@@ -78,6 +78,12 @@ def _a_row_off(base: Path, adapter: Path) -> None:
     save_file({**tensors, name: tensors[name].roll(1, 0)}, adapter / ADAPTER_FILE)
 
 
+def _not_a_number(base: Path, adapter: Path) -> None:
+    tensors = load_file(adapter / ADAPTER_FILE)
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][3, 1] = float("nan")
+    save_file(tensors, adapter / ADAPTER_FILE)
+
+
 def _a_module_less(base: Path, adapter: Path) -> None:
     tensors = load_file(adapter / ADAPTER_FILE)
     save_file({name: value for name, value in tensors.items() if "v_proj" not in name}, adapter / ADAPTER_FILE)
@@ -99,6 +105,7 @@ def _rows_fewer(base: Path, adapter: Path) -> None:
         (_another_scale, "proj.weight"),
         (_a_row_off, "layers.0.attention.q_proj.weight"),
         (_a_module_less, "v_proj.weight"),
+        (_not_a_number, "layers.0.attention.q_proj.weight"),
         (_rows_fewer, "embed_tokens.weight"),
     ],
 )
@@ -109,6 +116,15 @@ def test_what_does_not_belong_together_fails(damage: Callable[[Path, Path], None
     damage(base, tmp_path / "adapter")
     check = compare_adapter(model, state, settings, tmp_path / "adapter", base)
     assert not check.passed and where in check.reason
+
+
+def test_a_weight_of_zeros_on_a_base_with_another(tmp_path: Path) -> None:
+    source, settings = write_tiny_model("llama", tmp_path / "model"), LoraSettings(4, 8.0)
+    model, state = trained(source, tmp_path / "adapter", settings)
+    with torch.no_grad():
+        model.layers[0].attention.q_proj.bias.zero_()
+    check = compare_adapter(model, state, settings, tmp_path / "adapter", source)
+    assert not check.passed and "layers.0.attention.q_proj.bias" in check.reason
 
 
 def test_an_embedding_s_adapter_on_a_base_with_fewer_rows(tmp_path: Path) -> None:

@@ -28,13 +28,14 @@ def test_each_kind_of_layer_is_there_once(family_folder: Callable[[str], Path]) 
     assert len(one_layer_of_each_kind(spec).config.layers) == 2
 
 
-@pytest.mark.parametrize("fault", ["scaled", "missing", "nan"])
+@pytest.mark.parametrize("fault", ["scaled", "missing", "nan", "nan in front"])
 def test_a_wrong_gradient_is_seen(fault: str) -> None:
     right = verify_sharded._Result(torch.ones(3), {"a": torch.ones(2), "b": torch.ones(2)})
     wrong = {
         "scaled": {"a": torch.ones(2), "b": torch.ones(2) / 2},
         "missing": {"a": torch.ones(2)},
         "nan": {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])},
+        "nan in front": {"b": torch.tensor([float("nan"), 1.0]), "a": torch.ones(2)},
     }[fault]
     check = verify_sharded._compared("fsdp", right, [right, verify_sharded._Result(torch.ones(3), wrong)])
     assert not check.passed
