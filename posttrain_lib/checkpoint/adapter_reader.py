@@ -34,6 +34,8 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
+    # The others (PiSSA, OLoRA, CorDA, LoftQ) take a part out of the base's weights, and do it again at each loading.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
 }
 #: what a reward model's head may be called in ``modules_to_save``: PEFT itself adds the names of both habits
 _SCORE_HEADS = {"score", "classifier"}

@@ -263,6 +263,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "modules to save": (lambda c, t: ({**c, "modules_to_save": ["lm_head"]}, t), "modules_to_save"),
     "another method": (lambda c, t: ({**c, "peft_type": "IA3"}, t), "peft_type"),
     "bias": (lambda c, t: ({**c, "bias": "lora_only"}, t), "setting of PEFT that is not supported"),
+    "a changed base": (lambda c, t: ({**c, "init_lora_weights": "pissa_niter_4"}, t), "init_lora_weights"),
     "no rank": (lambda c, t: ({"peft_type": "LORA"}, t), "configuration cannot be read"),
     "unknown module": (lambda c, t: (c, _rename(t, "o_proj", "out_proj")), "module that this model does not have"),
     "unknown tensor": (lambda c, t: (c, _rename(t, "lora_A", "lora_C")), "none of LoRA's"),
