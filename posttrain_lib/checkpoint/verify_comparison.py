@@ -117,8 +117,9 @@ class Comparison:
         found = torch.autograd.grad((output * pull.to(output.dtype)).sum(), list(trained.values()), allow_unused=True)
         return dict(zip(trained, found, strict=True))
 
-    def reference_gradients(self, reference: Any, pull: Tensor) -> dict[str, Tensor]:
-        """Our parameter name -> the same gradient by transformers, where it has one."""
+    def reference_gradients(self, reference: Any, pull: Tensor) -> tuple[dict[str, Tensor], list[str]]:
+        """(our parameter name -> the same gradient by transformers, where it has one; the stored tensors that it has
+        gradients of and that no parameter of ours is)."""
         subject = self.subject
         reference.zero_grad(set_to_none=True)
         with routed(self.reference_experts(reference), self.coarse.routing.choices):
@@ -135,7 +136,7 @@ class Comparison:
                 part = stored[piece.theirs][piece.their_index]
                 value[piece.our_index] = part.transpose(-1, -2) if piece.transposed else part
             found[name] = value
-        return found
+        return found, sorted(set(stored) - {piece.theirs for piece in subject.spec.pieces})
 
 
 def parameters(subject: Subject, model: Decoder) -> dict[str, nn.Parameter]:

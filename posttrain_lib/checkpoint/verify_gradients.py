@@ -40,8 +40,8 @@ def check_gradients(it: Comparison) -> list[Finding]:
         tokens = swapped(len(pull)) | it.fine.routing.swapped(len(pull))
         for rows, mask in zip(pull.split(it.subject.lengths), tokens.split(it.subject.lengths), strict=True):
             rows *= float(not mask.any())
-    coarse = it.reference_gradients(it.coarse_reference, pull)
-    fine = it.reference_gradients(it.fine_reference, pull)
+    coarse, _ = it.reference_gradients(it.coarse_reference, pull)
+    fine, unknown = it.reference_gradients(it.fine_reference, pull)
     if not any(largest(value) for value in fine.values()):
         if pull.any():
             reason = (
@@ -65,6 +65,8 @@ def check_gradients(it: Comparison) -> list[Finding]:
     for name in sorted(set(ours) - set(fine)):
         where = it.subject.named(name)
         found.append(Finding("gradients", float("inf"), 0.0, "transformers trains no such parameter", where))
+    for tensor in unknown:  # where it is zero, as a bias may be, no output tells
+        found.append(Finding("gradients", float("inf"), 0.0, "transformers trains it, and ours has none", tensor))
     failed = {finding.module for finding in found if not finding.passed}
     lost = [
         floors[name] / largest(exact) if largest(exact) else 0.0

@@ -1,15 +1,21 @@
-"""Weights that leave nothing to compare with: the reference is named, not our definition."""
+"""Gradients that cannot be compared: of weights that leave nothing to compare with, and of one that ours lacks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from posttrain_lib.checkpoint import verify
+from posttrain_lib.checkpoint.hf import load_hf_weights
+from posttrain_lib.checkpoint.verify_documents import Documents
 from posttrain_lib.checkpoint.verify_gradients import REFERENCE, check_gradients
+from posttrain_lib.models.decoder import build_model
+from posttrain_lib.models.families import spec_from_folder
 from posttrain_lib.schema.manifests import Check
 from tests.support.tiny_models import write_tiny_model
 
@@ -40,3 +46,19 @@ def test_a_reference_that_rounding_decides(tmp_path: Path, monkeypatch: pytest.M
 
 def test_ordinary_weights_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed("qwen3", 1.0, tmp_path, monkeypatch) == []
+
+
+def test_a_parameter_that_ours_lacks_is_caught_where_it_is_zero(tmp_path: Path) -> None:
+    folder = write_tiny_model("llama", tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    ends = tuple(f"{kind}_proj.bias" for kind in "qkv")
+    biases = {name: torch.zeros_like(value) for name, value in stored.items() if name.endswith(ends)}
+    save_file({**stored, **biases}, folder / "model.safetensors", {"format": "pt"})
+    spec = spec_from_folder(folder)
+    layers = tuple(replace(own, attention=replace(own.attention, qkv_bias=False)) for own in spec.config.layers)
+    spec = replace(spec, config=replace(spec.config, layers=layers), left_alone=r".*[qkv]_proj\.bias$")
+    model = build_model(spec)
+    load_hf_weights(model, spec, folder)
+    report = verify.verify_light(model, spec, folder, Documents.random(spec, (40, 1, 17), 0))
+    [check] = [check for check in report.checks if not check.passed]
+    assert check.name == "gradients" and "ours has none" in check.reason and report.first_wrong_module in biases
