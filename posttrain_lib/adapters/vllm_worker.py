@@ -105,8 +105,12 @@ class Worker:
         return sampled, failures
 
     def on_abort(self, keys: Sequence[str]) -> None:
-        """Leave these requests."""
+        """Leave these requests, and what is not told yet of them: another may have their key."""
+        from posttrain_lib.adapters.vllm_allowed import FAILURES
+
         self._engine.abort_request([_name(key) for key in keys])
+        for key in keys:
+            FAILURES.pop(key, None)
         self._sampled = [each for each in self._sampled if each.key not in keys]
 
     def on_push(self, first: Bucket, version: int) -> str:

@@ -284,6 +284,17 @@ def test_a_constraint_at_its_end_names_the_request_and_harms_no_other(engine: Ro
     assert list(found) == ["good"] and found["good"].token_ids.tolist() == expected
 
 
+def test_a_request_has_nothing_of_one_that_was_aborted(engine: RolloutRole) -> None:
+    """Which had its key, and came to its constraint's end while something was scored."""
+    expected = drained(engine, [request("a", [1], 6)])["a"].token_ids.tolist()
+    engine.submit([request("a", [1], 6, allowed=Trie([[3]], 69))])
+    engine.step()
+    engine.step()
+    engine.logprobs([[1, 2, 3]], [1])
+    assert [each.token_ids.tolist() for each in engine.abort(["a"])] == [[3, 69]]
+    assert drained(engine, [request("a", [1], 6)])["a"].token_ids.tolist() == expected
+
+
 def test_the_window_ends_a_completion(engine: RolloutRole) -> None:
     found = drained(engine, [request("a", [1] * (WINDOW - 5), 30), request("b", [1] * (WINDOW - 1), 30)])
     assert (len(found["a"].token_ids), found["a"].finish) == (5, "length")
