@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from posttrain_lib.lineage.digests import sync_folder, write_atomically
+
 
 class VersionLog:
-    """JSON lines with a ``version`` each, in a file of one run."""
+    """JSON lines with a ``version`` each, in a file of one run.
+
+    A line is on the disk when it is told of: a checkpoint counts on those of its version, and is on the disk itself.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -18,15 +24,16 @@ class VersionLog:
         """The lines up to a version, from which the run goes on; later ones are cut off. 0: a run begins, with none."""
         lines = read_log(self.path) if self.path.exists() and version else []
         kept = [line for line in lines if line["version"] <= version]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(map(_text, kept)), encoding="utf-8")
-        fresh.replace(self.path)
+        write_atomically(self.path, "".join(map(_text, kept)))
+        sync_folder(self.path.parent)
         return kept
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add lines."""
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write("".join(map(_text, lines)))
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

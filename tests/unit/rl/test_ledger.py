@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -106,6 +107,30 @@ def test_a_run_without_a_checkpoint_begins_with_an_empty_log(tmp_path: Path) -> 
     again.close_update(1)
     state = again.state()
     Ledger(VersionLog(log)).load_state(state, 1)
+
+
+def test_lines_are_on_the_disk_as_the_checkpoint_is_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a run would else find its checkpoint, and no log that fits it."""
+    flushed: dict[int, int] = {}
+    flush = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flush(descriptor)
+        found = os.fstat(descriptor)
+        flushed[found.st_ino] = found.st_size
+
+    monkeypatch.setattr(os, "fsync", noted)
+    log = VersionLog(tmp_path / "log.jsonl")
+    log.start(0)
+    log.append([{"version": 1}])
+    log.append([{"version": 2}])
+    for _ in range(2):
+        found = log.path.stat()
+        assert flushed[found.st_ino] == found.st_size > 0
+        assert tmp_path.stat().st_ino in flushed, "its name"
+        log.start(1)
 
 
 def test_a_kill_may_tear_a_line_anywhere(tmp_path: Path) -> None:
