@@ -174,15 +174,15 @@ def _told(flow: str, ids: list[str]) -> str:
 
 
 def _plain(flow: str, run: Any) -> FlowRun:
-    found: dict[str, dict[str, Any]] = {"manifests": {}, "run_config": {}}
-    for step in run:  # the last one first
-        task = step.task
-        here = set() if task is None else {artifact.id for artifact in task}
-        for name in found:
-            if not found[name] and name in here:
-                found[name] = task[name].data
+    # Every step has those of the one before and its own. Which was the last, their times do not say: a resume copies
+    # steps in any order.
+    artifacts = [{artifact.id: artifact for artifact in step.task or ()} for step in run]
+    manifests, config = (
+        max((known[name].data or {} for known in artifacts if name in known), key=len, default={})
+        for name in ("manifests", "run_config")
+    )
     tags = tuple(sorted(run.user_tags))
-    return FlowRun(flow, run.id, _state(run), tags, found["manifests"], found["run_config"])
+    return FlowRun(flow, run.id, _state(run), tags, manifests, config)
 
 
 def _state(run: Any) -> str:
