@@ -9,6 +9,7 @@ from typing import Any
 from metaflow.cards import Markdown, Table
 
 from posttrain_lib.adapters.metaflow_lineage import lineage_parts
+from posttrain_lib.adapters.metaflow_parts import block, escaped, text
 from posttrain_lib.lineage.graph import Graph
 from posttrain_lib.schema.manifests import Check, StepManifest
 
@@ -51,8 +52,8 @@ def _proposal(card: Any, summary: Mapping[str, Any], manifest: StepManifest) -> 
     rows = [[str(a["number"]), f"{a['seconds']:.1f}", a["note"], a["summary"]] for a in found["attempts"]]
     card.append(Table(rows, headers=headers))
     if "family" not in summary["outputs"]:
-        card.append(Markdown(f"No definition was found: {found['reason']}."))
+        card.append(text(f"No definition was found: {found['reason']}."))
         return
     path = Path(summary["outputs"]["family"])
     card.append(Markdown(f"## Proposed, for review: `{path}`, its test `{summary['outputs']['test']}`"))
-    card.append(Markdown(f"```python\n{path.read_text(encoding='utf-8')}```"))
+    card.append(block(f"<pre>{escaped(path.read_text(encoding='utf-8'))}</pre>"))
