@@ -28,9 +28,13 @@ _HABITS: Any = dict.fromkeys(
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What of the section decides the weights, the warm start aside: that comes in as the model."""
+    """What of the section decides the weights, the warm start aside: that comes in as the model. Prompts come in as
+    they were rendered; what an environment adds to them, its tools and turns, is rendered by training itself."""
     assert config.grpo is not None
-    return config.grpo.model_dump(mode="json", exclude={**_HABITS, "teacher": {"path", "origin"}})
+    found = config.grpo.model_dump(mode="json", exclude={**_HABITS, "teacher": {"path", "origin"}})
+    if config.grpo.environment is not None:
+        found["template"] = [config.data.template_date, config.data.template_kwargs]
+    return found
 
 
 def habits(config: RunConfig) -> dict[str, Any]:
@@ -178,6 +182,7 @@ def job(context: StepContext, tokenizer: ChatTokenizer) -> RolloutJob | None:
         held_out=inputs["prompts"].uri,
         tokenizer=inputs["tokenizer"].uri,
         chat_template=inputs["chat_template"].uri if "chat_template" in inputs else None,
+        template_date=config.data.template_date,
         template_kwargs=config.data.template_kwargs,
         settings=rl_settings(config, tokenizer),
         rewards=specs(grpo),

@@ -18,7 +18,8 @@ class RolloutJob:
     """Where prompts come from, who answers and who grades.
 
     ``prompts`` and ``held_out`` are files of step ``prepare_data``. ``tokenizer`` is a folder, ``chat_template`` a file
-    that replaces its template, or None. ``engine`` is a name in ``rl.run.ENGINES`` or module:attribute, made with
+    that replaces its template, or None; ``template_date`` and ``template_kwargs`` are what prompts were rendered with.
+    ``engine`` is a name in ``rl.run.ENGINES`` or module:attribute, made with
     ``engine_options``. ``reference`` and ``teacher``: folders of frozen models, which the loss compares with and the
     policy learns from. ``longest_prompt``: tokens of the longest prompt that is asked. ``environment``: what answers
     the policy; None: nothing, an answer is one completion. ``constraint``: what may be sampled; None: anything.
@@ -33,6 +34,7 @@ class RolloutJob:
     rewards: tuple[RewardSpec, ...]
     longest_prompt: int
     chat_template: str | None = None
+    template_date: str = "2026-01-01"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     engine: str = "embedded"
     engine_options: Mapping[str, Any] = field(default_factory=dict)

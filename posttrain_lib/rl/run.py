@@ -189,7 +189,10 @@ def _check_embedded(slots: int = _SLOTS, dtype: str = "float32") -> None:
 
 def _tokenizer(rollouts: RolloutJob) -> ChatTokenizer:
     return ChatTokenizer(
-        rollouts.tokenizer, chat_template=rollouts.chat_template, template_kwargs=dict(rollouts.template_kwargs)
+        rollouts.tokenizer,
+        chat_template=rollouts.chat_template,
+        template_date=rollouts.template_date,
+        template_kwargs=dict(rollouts.template_kwargs),
     )
 
 

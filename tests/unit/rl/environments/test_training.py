@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from posttrain_lib.data.chat_tokenizer import ChatTokenizer
 from posttrain_lib.losses.contract import outcome_of
 from posttrain_lib.losses.policy import ADVANTAGES, PolicyLoss
+from posttrain_lib.rl.engine.embedded import EmbeddedEngine
 from posttrain_lib.rl.environments.base import EnvironmentSpec, Turn
 from posttrain_lib.rl.packing import pack_samples
 from posttrain_lib.rl.playing import make_playing, play_all
 from posttrain_lib.rl.prompts import RolloutPrompt
 from posttrain_lib.rl.trajectories import Trajectory
 from posttrain_lib.schema.batches import PackedBatch
-from posttrain_lib.schema.rollouts import TrainSample
+from posttrain_lib.schema.rollouts import Request, TrainSample
 from tests.support.dialogues import VOCABULARY, prompt_of, sampling_of
 from tests.support.engines import embedded, loaded
 from tests.support.tiny_rollouts import PROBLEMS, train_tiny
@@ -98,6 +100,27 @@ def test_failures_are_counted_and_the_run_goes_on(talker: Path, tokenizer: ChatT
     assert reports[-1].step == 2 and reports[-1].figures["rollout/quarantined"] == 2.0
     settled = (tmp_path / "job" / "ledger.jsonl").read_text()
     assert "environment: raised ValueError: not this one" in settled
+
+
+def test_prompts_with_tools_have_the_date_of_those_without(
+    talker: Path, tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that the data was prepared with; evaluation renders them with it, too."""
+    template = tmp_path / "dated.jinja"
+    own = (talker / "chat_template.jinja").read_text(encoding="utf-8")
+    template.write_text("{{- 'day ' ~ strftime_now('%Y-%m-%d') }}" + own, encoding="utf-8")
+    asked: list[str] = []
+    submit = EmbeddedEngine.submit
+
+    def noted(engine: EmbeddedEngine, requests: Sequence[Request]) -> None:
+        asked.extend(tokenizer.decode(each.prompt_ids) for each in requests)
+        submit(engine, requests)
+
+    monkeypatch.setattr(EmbeddedEngine, "submit", noted)
+    dated = {"chat_template": str(template), "template_date": "2031-05-06"}
+    calculator = EnvironmentSpec("calculator", max_tokens=500)
+    train_tiny(talker, tokenizer, tmp_path / "job", updates=1, new_tokens=6, environment=calculator, **dated)
+    assert asked and all(text.startswith("day 2031-05-06") for text in asked)
 
 
 class Moody:

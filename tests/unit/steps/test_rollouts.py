@@ -1,0 +1,29 @@
+"""What recipe grpo adds to training: what of the run file decides its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from posttrain_lib.config import RunConfig
+from posttrain_lib.config.load import load_run_config
+from posttrain_lib.lineage.source_digest import PROJECT_ROOT
+from steps import rollouts
+
+
+def config(data: dict[str, Any], **grpo: Any) -> RunConfig:
+    """The default run file with other fields of two of its sections."""
+    raw = load_run_config(PROJECT_ROOT / "configs" / "grpo" / "default.yaml", []).model_dump(
+        mode="json", exclude_unset=True
+    )
+    return RunConfig.model_validate({**raw, "data": {**raw["data"], **data}, "grpo": {**raw["grpo"], **grpo}})
+
+
+@pytest.mark.parametrize("data", [{"template_date": "2031-05-06"}, {"template_kwargs": {"tools_in_user_message": False}}])
+def test_the_templates_variables_decide_where_training_renders(data: dict[str, Any]) -> None:
+    """An environment's tools and turns; prompts without any are rendered before, and come in as they are."""
+    calculator = {"name": "calculator"}
+    assert rollouts.settings(config(data)) == rollouts.settings(config({}))
+    with_tools = [rollouts.settings(config(each, environment=calculator)) for each in (data, {})]
+    assert with_tools[0] != with_tools[1]
