@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.grpo import GRPO
-from posttrain_lib.errors import DataError
+from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, StepContext
 
@@ -88,11 +88,24 @@ def check_answers(config: RunConfig, manifests: Manifests) -> None:
 
 
 def sampling(grpo: GRPO, tokenizer: ChatTokenizer) -> Sampling:
-    """How training's answers are drawn."""
+    """How training's answers are drawn.
+
+    Raises:
+        ConfigError: a stop string that no answer's text has.
+    """
     from posttrain_lib.data.probes import stop_ids
     from posttrain_lib.schema.rollouts import Sampling
 
     rollout = grpo.rollout
+    for text in rollout.stop_strings:
+        ids = tokenizer.encode(text).ids.tolist()
+        if not ids or tokenizer.decode(ids) != tokenizer.decode(ids, skip_special_tokens=False):
+            raise ConfigError(
+                "no answer would end behind a stop string: it is looked for in text, which has no control tokens",
+                where="grpo.rollout.stop_strings",
+                got=repr(text),
+                expected="words that an answer may have; what ends a turn ends it anyway",
+            )
     return Sampling(
         rollout.max_new_tokens, rollout.temperature, frozenset(stop_ids(tokenizer)), tuple(rollout.stop_strings)
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import load_run_config
+from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 from steps import rollouts
+from tests.support.dialogues import tokenizer_of, write_talker
 
 
 def config(data: dict[str, Any], **grpo: Any) -> RunConfig:
@@ -27,3 +30,17 @@ def test_the_templates_variables_decide_where_training_renders(data: dict[str, A
     assert rollouts.settings(config(data)) == rollouts.settings(config({}))
     with_tools = [rollouts.settings(config(each, environment=calculator)) for each in (data, {})]
     assert with_tools[0] != with_tools[1]
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "Done.<|im_end|>", ""])
+def test_a_stop_string_that_no_text_has_is_refused(tmp_path: Path, text: str) -> None:
+    """Control tokens are not in an answer's text."""
+    tokenizer = tokenizer_of(write_talker(tmp_path / "model"))
+    for strings in ([text], ["</end>", text]):
+        grpo = config({}, rollout={"stop_strings": strings}).grpo
+        assert grpo is not None
+        with pytest.raises(ConfigError, match="no answer would end"):
+            rollouts.sampling(grpo, tokenizer)
+    grpo = config({}, rollout={"stop_strings": ["</end>", "\n\n"]}).grpo
+    assert grpo is not None
+    assert rollouts.sampling(grpo, tokenizer).stop_strings == ("</end>", "\n\n")
