@@ -66,8 +66,8 @@ def headline(report: StepReport) -> str:
     if report.loss is None and report.step > 0:
         return f"step **{report.step}** of {report.total_steps} · {report.event}"
     if report.loss is None:
-        known = {"loss": loss for name, loss in _held_out_loss(report).items() if name == "all"}
-        first = list((known or report.held_out_figures).items())[:1]
+        losses = _held_out_loss(report)
+        first = [("loss", losses["all"])] if losses else list(report.held_out_figures.items())[:1]
         held_out = "".join(f" · held-out {name} **{value:.4f}** before training" for name, value in first)
         return f"step **0** of {report.total_steps}{held_out}"
     mfu = "" if report.mfu is None else f" · MFU {report.mfu:.1%}"

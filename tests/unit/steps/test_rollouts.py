@@ -23,7 +23,9 @@ def config(data: dict[str, Any], **grpo: Any) -> RunConfig:
     return RunConfig.model_validate({**raw, "data": {**raw["data"], **data}, "grpo": {**raw["grpo"], **grpo}})
 
 
-@pytest.mark.parametrize("data", [{"template_date": "2031-05-06"}, {"template_kwargs": {"tools_in_user_message": False}}])
+@pytest.mark.parametrize(
+    "data", [{"template_date": "2031-05-06"}, {"template_kwargs": {"tools_in_user_message": False}}]
+)
 def test_the_templates_variables_decide_where_training_renders(data: dict[str, Any]) -> None:
     """An environment's tools and turns; prompts without any are rendered before, and come in as they are."""
     calculator = {"name": "calculator"}
