@@ -27,7 +27,7 @@ from posttrain_lib.data.mixture import Mixer, Part
 from posttrain_lib.data.order import source_seed
 from posttrain_lib.data.packing import Rows
 from posttrain_lib.data.planner import UnitFacts
-from posttrain_lib.data.sources import names_of
+from posttrain_lib.data.sources import is_local, look_of, names_of
 from posttrain_lib.data.store_feed import SourceShare, plain_mixture, schedule
 from posttrain_lib.data.workers import OrderedPool
 from posttrain_lib.errors import CheckpointError, DataError
@@ -100,7 +100,8 @@ class LiveFeed:
         )
         files = [
             [
-                LiveFile(source, number, path, digest, name)
+                # A disk tells at no cost how a file looks; of a store's file its digest does.
+                LiveFile(source, number, path, digest, name, look_of(path) if is_local(path) else digest)
                 for number, ((path, digest), name) in enumerate(
                     zip(found, names_of([path for path, _ in found]), strict=True)
                 )

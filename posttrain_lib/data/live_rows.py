@@ -11,7 +11,7 @@ import numpy as np
 from posttrain_lib.data.encoding import RawRow
 from posttrain_lib.data.order import epoch_permutation, row_keys, window_size
 from posttrain_lib.data.readers import Place
-from posttrain_lib.data.sources import read_from
+from posttrain_lib.data.sources import look_of, read_from
 from posttrain_lib.errors import DataError
 
 
@@ -27,7 +27,8 @@ class At(NamedTuple):
 class LiveFile:
     """A file of a source: number of the source, of the file in the source, where it is, digest of its content.
 
-    ``name`` is what row ids call it (:func:`posttrain_lib.data.sources.names_of`); default: its base name.
+    ``name`` is what row ids call it (:func:`posttrain_lib.data.sources.names_of`); default: its base name. ``look`` is
+    how it must still look (:func:`posttrain_lib.data.sources.look_of`) whenever it is opened; default: in any way.
     """
 
     source: int
@@ -35,6 +36,7 @@ class LiveFile:
     path: str
     digest: str
     name: str = ""
+    look: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def windows(
     next one is asked for.
 
     Raises:
-        DataError: a file has no rows, or cannot be read.
+        DataError: a file has no rows, cannot be read, or is another than it was.
     """
     epoch = start.epoch
     while epochs is None or epoch < epochs:
@@ -105,6 +107,12 @@ def _epoch(files: Sequence[LiveFile], start: WindowStart, window: int, seed: int
 
 
 def _rows_of(file: LiveFile, place: Place) -> Iterator[tuple[Place, RawRow]]:
+    if file.look and look_of(file.path) != file.look:
+        raise DataError(
+            "the file was changed while training read it, pass after pass",
+            where=file.path,
+            fix="start a new run, which trains on the data as they are now; write new data under a new name",
+        )
     found = place.row > 0
     for at, row_id, content in read_from(file.path, place, file.name or None):
         found = True

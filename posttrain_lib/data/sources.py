@@ -154,6 +154,26 @@ def list_files(path: str, known: FileDigests) -> list[tuple[str, str]]:
         return [(file, _file_digest(file, told, known)) for file, told in found]
 
 
+def is_local(file: str) -> bool:
+    """Whether the file lies on a disk of this machine, or one that is mounted."""
+    return not is_hub_id(file) and "file" in protocols(file_system(file)[0])
+
+
+def look_of(file: str) -> str:
+    """What tells one version of a file of :func:`files_of` from another, without reading it: of local ones size, inode
+    and time of the last write, elsewhere the digest of :func:`list_files`.
+
+    Raises:
+        DataError: it is gone.
+    """
+    if not is_local(file):
+        return list_files(file, FileDigests())[0][1]
+    with client_errors(file):
+        found = _expand(file)
+        parts = _all_below(file) if found[0][1]["type"] == "directory" else found
+        return digest_value([[name, told["size"], told["ino"], told["mtime"]] for name, told in parts])
+
+
 def _file_digest(file: str, told: dict[str, Any], known: FileDigests) -> str:
     filesystem, inner = file_system(file)
     if "file" in protocols(filesystem):

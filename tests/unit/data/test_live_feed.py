@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -118,6 +119,11 @@ def _stream(steps: list[LoadedStep]) -> list[str]:
 def _take(loader: PackedLoader, steps: int) -> list[LoadedStep]:
     with loader:
         return [step for _ in range(steps) if (step := loader.next_step()) is not None]
+
+
+def _take_some(loader: PackedLoader, steps: int) -> None:
+    for _ in range(steps):
+        loader.next_step()
 
 
 #: ChatML that drops the reasoning of earlier turns, as Qwen3's template does
@@ -306,6 +312,28 @@ def test_a_file_that_changed_under_a_checkpoint_is_named(data: Data) -> None:
         handle.write(json.dumps(_row("two", 999)) + "\n")
     with pytest.raises(CheckpointError, match=r"two\.jsonl"):
         _loader(data.live()).load_state(state)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_file_that_is_replaced_while_training_goes_on_is_named(data: Data, steps: int) -> None:
+    """Before it was opened, or between two passes: what is trained on would not be what the run is known by."""
+    with pytest.raises(DataError, match="changed while") as caught, _loader(data.live()) as loader:
+        _take_some(loader, steps)
+        _with_rows(data, "two", [_row("other", number) for number in range(150)])
+        _take_some(loader, 200)
+    assert str(caught.value.where).endswith("two.jsonl")
+
+
+def test_a_file_of_a_store_that_is_replaced_while_training_goes_on_is_named(data: Data) -> None:
+    with fsspec.open("memory://live/rows.jsonl", "wb") as handle:
+        handle.write((data.folder / "two.jsonl").read_bytes())
+    data.paths["two"] = "memory://live/rows.jsonl"
+    with pytest.raises(DataError, match="changed while") as caught, _loader(data.live()) as loader:
+        _take_some(loader, 2)
+        with fsspec.open("memory://live/rows.jsonl", "wb") as handle:
+            handle.write((data.folder / "two.jsonl").read_bytes())
+        _take_some(loader, 200)
+    assert str(caught.value.where).endswith("rows.jsonl")
 
 
 def test_too_many_refused_rows_stop_the_training(data: Data) -> None:
