@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
+from posttrain_lib.config.evaluation import Gates
 from posttrain_lib.config.load import build_config
 from posttrain_lib.config.model import Vocabulary
 from posttrain_lib.config.retrain import PROJECT_ROOT, RetrainConfig, build_retrain_config
@@ -26,6 +27,7 @@ from posttrain_lib.lineage.store import Store, published_place
 from posttrain_lib.schema.manifests import StepManifest
 from steps import landed, pipeline, report
 from steps.base import Say, run_step, say_line
+from steps.foresight import check_evaluation
 from steps.promote import decision, user
 from steps.recorded import lineage_of
 from steps.start_from import RunNames, with_models_found
@@ -129,7 +131,7 @@ def taken_files(store: Store, config: RetrainConfig, current: Pointer) -> list[T
 
 def training_config(raw: Plain, due: Due, run: RunNames | None = None, say: Say = say_line) -> Plain:
     """The run file of this retrain in plain values: the rows are copied into the store first, the model is the current
-    version, looked up.
+    version, looked up. That later versions can be held to the retrain's gates is seen with the first one.
 
     Raises:
         ConfigError, DataError, ModelError: as the steps that look at them.
@@ -147,16 +149,21 @@ def training_config(raw: Plain, due: Due, run: RunNames | None = None, say: Say 
             part = {config.landing.name: config.landing.mixture.model_dump(mode="json")}
             plain["train"]["mixture"] = {**mixture, "sources": {**mixture["sources"], **part}}
     plain["data"]["sources"] = sources
+    if (mixture := plain["train"]["mixture"]) is not None:
+        names = {source["name"] for source in sources}
+        mixture["sources"] = {name: part for name, part in mixture["sources"].items() if name in names}
     plain["evaluation"]["tasks"] += [_placed(task.model_dump(mode="json")) for task in config.suites]
     if not first:
         named = f"models/{config.name}@{rows.base}"
         # New tokens are in the vocabulary since the first version.
         grown = Vocabulary().model_dump(mode="json")
         plain["model"] = {**plain["model"], "path": named, "from_scratch": None, "origin": None, "vocabulary": grown}
-        gates = {name: gate.model_dump(mode="json") for name, gate in config.gates.items()}
-        plain["evaluation"]["gates"] = {"metrics": gates}
-    found = build_config(RunConfig, plain, where="the retrain's run file")
-    return with_models_found(found, run=run, say=say).model_dump(mode="json")
+        plain["evaluation"]["gates"] = Gates(metrics=config.gates).model_dump(mode="json")
+    found = with_models_found(build_config(RunConfig, plain, where="the retrain's run file"), run=run, say=say)
+    if first:
+        later = found.evaluation.model_copy(update={"gates": Gates(metrics=config.gates)})
+        check_evaluation(found.model_copy(update={"evaluation": later}))
+    return found.model_dump(mode="json")
 
 
 def lineage(manifests: Mapping[str, Plain]) -> Graph:
@@ -246,10 +253,13 @@ def decide(
 
 def told(raw: Plain, entry: Entry | None) -> str:
     """What came of it, in a line."""
-    current = _version(promoted.pointer_of(Store(), raw["name"]).current)
+    number = promoted.pointer_of(Store(), raw["name"]).current
+    current = _version(number)
     if entry is None:
         return f"models/{raw['name']}: no new rows; nothing to train, {current} stays the current one"
-    kept = "" if entry.action == "promoted" else f", {current} stays the current one"
+    kept = f", {current} stays the current one"
+    if entry.action == "promoted":
+        kept = "" if number == entry.version else f", {current} is the current one by now"
     moved = f" as version {entry.version}" if entry.action == "promoted" else ""
     stays_out = entry.action == "rejected" and raw["landing"]["rejected"] == "leave_out"
     mended = f"\n{_MENDED}" if stays_out else ""

@@ -138,6 +138,9 @@ def test_rows_of_a_version_that_was_rolled_back(isolated_store: Path, rejected: 
     assert not_taken(rejected) == new
     again = decided(SECOND, "two", run="7")
     assert again.version == 2 and promoted.find(Store(), "mine", None, where="").version == 1, "not promoted again"
+    assert "promoted as version 2 by RetrainFlow/1, version 1 is the current one by now" in retrain.told(
+        config(), again
+    )
 
 
 def not_taken(rejected: str) -> list[str]:
@@ -192,6 +195,20 @@ def test_the_part_of_landed_rows_in_a_mixture(isolated_store: Path, folder: Path
     raw = config(run=run, landing=landing)
     mixed = training_config(raw, look(raw))["train"]["mixture"]["sources"]
     assert {name: part["weight"] for name, part in mixed.items()} == {"a": 3, "landed": 1}
+    decided(look(raw).rows, "one", landing=landing)
+    (folder / "b.jsonl").write_text('{"messages": [1]}\n')
+    alone = training_config({**raw, "keep_sources": False}, look(raw))
+    assert (
+        [*alone["train"]["mixture"]["sources"]] == [source["name"] for source in alone["data"]["sources"]] == ["landed"]
+    )
+
+
+def test_a_gate_that_no_later_version_could_be_held_to_is_told_with_the_first(
+    isolated_store: Path, folder: Path
+) -> None:
+    raw = config(landing={"path": str(folder)}, gates={"held_out.los": {"max_change": 0.0}})
+    with pytest.raises(ConfigError, match=r"(?s)a metric that its task does not have.*did you mean 'held_out\.loss'"):
+        training_config(raw, look(raw))
 
 
 def test_trouble_that_is_no_fault_of_the_candidate_ends_the_run(isolated_store: Path) -> None:
