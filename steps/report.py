@@ -33,7 +33,7 @@ def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any
         "tokens_seen": training["tokens_seen"],
         "held_out_before": before,
         "held_out_after": after,
-        "held_out_ratio": after / before,
+        "held_out_ratio": after / before if before else None,  # of rollouts it is 0 where nothing was wrong
         "exact_match": evaluation.get("exact_match"),
         "comparison": [*evaluation.get("comparison", []), *_on_the_export(manifests)],
         "tokens_per_second": training["tokens_per_second"],
@@ -61,7 +61,8 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     if summary["data_end"]:
         print(summary["data_end"])
     for row in [row for row in summary.get("comparison", []) if row["task"] == "held_out" and "/" in row["metric"]][:2]:
-        print(f"held-out {row['metric']} {row['before']['mean']:.4f} -> {row['after']['mean']:.4f}")
+        means = ("not measured" if row[model] is None else f"{row[model]['mean']:.4f}" for model in ("before", "after"))
+        print(f"held-out {row['metric']} {' -> '.join(means)}")
     if match:
         print(
             f"exact match {match['before']:.3f} -> {match['after']:.3f} on {match['prompts']} held-out prompts "

@@ -214,5 +214,5 @@ def test_a_frozen_model_that_is_not_there_or_damaged_is_told(
 def test_a_tokenizer_of_the_hub_is_fetched_when_the_run_starts() -> None:
     text = plan.describe(load_run_config(DEFAULT_CONFIG, ["model.from_scratch.tokenizer=somebody/something"]))
     assert "qwen3 with the tokenizer somebody/something (fetched when the run starts)" in text
-    with pytest.raises(ConfigError, match="model.from_scratch.tokenizer"):
+    with pytest.raises(ConfigError, match=r"model\.from_scratch\.tokenizer"):
         plan.describe(load_run_config(DEFAULT_CONFIG, ["model.from_scratch.tokenizer=/nowhere"]))

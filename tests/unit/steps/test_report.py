@@ -19,7 +19,7 @@ from posttrain_lib.errors import TrainingError
 from posttrain_lib.schema.manifests import ArtifactRef, Check, StepManifest
 from posttrain_lib.schema.reports import StepReport
 from steps.pipeline import DEFAULT_CONFIG
-from steps.report import check_gates, collect
+from steps.report import check_gates, collect, summarise
 from steps.train import shares, throughput
 
 DATA_END = "the data ends after 2 of the 40 steps asked for (a: 3 examples)"
@@ -102,6 +102,27 @@ def test_what_went_wrong_without_a_gate_is_said(capsys: pytest.CaptureFixture[st
 
 def test_no_gates_demand_nothing() -> None:
     check_gates(config(), {**SUMMARY, "held_out_ratio": 2.0})
+
+
+def test_a_model_that_answers_everything_right_has_no_ratio() -> None:
+    """A retrain of rollouts from a version that solves every held-out prompt: its share of wrong answers is 0."""
+    measured = {
+        name: 1.0 for name in ("step", "data_end", "tokens_seen", "tokens_per_second", "fill", "peak_memory_gib")
+    }
+    trained = manifest("train", {**measured, **dict.fromkeys(("data_wait_share", "mfu", "mfu_measured", "hfu"))})
+    evaluated = manifest("evaluate", {"held_out_before": {"all": 0.0}, "held_out_after": {"all": 0.0}})
+    export = manifest("export", {}, hf=Path("folder"))
+    summary = summarise(config(), {"train": trained, "evaluate": evaluated, "export": export})
+    check_gates(config(), summary)
+    with pytest.raises(TrainingError, match="held-out loss ratio.*\n.*\n.*not measured"):
+        check_gates(config(max_held_out_loss_ratio=0.5), summary)
+
+
+def test_a_figure_that_was_measured_after_training_alone_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a grader's part of the reward, all of whose gradings failed before."""
+    row = {"task": "held_out", "metric": "reward/maths", "group": "all", "before": None, "after": {"mean": 0.5}}
+    check_gates(config(), {**SUMMARY, "comparison": [row]})
+    assert "held-out reward/maths not measured -> 0.5000" in capsys.readouterr().out
 
 
 # --- the report card ------------------------------------------------------------------------------------------------
