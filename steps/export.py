@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """The checkpoint, the source folder with its tokenizer, prompts to compare on; and that it was evaluated."""
-    found = {key: ref for key, ref in evaluate.inputs(config, manifests).items() if key != "held_out"}
+    """The checkpoint, the source folder with its tokenizer, what to compare on; and that it was evaluated."""
+    found = evaluate.inputs(config, manifests)
     found["model"] = rollouts.start_model(config, manifests)
     return {**found, "evaluation": manifests["evaluate"].outputs["evaluation"]}
 
@@ -190,9 +191,17 @@ def _name_of_base(model: ModelConfig, source: Path) -> tuple[str, str | None]:
 
 
 def _prompts(context: StepContext, limit_tokens: int) -> list[list[int]]:
+    """What the comparisons run on: held-out prompts; where none is short enough, or there are none, as of plain text,
+    how held-out documents begin."""
+    from posttrain_lib.data.token_store import TokenStore
+
+    wanted = context.config.export.prompts
     rows = read_prompts(Path(context.inputs["prompts"].uri))
     fitting = [row["prompt_ids"] for row in rows if len(row["prompt_ids"]) <= limit_tokens]
-    return fitting[: context.config.export.prompts]
+    if fitting:
+        return fitting[:wanted]
+    store = TokenStore(Path(context.inputs["held_out"].uri))
+    return [store.get(number)[0][:limit_tokens].tolist() for number in range(min(wanted, len(store)))]
 
 
 def _same_tokenizer(context: StepContext, folder: Path, names: list[str]) -> Check:
@@ -254,17 +263,23 @@ def _same_in_vllm(context: StepContext, model: Decoder, folder: Path) -> list[Ch
     request = vllm_check.Request(str(folder), prompts, settings.new_tokens, "float32", room + settings.new_tokens)
     answer = vllm_check.generate(request)
     ours = token_logprobs(model, [p + a for p, a in zip(prompts, answer.token_ids, strict=True)])
-    gap = max(
-        abs(mine - theirs)
-        for row, before, after in zip(ours, answer.prompt_logprobs, answer.logprobs, strict=True)
-        for mine, theirs in zip(row, [*before, *after], strict=True)
-    )
+    gap = _largest_gap(ours, answer)
     limit = settings.max_logprob_gap
     reason = "vLLM packs and fuses its linear layers, so sums are rounded in another order"
     return [
         Check(f"vLLM {answer.version} log-probs of prompts and completions", gap <= limit, gap, limit, reason),
         _same_greedy_text(context, model, prompts, answer),
     ]
+
+
+def _largest_gap(ours: Sequence[Sequence[float]], answer: Answer) -> float:
+    """Between log-probabilities of the same tokens; NaN where one of them is, which ``max`` alone passes over."""
+    gaps = [
+        abs(mine - theirs)
+        for row, before, after in zip(ours, answer.prompt_logprobs, answer.logprobs, strict=True)
+        for mine, theirs in zip(row, [*before, *after], strict=True)
+    ]
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
 
 
 def _same_greedy_text(context: StepContext, model: Decoder, prompts: list[list[int]], answer: Answer) -> Check:
@@ -280,7 +295,7 @@ def _same_greedy_text(context: StepContext, model: Decoder, prompts: list[list[i
         if at is None:
             continue
         both = token_logprobs(model, [prompt + ours[: at + 1], prompt + theirs[: at + 1]])
-        parted += both[0][-1] - both[1][-1] > 2 * limit  # each side may be off by the bound
+        parted += not both[0][-1] - both[1][-1] <= 2 * limit  # each side may be off by the bound
     reason = "a different greedy token where ours is clearly ahead means different weights, template or positions"
     return Check("vLLM greedy text agrees", parted == 0, float(parted), 0.0, reason)
 
