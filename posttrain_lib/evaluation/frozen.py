@@ -86,7 +86,8 @@ def store_top_logprobs(
     6 bytes an entry and 2 a token. float16 keeps a log-probability to 1 part in 2048; with the rest stored by itself,
     that rounding never becomes mass on tokens that the teacher does not believe in.
 
-    ``vocab_size``: the student's; what the teacher has besides is left out of its distribution.
+    ``vocab_size``: the student's; what the teacher has besides is left out of its distribution. The table says how many
+    entries that distribution has: a student of more is compared on these.
     """
     entries = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
     small = entries <= np.iinfo(np.uint16).max + 1
@@ -95,7 +96,8 @@ def store_top_logprobs(
         "logprobs": (np.float16, (min(top_k, entries),)),
         "rest": (np.float16, ()),
     }
-    writer = SignalWriter(folder, store, "token", columns, {**made_of, "temperature": str(temperature)})
+    how = {"temperature": str(temperature), "entries": str(entries)}
+    writer = SignalWriter(folder, store, "token", columns, {**made_of, **how})
     done = 0
     for arrays, batch in _batches(model, store, row_tokens):
 

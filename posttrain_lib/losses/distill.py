@@ -53,15 +53,16 @@ class DistillLoss(Loss):
             ConfigError: stored log-probs cannot give this divergence, or are of another temperature.
         """
         for table in beside.tables.values():
-            stored = table.made_of.get("temperature")
-            if self.divergence != "forward" or stored != str(self.temperature):
+            stored, entries = (table.made_of.get(name) for name in ("temperature", "entries"))
+            if self.divergence != "forward" or stored != str(self.temperature) or entries is None:
                 raise ConfigError(
                     "the teacher's stored log-probs do not fit the loss",
                     where=table.folder,
-                    got=f"temperature {stored}, top tokens alone",
+                    got=f"temperature {stored}, top tokens alone, of {entries or 'no known number of'} entries",
                     expected=f"temperature {self.temperature}, divergence {self.divergence}",
                     fix="store them again (step score_data), or set distill.teacher.kept: live",
                 )
+            self.stored_entries = int(entries)
         self.beside = beside
 
     @property
@@ -106,12 +107,14 @@ class DistillLoss(Loss):
         def output(hidden_TD: Tensor, head: OutputHead) -> tuple[Tensor, Tensor, Tensor | None]:
             weights, index = batch.loss_weights, batch.supervised_index
             if teacher_TE is None or teacher_head is None:
+                own = _with_entries(head, min(head.entries, self.stored_entries))
                 ids, logprobs = batch.signals["ids"], batch.signals["logprobs"]
                 total, values = linear_top_divergence(
-                    hidden_TD, head, ids, logprobs, weights, index, temperature=self.temperature
+                    hidden_TD, own, ids, logprobs, weights, index, temperature=self.temperature
                 )
             else:
-                own, others = _one_vocabulary(head, teacher_head)
+                entries = min(head.entries, teacher_head.entries)
+                own, others = _with_entries(head, entries), _with_entries(teacher_head, entries)
                 total, values = linear_divergence(
                     hidden_TD, own, teacher_TE, others, weights, index,
                     divergence=self.divergence, mix=self.mix, temperature=self.temperature,
@@ -137,8 +140,7 @@ class DistillLoss(Loss):
         return LossOutput.of_tokens(total, values, batch, figures)
 
 
-def _one_vocabulary(student: OutputHead, teacher: OutputHead) -> tuple[OutputHead, OutputHead]:
-    """Both heads on the entries that both have: families pad one tokenizer's vocabulary to different sizes. That the
-    tokenizers are one is checked before training starts."""
-    entries = min(student.entries, teacher.entries)
-    return dataclasses.replace(student, vocab_size=entries), dataclasses.replace(teacher, vocab_size=entries)
+def _with_entries(head: OutputHead, entries: int) -> OutputHead:
+    """A head on the entries that student and teacher both have: families pad one tokenizer's vocabulary to different
+    sizes. That the tokenizers are one is checked before training starts."""
+    return dataclasses.replace(head, vocab_size=entries)

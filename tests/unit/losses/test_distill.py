@@ -122,6 +122,31 @@ def test_padded_vocabularies_of_two_sizes_are_compared_on_what_both_have(folder:
     assert value == pytest.approx(float(dense(loss, student, wide, batch)), rel=EXACT)
 
 
+@pytest.mark.parametrize("more", [(16, 0), (0, 16)], ids=["the student has more entries", "the teacher has more"])
+def test_a_stored_teacher_is_compared_on_the_same_entries_as_a_live_one(folder: Path, more: tuple[int, int]) -> None:
+    """What one of them has besides is left out of both, and not taken for a part of the rest."""
+    folders = []
+    for seed, besides in enumerate(more):
+        folders.append(folder / f"model-{seed}")
+        write_model(folders[-1], seed=seed, vocab_size=VOCABULARY + besides)
+    student, teacher = trained(folders[0]), load_model(folders[1]).double()
+    store = TokenStore(folder / "train")
+    store_top_logprobs(
+        teacher, store, folder / "signals", {"model": "t"}, row_tokens=64, top_k=VOCABULARY,
+        vocab_size=student.config.vocab_size,
+    )  # fmt: skip
+    arrays, found = pack_rows(store, [[3, 1], [7]], 64), []
+    for beside in (Beside(model=teacher), Beside(tables={"train": SignalTable(folder / "signals", store)})):
+        loss = DistillLoss(hard_weight=0.25)
+        loss.attach(beside)
+        batch = to_torch(dataclasses.replace(arrays, signals=loss.signals(arrays, "train")))
+        found.append(value_and_gradients(loss, student, batch))
+    (live, of_live), (stored, of_stored) = found
+    assert stored == pytest.approx(live, rel=1e-3)  # float16 keeps 1 part in 2048 of a log-probability
+    for name, gradient in of_live.items():
+        torch.testing.assert_close(of_stored[name], gradient, rtol=0, atol=1e-3 * float(gradient.abs().max()))
+
+
 def run(job: Any) -> list[Any]:
     return list(train(job))
 
