@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.schema.manifests import ArtifactRef, Check
-from steps import beside
+from steps import beside, score_data
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 from steps.loading import load_base, load_tokenizer, read_prompts
 
@@ -54,8 +54,15 @@ def settings(config: RunConfig) -> dict[str, Any]:
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
         "template": [config.data.template_date, config.data.template_kwargs],
         "companion": None if config.companion is None else config.companion.kept,
+        "precision": _precision(config),
         "reward": None if config.reward is None else [config.reward.pad_token, config.train.seed],
     }
+
+
+def _precision(config: RunConfig) -> str:
+    """Of the held-out loss: full, but where a frozen model's words are stored theirs, which is that of training. In
+    another, a policy that is the reference still would seem to have moved, by the rounding of its answers' sums."""
+    return config.train.precision if score_data.is_needed(config) else "fp32"
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
@@ -182,7 +189,8 @@ def _evaluate(
     load = partial(load_model, pad_vocabulary_to=config.model.pad_vocabulary_to)
     attach_companion(loss, beside.companion(context, in_one_process=True), {"held_out": store}, load)
     documents = DocumentLosses(store)
-    held_out = held_out_loss(model, loss, store, row_tokens=config.train.row_tokens, observe=documents)
+    how: Any = {"row_tokens": config.train.row_tokens, "precision": _precision(config)}
+    held_out = held_out_loss(model, loss, store, **how, observe=documents)
     wanted = max(config.evaluation.exact_match_prompts, config.evaluation.samples)
     pairs = None
     if config.reward is not None:
