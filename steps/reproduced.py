@@ -102,7 +102,9 @@ def _step(one: StepManifest, other: StepManifest, store: Store, rounding: float 
     what += f"; others: {', '.join(unlike)}" if unlike else ""
     moved = [name for name, value in apart.items() if value > 0]
     what += f"; first loss that differs: {moved[0]}, {losses[moved[0]]!r} -> {later[moved[0]]!r}" if moved else ""
-    if earlier is None and ground and _is_noise(one, unlike, losses, apart, rounding):
+    alone = sorted(losses.keys() - later.keys() | (set() if "metrics" in missing else later.keys() - losses.keys()))
+    what += f"; losses that only one has: {told(iter(alone))}" if alone else ""
+    if earlier is None and ground and not alone and _is_noise(one, unlike, losses, apart, rounding):
         return Step(one.step, "within noise", what, largest, tuple(ground), seconds, missing)
     causes = ground or ["nondeterminism: the same inputs, config, code, environment and hardware gave something else"]
     return Step(one.step, "differs", what, largest, tuple(causes), seconds, missing)

@@ -131,6 +131,14 @@ def test_nondeterminism_is_what_is_left(store: Store, origin: Run) -> None:
     assert verdict(list(steps.values())).startswith("NOT reproduced: the first step that differs is prepare_data")
 
 
+@pytest.mark.parametrize("steps", [(2, 4), (4, 2)], ids=["further than then", "not as far"])
+def test_a_run_of_another_length_is_no_noise(store: Store, origin: Run, tmp_path: Path, steps: tuple[int, int]) -> None:
+    """As by early stopping, or an incident whose step has no loss: what both have agrees to the last bit."""
+    one, two = (with_losses(origin, tmp_path / str(many), [2.0] * many) for many in steps)
+    found = compared(store, one, other(two, "train", hardware={"machine": "another"}))["train"]
+    assert found.verdict == "differs" and "losses that only one has: step 3 loss, step 4 loss" in found.what
+
+
 @pytest.mark.parametrize(
     ("values", "cause"),
     [
