@@ -100,8 +100,12 @@ def check_evaluation(config: RunConfig) -> None:
     from posttrain_lib.adapters.lm_eval_process import check_installed
     from steps.evaluate import tasks_of
 
-    if config.evaluation.lm_eval is not None:
+    if (asked := config.evaluation.lm_eval) is not None:
         check_installed()
+        if asked.include_path is not None and not Path(asked.include_path).is_dir():
+            raise ConfigError(
+                "there is no such folder of task files", where="evaluation.lm_eval.include_path", got=asked.include_path
+            )
     tasks = tasks_of(config)
     for title, task in tasks.items():
         task.check()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.schema.manifests import ArtifactRef
-from steps.base import Manifests, Step, StepContext, StepResult
+from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -25,8 +26,13 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """The exported folder."""
-    return {"hf": manifests["export"].outputs["hf"]}
+    """The exported folder, and that of the run file's own tasks."""
+    found = {"hf": manifests["export"].outputs["hf"]}
+    asked = config.evaluation.lm_eval
+    if asked is not None and asked.include_path is not None:
+        digest = known_digests().path(Path(asked.include_path))
+        found["task:lm_eval:include"] = ArtifactRef(uri=asked.include_path, kind="lm_eval_tasks", digest=digest)
+    return found
 
 
 def body(context: StepContext) -> StepResult:
