@@ -98,8 +98,8 @@ def _places(
     """(section, field) of every place of the run file that names an input."""
     step, _, own = name.rpartition(".") if name.startswith("warm_start.") else ("", "", name)
     kind, _, source = own.partition(":")
+    warm = (config.get("grpo") or {}).get("warm_start") or {"data": {"sources": []}}
     if kind == "source":
-        warm = (config.get("grpo") or {}).get("warm_start") or {"data": {"sources": []}}
         listed = [] if step else list(config["data"]["sources"])
         if step or f"warm_start.{own}" not in inputs:
             listed += warm["data"]["sources"]
@@ -109,6 +109,8 @@ def _places(
         "companion": [((config.get(recipe) or {}).get(part) or {}, "path") for recipe, part in _COMPANIONS],
         "tokenizer": [(config.get("data") or {}, "tokenizer")],
         "chat_template": [(config.get("data") or {}, "chat_template")],
+        "warm_start:tokenizer": [(warm["data"], "tokenizer")],
+        "warm_start:chat_template": [(warm["data"], "chat_template")],
         "scratch_tokenizer": [(config["model"].get("from_scratch") or {}, "tokenizer")],
     }
     yield from ((section, field) for section, field in wanted.get(name, ()) if section.get(field) is not None)

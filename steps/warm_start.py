@@ -12,6 +12,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
+from steps.foresight import local_folder
 from steps.rollouts import check_answers
 
 
@@ -32,13 +33,16 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """The converted model, and the rows that are read."""
+    """The converted model, the rows that are read, and the tokenizer and the template that its data names."""
     from posttrain_lib.data.sources import digest_rows, pinned
 
     assert config.grpo is not None and config.grpo.warm_start is not None
     check_answers(config, manifests)
-    found = {"model": manifests["convert_model"].outputs["model"]}
-    for source in config.grpo.warm_start.data.sources:
+    found, data = {"model": manifests["convert_model"].outputs["model"]}, config.grpo.warm_start.data
+    for name, path in (("tokenizer", data.tokenizer), ("chat_template", data.chat_template)):
+        if path is not None and (local := local_folder(path, f"grpo.warm_start.data.{name}")) is not None:
+            found[f"warm_start:{name}"] = ArtifactRef(uri=str(local), kind=name, digest=known_digests().path(local))
+    for source in data.sources:
         if source.path is not None:
             path = pinned(source.path)
             found[f"source:{source.name}"] = ArtifactRef(

@@ -69,17 +69,24 @@ def test_every_kind_of_input_has_its_place(recorded: Recorded) -> None:
         "grpo": {
             "reference": {"path": "r", "origin": None},
             "teacher": None,
-            "warm_start": {"data": {"sources": [dict(source)]}, "train": {"checkpoint": {"folder": "memory://warm"}}},
+            "warm_start": {
+                "data": {"sources": [dict(source)], "chat_template": "w"},
+                "train": {"checkpoint": {"folder": "memory://warm"}},
+            },
         },
         "evaluation": {"tasks": [{"task": "choices", "options": {"path": "task.jsonl"}}]},
     }
-    names = ("source:a", "warm_start.source:a", "model", "companion", "tokenizer", "chat_template", "scratch_tokenizer")
+    names = (
+        "source:a", "warm_start.source:a", "model", "companion", "tokenizer", "chat_template", "scratch_tokenizer",
+        "warm_start:chat_template",
+    )  # fmt: skip
     inputs = {name: ArtifactRef(f"new {name}", "x", "0" * 64) for name in names}
     inputs["task:choices:0"] = ArtifactRef("task.jsonl", "rows", "0" * 64)
     moved = {"model": "moved model", "task:choices:0": "moved task"}
     found = with_inputs(dataclasses.replace(recorded, config=config, inputs=inputs), moved)
     assert found["data"]["sources"][0]["path"] == "new source:a"
     assert found["grpo"]["warm_start"]["data"]["sources"][0]["path"] == "new warm_start.source:a"
+    assert found["grpo"]["warm_start"]["data"]["chat_template"] == "new warm_start:chat_template"
     assert (found["model"]["path"], found["model"]["origin"]) == ("moved model", None)
     assert found["grpo"]["reference"]["path"] == "new companion" and found["grpo"]["teacher"] is None
     assert (found["data"]["tokenizer"], found["data"]["chat_template"]) == ("new tokenizer", "new chat_template")
