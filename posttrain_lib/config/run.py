@@ -191,6 +191,15 @@ class RunConfig(Section):
         for name in ("rows_per_step", "packing_buffer", "shuffle_window", "mixture", "early_stopping"):
             if getattr(train, name) != fields[name].default:
                 raise ValueError(f"train.{name} is not for recipe grpo, whose rows are made of what was sampled")
+        instead = {
+            "train.evaluate_every_steps": (train, "grpo.held_out.every_steps"),
+            "evaluation.exact_match_prompts": (self.evaluation, "grpo.rewards, or a task exact_match"),
+            "evaluation.max_new_tokens": (self.evaluation, "grpo.rollout.max_new_tokens"),
+        }
+        for field, (section, use) in instead.items():
+            name = field.rpartition(".")[2]
+            if getattr(section, name) != type(section).model_fields[name].default:
+                raise ValueError(f"{field} is not for recipe grpo, which has {use}: leave it out")
         if other := [source.name for source in data.sources if source.format != "prompts"]:
             raise ValueError(f"recipe grpo asks prompts: give data.sources {other[0]!r} format: prompts")
         if data.on_the_fly:
