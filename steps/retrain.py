@@ -34,6 +34,9 @@ from steps.start_from import RunNames, with_models_found
 
 #: what speaks against a candidate; anything else is trouble of the run's, which a later one may not have
 AGAINST_THE_CANDIDATE = (DataError, VerificationError, ExportError)
+#: what they raise is about what they measure with, as a suite, a scorer, a harness that loads data: a candidate is
+#: judged by their figures alone
+_MEASURING = ("evaluate", "lm_eval")
 #: its check is one of training; what a retrain demands instead, its gates say
 _STATED_OTHERWISE = "evaluate"
 #: it stops at a failed check unless the run file accepts that by name
@@ -196,7 +199,7 @@ def attempt(
         try:
             made = pipeline.advance(name, run_config, made, reuse=reuse, observe=observe)
         except AGAINST_THE_CANDIDATE as error:
-            if isinstance(error, DataError) and not _is_of_the_rows(error):
+            if name in _MEASURING or (isinstance(error, DataError) and not _is_of_the_rows(error)):
                 raise  # what could not be read, as of a store that does not answer, was not judged
             say_line(f"{name}: {error}")
             return made, Refusal(name, error.what, _shortened(error))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from posttrain_lib.config.retrain import PROJECT_ROOT, parse_retrain_config
-from posttrain_lib.errors import ConfigError, DataError, ModelError, StoreError
+from posttrain_lib.errors import ConfigError, DataError, ModelError, PosttrainError, StoreError, VerificationError
 from posttrain_lib.lineage import promoted
 from posttrain_lib.lineage.pointer import TakenFile, TakenRows
 from posttrain_lib.lineage.store import Store
@@ -214,6 +214,29 @@ def test_a_gate_that_no_later_version_could_be_held_to_is_told_with_the_first(
 def test_trouble_that_is_no_fault_of_the_candidate_ends_the_run(isolated_store: Path) -> None:
     with pytest.raises(ConfigError):
         retrain.attempt(["warm_start"], config()["run"], {}, reuse=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "is_theirs"),
+    [
+        ("prepare_data", DataError("too many rows were refused"), True),
+        ("export", VerificationError("it does not prove itself"), True),
+        ("evaluate", DataError("the scorer gave no finite score for each document"), False),
+        ("lm_eval", VerificationError("lm-evaluation-harness gave no results"), False),
+    ],
+)
+def test_what_a_candidate_is_measured_with_may_fail_and_its_rows_stay_new(
+    monkeypatch: pytest.MonkeyPatch, step: str, error: PosttrainError, is_theirs: bool
+) -> None:
+    def advance(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(retrain.pipeline, "advance", advance)
+    if is_theirs:
+        assert retrain.attempt([step], config()["run"], {}, reuse=True)[1] == Refusal(step, error.what, "")
+        return
+    with pytest.raises(type(error), match=error.what):
+        retrain.attempt([step], config()["run"], {}, reuse=True)
 
 
 CUT = gzip.compress(b'{"messages": []}\n' * 50)[:-12]
