@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Protocol
 
 from posttrain_lib.registry import resolve
 
-#: commas within are of thousands, a list has others; the minus of 10-5 is no sign
-_NUMBER = re.compile(r"(?:(?<![\d)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+#: commas within are of thousands, a list has others; the minus of 10-5 is no sign, and may be typeset (U+2212)
+_NUMBER = re.compile(
+    r"(?:(?<![\d)])[-\u2212])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?"
+)
 
 
 class Extract(Protocol):
@@ -62,8 +65,9 @@ def last_number(text: str) -> str | None:
 
 
 def _plain_number(number: str) -> str:
-    """Without thousands' commas, currency and zeros that change nothing: ``$1,250.00`` is ``1250``."""
-    plain = number.replace(",", "").replace("$", "")
+    """Without thousands' commas, currency, an exponent and zeros that change nothing: ``$1,250.00`` is ``1250``."""
+    plain = number.replace(",", "").replace("$", "").replace("\u2212", "-")
+    plain = format(Decimal(plain), "f") if "e" in plain.lower() else plain
     plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
     sign, digits = ("-", plain[1:]) if plain.startswith("-") else ("", plain)
     digits = digits.lstrip("0")

@@ -24,6 +24,11 @@ from posttrain_lib.evaluation.answers import behind_four_hashes, extractor, last
         ("#### -1,250,000.50", "-1250000.5", "-1250000.5"),
         ("that is 10-5", None, "5"),
         ("x = (2)-5, or rather -5", None, "-5"),
+        ("it is \u22127", None, "-7"),
+        ("that is 10\u22125", None, "5"),
+        ("#### 1.5e3", "1500", "1500"),
+        ("#### -2.50E-2", "-0.025", "-0.025"),
+        ("3e or 4e123", None, "123"),
     ],
 )
 def test_numbers(text: str, hashes: str | None, last: str | None) -> None:
