@@ -162,6 +162,8 @@ def training_config(raw: Plain, due: Due, run: RunNames | None = None, say: Say 
         grown = Vocabulary().model_dump(mode="json")
         plain["model"] = {**plain["model"], "path": named, "from_scratch": None, "origin": None, "vocabulary": grown}
         plain["evaluation"]["gates"] = Gates(metrics=config.gates).model_dump(mode="json")
+        if plain["grpo"] is not None:  # a candidate would be compared with the warm start of the current version
+            plain["grpo"]["warm_start"] = None
     found = with_models_found(build_config(RunConfig, plain, where="the retrain's run file"), run=run, say=say)
     if first:
         later = found.evaluation.model_copy(update={"gates": Gates(metrics=config.gates)})

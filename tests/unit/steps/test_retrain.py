@@ -203,6 +203,20 @@ def test_the_part_of_landed_rows_in_a_mixture(isolated_store: Path, folder: Path
     )
 
 
+def test_a_warm_start_is_the_first_version_s_alone(isolated_store: Path, folder: Path) -> None:
+    """The step evaluate looks at the model behind it, and what the gates compare with is the current version."""
+    (folder / "a.jsonl").write_text('{"prompt": "Who?", "answer": "Tom"}\n')
+    landing = {"path": str(folder), "format": "prompts"}
+    gates = {"held_out.pass@1": {"min_change": 0.0}}
+    wanted = {"name": "mine", "run_file": "configs/grpo/default.yaml", "landing": landing, "gates": gates}
+    raw = parse_retrain_config(yaml.safe_dump(wanted)).model_dump(mode="json")
+    assert training_config(raw, look(raw))["grpo"]["warm_start"] is not None
+    decided(look(raw).rows, "one", landing=landing)
+    (folder / "b.jsonl").write_text('{"prompt": "Where?", "answer": "here"}\n')
+    later = training_config(raw, look(raw))
+    assert later["grpo"]["warm_start"] is None and later["model"]["origin"]["promoted"] == "mine@1"
+
+
 def test_a_gate_that_no_later_version_could_be_held_to_is_told_with_the_first(
     isolated_store: Path, folder: Path
 ) -> None:
