@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
-from posttrain_lib.errors import ConfigError
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
@@ -39,14 +38,13 @@ def body(context: StepContext) -> StepResult:
     """Run it and keep its own results beside the rows of the report.
 
     Raises:
-        ConfigError: the run file does not ask for it, or it is not installed.
+        ConfigError: it is not installed.
         VerificationError: it failed.
     """
     from posttrain_lib.adapters.lm_eval_process import comparison_rows, evaluate
 
     asked = context.config.evaluation.lm_eval
-    if asked is None:
-        raise ConfigError("the run file asks nothing of lm_eval", where="evaluation.lm_eval", fix="name its tasks")
+    assert asked is not None
     options = asked.model_dump(exclude={"timeout_minutes"})
     found = evaluate(context.inputs["hf"].uri, context.work, timeout_seconds=60 * asked.timeout_minutes, **options)
     (context.out / "lm_eval.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")

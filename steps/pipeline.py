@@ -51,18 +51,19 @@ STEPS: tuple[Step, ...] = (
 
 
 def chain(config: RunConfig) -> tuple[Step, ...]:
-    """The steps that a recipe has."""
+    """The steps that a run has, by its recipe and by what it asks for."""
     not_here = {
         score_data.STEP.module: config.companion is None,
         warm_start.STEP.module: not warm_start.is_needed(config),
         evaluate.STEP.module: config.grpo is not None,
         evaluate_policy.STEP.module: config.grpo is None,
+        lm_eval.STEP.module: config.evaluation.lm_eval is None,
     }
     return tuple(step for step in STEPS if not not_here.get(step.module, False))
 
 
 def step_named(name: str, config: RunConfig) -> Step:
-    """The step of that name that the recipe has.
+    """The step of that name that the run has.
 
     Raises:
         ConfigError: it has none.
@@ -70,7 +71,7 @@ def step_named(name: str, config: RunConfig) -> Step:
     found = next((step for step in chain(config) if step.name == name), None)
     if found is None:
         raise ConfigError(
-            f"recipe {config.recipe} has no step {name}",
+            f"this run of recipe {config.recipe} has no step {name}",
             where="recipe",
             got=name,
             expected=", ".join(step.name for step in chain(config)),
@@ -86,10 +87,15 @@ def run_until(
     say: Say = say_line,
     observe: Callable[[Any], None] = lambda _: None,
 ) -> dict[str, StepManifest]:
-    """Run the chain up to and including ``last``; what is in the store is reused. ``reuse=False`` redoes ``last``."""
+    """Run the chain up to and including ``last``; what is in the store is reused. ``reuse=False`` redoes ``last``.
+
+    Raises:
+        ConfigError: the run has no such step.
+    """
+    wanted = step_named(last, config)
     manifests: dict[str, StepManifest] = {}
     for step in chain(config):
-        is_last = step.name == last
+        is_last = step is wanted
         manifests[step.name] = run_step(step, config, manifests, reuse=reuse or not is_last, say=say, observe=observe)
         if is_last:
             break
