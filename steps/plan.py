@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from posttrain_lib.checkpoint.folder_headers import check_folder_headers
 from posttrain_lib.compute.plan import PlanError, make_plan, plan_lines, refuse_what_does_not_fit
 from posttrain_lib.compute.plan_memory import weights_of
 from posttrain_lib.config import RunConfig, load_run_config
@@ -203,6 +202,8 @@ def _fetched(config: RunConfig) -> str:
 def _check_folder(config: RunConfig) -> None:
     """A model and a tokenizer that are here already are held against each other, by their headers alone; so are those
     of a frozen model."""
+    from posttrain_lib.checkpoint.folder_headers import check_folder_headers
+
     path, tokenizer = config.model.path, config.data.tokenizer
     own = None if tokenizer is None else local_folder(tokenizer, "data.tokenizer")
     folder = None if path is None or "://" in path else local_folder(path, "model.path")

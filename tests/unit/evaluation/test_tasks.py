@@ -239,7 +239,7 @@ def test_a_prompt_without_a_token_is_refused_by_name(small: Decoder, folder: Pat
     path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": strip}))
     questions = write(tmp_path / "q.jsonl", [*QUESTIONS[:1], {**QUESTIONS[1], "prompt": "  "}])
     task = build_task("multiple_choice", {"file": questions})
-    with pytest.raises(DataError, match="(?s)1 rows.*the prompt '  ' has no token"):
+    with pytest.raises(DataError, match=r"(?s)1 rows.*the prompt '  ' has no token"):
         task.run(small, ChatTokenizer(path.parent), Given())
 
 
