@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(@(?P<revision>.+))?")
 
 #: row format -> what its rows become; those of all others become documents
 _KINDS = {"preference": "pair", "prompts": "prompt"}
+
+#: row formats without turns: nothing of them is a prompt and its answer
+_WITHOUT_PROMPTS = ("text", "tokens")
 
 #: recipe -> where its run file names a frozen model of its own
 COMPANION_FIELDS = {
@@ -107,6 +111,7 @@ def check_evaluation(config: RunConfig) -> None:
                 "there is no such folder of task files", where="evaluation.lm_eval.include_path", got=asked.include_path
             )
     tasks = tasks_of(config)
+    _check_prompts(config, [title for title, task in tasks.items() if "prompts" in task.needs])
     for title, task in tasks.items():
         task.check()
         if "held_out" in task.needs and any(_KINDS.get(source.format) for source in config.data.sources):
@@ -127,6 +132,19 @@ def check_evaluation(config: RunConfig) -> None:
                 expected=f"one of {', '.join(f'{title}.{name}' for name in known[title])}",
                 fix=f"did you mean '{title}.{near[0]}'?" if near else "name one of these",
             )
+
+
+def _check_prompts(config: RunConfig, tasks: Sequence[str]) -> None:
+    """Where something asks the run's own held-out prompts, some source gives some; ``tasks``: names of those that do."""
+    asking = [*(["exact_match_prompts"] if config.evaluation.exact_match_prompts else []), *tasks]
+    if asking and all(source.format in _WITHOUT_PROMPTS for source in config.data.sources):
+        raise ConfigError(
+            "held-out prompts are asked, and no source has any",
+            where=f"evaluation: {', '.join(asking)}",
+            got=f"rows of format {', '.join(dict.fromkeys(source.format for source in config.data.sources))}",
+            expected="a source of conversations, pairs or prompts",
+            fix="leave it out, or give the task a 'file' of its own",
+        )
 
 
 def _figures(config: RunConfig) -> tuple[str, ...]:

@@ -96,6 +96,31 @@ def test_gates_on_a_reward_models_calibration() -> None:
         foresight.check_evaluation(with_tasks(gates=gates))
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "asking"),
+    [
+        ({"exact_match_prompts": 8}, "exact_match_prompts"),
+        ({"tasks": [{"task": "pass_at_k", "name": "p"}]}, "evaluation: p"),
+        ({"tasks": [{"task": "exact_match", "file": "prompts.jsonl"}]}, None),
+        ({}, None),
+    ],
+)
+def test_prompts_that_no_row_can_give_are_missed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any], asking: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?", "answer": "Tom"}\n')
+    text, rows = ({"name": name, "path": "x", "format": name} for name in ("text", "messages"))
+    alone, mixed = (config_of(data={"sources": each}, evaluation=evaluation) for each in ([text], [text, rows]))
+    foresight.check_evaluation(mixed)
+    if asking is None:
+        foresight.check_evaluation(alone)
+        return
+    with pytest.raises(ConfigError, match="held-out prompts are asked, and no source has any") as caught:
+        foresight.check_evaluation(alone)
+    assert asking in str(caught.value)
+
+
 @pytest.mark.skipif(lm_eval_process.is_available(), reason="lm_eval is installed")
 def test_a_missing_lm_eval_is_said_at_the_start() -> None:
     config = config_of(evaluation={"lm_eval": {"tasks": ["arc_easy"], "limit": 10}})
