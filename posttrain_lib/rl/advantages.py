@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain_lib.errors import ConfigError
-from posttrain_lib.registry import resolve
+from posttrain_lib.registry import check_options, resolve
 from posttrain_lib.rl.rewards.shaping import finite
 
 Floats = NDArray[np.float64]
@@ -45,7 +45,7 @@ def rule_of(name: str) -> Rule:
     """The rule called ``name``; one of another library's by ``library:name``, or a user's own by ``module:attribute``.
 
     Raises:
-        ConfigError: no such rule, or one that needs more than there is.
+        ConfigError: no such rule, or one that needs more or takes less than there is.
     """
     family, _, rest = name.partition(":")
     if family in FAMILIES and rest:
@@ -53,6 +53,7 @@ def rule_of(name: str) -> Rule:
         made: Rule = make(rest)
         return made
     found: Rule = resolve(name, RULES, what="advantage rule", where="grpo.advantage")
+    check_options(found, {}, what="advantage rule", where="grpo.advantage", leading=3)
     return found
 
 

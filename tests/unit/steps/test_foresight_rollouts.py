@@ -36,6 +36,7 @@ def test_the_default_is_fine() -> None:
     check()
     check(environment={"name": "calculator"}, constraint={"name": "trie", "options": {"entries": ["a"]}})
     check(rollout={"engine": "vllm", "options": {"options": {"enforce_eager": True}, "slots": 4}})
+    check(advantage="verl:opo")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,9 @@ def test_the_default_is_fine() -> None:
         ({"rewards": [{"name": "overlong", "options": {"max_tokens": 4, "cache": 256}}]}, "punishment"),
         ({"rewards": [{"name": "http", "options": {"url": 7}}]}, "grader cannot be made"),
         ({"rewards": [{"name": f"{__name__}:VALUE"}]}, "nothing that can be called"),
+        ({"advantage": f"{__name__}:VALUE"}, "nothing that can be called"),
+        ({"advantage": f"{__name__}:changed"}, "advantage rule does not take"),
+        ({"advantage": "verl:opoo"}, "verl has no such advantage estimator"),
     ],
 )
 def test_what_cannot_be_made_is_named(changes: dict[str, Any], words: str) -> None:
