@@ -135,7 +135,7 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def _check_prompts(config: RunConfig, tasks: Sequence[str]) -> None:
-    """Where something asks the run's own held-out prompts, some source gives some; ``tasks``: names of those that do."""
+    """Some source gives prompts where something asks the run's own held-out ones; ``tasks``: names of those that do."""
     asking = [*(["exact_match_prompts"] if config.evaluation.exact_match_prompts else []), *tasks]
     if asking and all(source.format in _WITHOUT_PROMPTS for source in config.data.sources):
         raise ConfigError(
