@@ -71,6 +71,25 @@ def check_bfloat16(it: Comparison) -> list[Finding]:
             f"{what}, largest", largest(off), noise_limit(largest(own), theirs.output), reason.format(largest(own))
         ),
         *_routing("routing, bfloat16", ours, wide),
+        *_kept_wide(f"{what}, mean", it),
+    ]
+
+
+def _kept_wide(name: str, it: Comparison) -> list[Finding]:
+    """Tensors that only one of the two keeps in float32: with all of them wide, nothing would round as it should.
+
+    Of a whole model; a block of the reference is brought to one dtype.
+    """
+    if it.subject.layer is not None:
+        return []
+    theirs = it.half_reference.state_dict()
+    wide = {stored: theirs[held].dtype == torch.float32 for stored, held in it.in_memory.items()}
+    pieces = {(piece.theirs, piece.float32) for piece in it.subject.spec.pieces}
+    reason = "is float32 whatever the rest is {}"
+    return [
+        Finding(name, float("inf"), 0.0, reason.format("here alone" if float32 else "in transformers alone"), stored)
+        for stored, float32 in sorted(pieces)
+        if wide.get(stored, float32) != float32
     ]
 
 

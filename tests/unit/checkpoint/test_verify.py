@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -170,6 +171,14 @@ def test_a_wrong_bit_that_no_logit_shows_is_caught(family_folder):
     report = verify_light(model, spec, folder, documents)
     assert [check.name for check in report.checks if not check.passed] == ["weights round trip"]
     assert report.first_wrong_module == "model.embed_tokens.weight"
+
+
+def test_a_definition_that_keeps_everything_in_float32_is_caught(family_folder):
+    spec, model, documents = _loaded(family_folder("gemma2"))
+    spec = dataclasses.replace(spec, rules=tuple(dataclasses.replace(rule, float32=True) for rule in spec.rules))
+    report = verify_light(model, spec, family_folder("gemma2"), documents)
+    assert not report.passed
+    assert "here alone" in _check(report, "logits, bfloat16, mean").reason
 
 
 def test_a_copy_of_the_tied_head_passes(family_folder, tmp_path):
