@@ -346,16 +346,18 @@ def copy_side_files(source: Path, out: Path) -> list[str]:
     Returns:
         the relative names of the copied files.
     """
-    copied = []
-    for path in _files(source):
-        name = path.relative_to(source).as_posix()
-        if is_weights(name) or name == "config.json":
-            continue
+    copied = side_files(source)
+    for name in copied:
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-        copied.append(name)
+        shutil.copyfile(source / name, target)
     return copied
+
+
+def side_files(folder: Path) -> list[str]:
+    """Relative names of a model folder's files but for weights and config.json, hidden ones left out."""
+    names = (path.relative_to(folder).as_posix() for path in _files(folder))
+    return [name for name in names if not is_weights(name) and name != "config.json"]
 
 
 def config_with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> str:

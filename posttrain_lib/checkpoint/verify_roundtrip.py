@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from posttrain_lib.checkpoint.hf import DTYPES, INDEX_FILE, is_left_alone, save_hf_folder, to_stored
+from posttrain_lib.checkpoint.hf import DTYPES, INDEX_FILE, is_left_alone, save_hf_folder, side_files, to_stored
 from posttrain_lib.checkpoint.hf_files import StoredTensors, TensorEntry, read_headers
 from posttrain_lib.checkpoint.verify_parameters import same_bits
 from posttrain_lib.checkpoint.verify_report import Finding
@@ -112,7 +113,8 @@ def _differences(
 
 
 def _other_differences(folder: Path, out: Path, spec: ModelSpec) -> list[str]:
-    """config.json but for the dtype, which follows the weights; and the index, which must be there for two shards."""
+    """config.json but for the dtype, which follows the weights; the index, which must be there for two shards; and the
+    files beside them, byte for byte."""
     before, after = (json.loads((place / "config.json").read_text("utf-8")) for place in (folder, out))
     wrong = [] if (out / INDEX_FILE).is_file() else [INDEX_FILE]
     for name in sorted(set(before) | set(after)):
@@ -122,7 +124,8 @@ def _other_differences(folder: Path, out: Path, spec: ModelSpec) -> list[str]:
             and spec.hf_config.get(name) == before.get(name)
         ):
             wrong.append(f"config.json: {name}")
-    return wrong
+    _, changed, missing = filecmp.cmpfiles(folder, out, side_files(folder), shallow=False)
+    return [*wrong, *changed, *missing]
 
 
 def _first(wrong: list[str]) -> str:

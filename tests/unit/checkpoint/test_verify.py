@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from posttrain_lib.checkpoint import hf
 from posttrain_lib.checkpoint.verify import (
     _LENGTHS,
     light_bytes,
@@ -179,6 +180,22 @@ def test_a_definition_that_keeps_everything_in_float32_is_caught(family_folder):
     report = verify_light(model, spec, family_folder("gemma2"), documents)
     assert not report.passed
     assert "here alone" in _check(report, "logits, bfloat16, mean").reason
+
+
+@pytest.mark.parametrize("left", ["", "{}"])
+def test_a_file_that_an_export_loses_or_changes_is_caught(left, family_folder, monkeypatch):
+    spec, model, documents = _loaded(family_folder("llama"))
+    kept = hf.copy_side_files
+
+    def careless(source, out):
+        names = kept(source, out)
+        (out / "generation_config.json").write_text(left) if left else (out / "generation_config.json").unlink()
+        return names
+
+    monkeypatch.setattr(hf, "copy_side_files", careless)
+    report = verify_light(model, spec, family_folder("llama"), documents)
+    assert [check.name for check in report.checks if not check.passed] == ["export"]
+    assert "generation_config.json" in _check(report, "export").reason
 
 
 def test_a_copy_of_the_tied_head_passes(family_folder, tmp_path):
