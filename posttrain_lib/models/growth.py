@@ -80,7 +80,8 @@ def grow_folder(
 
     Raises:
         ModelError: the folder is incomplete or its tokenizer larger than its embedding; a token is empty, double or
-            known already, or its description has no token; the written folder does not prove itself.
+            known already, or its description has no token; config.json uses an id that a new token would get; the
+            written folder does not prove itself.
     """
     source, out = Path(source), Path(out)
     spec = spec_from_folder(source)
@@ -97,6 +98,7 @@ def grow_folder(
             expected=f"ids below {before}, config.json's vocab_size",
             fix="use the tokenizer that belongs to these weights",
         )
+    _check_control_ids(spec, range(first_id, first_id + len(new_tokens)), source)
     grown = Growth(first_id, len(new_tokens), before, max(before, first_id + len(new_tokens)))
     beginnings = _Beginnings(tokenizer, new_tokens, initialise, noise, _deviation(spec), seed)
 
@@ -110,6 +112,21 @@ def grow_folder(
     check_entries(read_headers(out), spec_from_folder(out), out)
     prove(out, tokenizer, new_tokens, first_id)
     return grown
+
+
+def _check_control_ids(spec: ModelSpec, new_ids: range, source: Path) -> None:
+    """Refuse to give a token an id that config.json has for padding or an end, though the tokenizer names no such."""
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = spec.hf_config.get(field)
+        for index in given if isinstance(given, list) else [given]:
+            if index in new_ids:
+                raise ModelError(
+                    "a new token would get an id that the model uses for another",
+                    where=f"{source / 'config.json'}: {field}",
+                    got=index,
+                    expected=f"an id below {new_ids.start}, which the tokenizer knows",
+                    fix="set the field to the id of a token that the tokenizer has",
+                )
 
 
 def _deviation(spec: ModelSpec) -> float:

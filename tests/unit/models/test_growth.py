@@ -301,6 +301,20 @@ def test_tokens_that_cannot_be_added(tokens: list[NewToken], message: str, tiny:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("field", "ids"), [("pad_token_id", 1), ("eos_token_id", [-3, 0])])
+def test_an_id_that_the_model_uses_is_given_to_no_new_token(
+    field: str, ids: int | list[int], tiny: ModelMaker, known: int, tmp_path: Path
+) -> None:
+    """``ids`` counts from the first one that the tokenizer does not have."""
+    source = Path(shutil.copytree(tiny("qwen3", unused=8), tmp_path / "model"))
+    content = json.loads((source / "config.json").read_text())
+    content[field] = [known + index for index in ids] if isinstance(ids, list) else known + ids
+    (source / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="uses for another") as caught:
+        grow_folder(source, tmp_path / "out", TOKENS, **HOW)
+    assert caught.value.where.endswith(f"config.json: {field}")
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer_folder: Path, known: int, tmp_path: Path) -> None:
     write_tiny_model("qwen3", tmp_path / "small", vocab_size=known - 3)
     shutil.copytree(tokenizer_folder, tmp_path / "small", dirs_exist_ok=True)
