@@ -126,6 +126,33 @@ def test_old_weights_are_seen_however_small_the_update(folder: Path) -> None:
         guard.push(engine, hf_weights(policy, spec), 2, scored(policy))
 
 
+def test_an_update_too_small_for_the_engines_bits_is_no_fault(folder: Path) -> None:
+    """As the last ones of a schedule that ends at 0: a few weights change, and no log-probability."""
+    (policy, spec), (model, _) = loaded(folder, torch.float32), loaded(folder, torch.float32)
+    engine, guard = EmbeddedEngine(model, spec, window=64, slots=2), SyncGuard(CANARIES, bound=BOUND)
+    guard.push(engine, hf_weights(policy, spec), 1, scored(policy))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter[parameter.abs() < 1e-3] += 1e-11
+    found = guard.push(engine, hf_weights(policy, spec), 2, scored(policy))
+    assert found.digest != digest_of(hf_weights(loaded(folder, torch.float32)[0], spec))
+
+
+def test_old_weights_are_seen_once_small_updates_have_added_up(folder: Path) -> None:
+    (policy, spec), (model, _) = loaded(folder, torch.float32), loaded(folder, torch.float32)
+    engine, guard = Faulty(model, spec, lambda new, old: new, behind_receipt=True), SyncGuard(CANARIES, bound=0.1)
+    guard.push(engine, hf_weights(policy, spec), 1, scored(policy))
+    engine.fault = kept_old
+    step = {name: 3e-8 * torch.randn(parameter.shape) for name, parameter in policy.named_parameters()}
+    with pytest.raises(RolloutError, match="the log-probabilities of the weights before") as told:
+        for version in range(2, 200):
+            with torch.no_grad():
+                for name, parameter in policy.named_parameters():
+                    parameter += step[name]
+            guard.push(engine, hf_weights(policy, spec), version, scored(policy))
+    assert "version 2" not in str(told.value.where)
+
+
 def test_a_broken_score_is_no_proof(folder: Path) -> None:
     policy, spec = loaded(folder, torch.float32)
     engine = EmbeddedEngine(loaded(folder, torch.float32)[0], spec, window=64, slots=2)
