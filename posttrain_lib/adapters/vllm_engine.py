@@ -195,6 +195,8 @@ class VllmEngine(Condition):
         finish = None
         for token, logprob in zip(sampled.tokens, sampled.logprobs, strict=True):
             finish = sequence.take(token, logprob, sampled.version)
+            if finish is not None:  # what vLLM sampled behind it in the same step is nobody's
+                break
         if finish is None:
             if sampled.ended is not None:
                 raise RolloutError("vLLM ended a request by itself", where=f"request {sampled.key}", got=sampled.ended)
