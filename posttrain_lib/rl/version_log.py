@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from posttrain_lib.errors import CheckpointError
 from posttrain_lib.lineage.digests import sync_folder, write_atomically
 
 
@@ -38,8 +39,25 @@ class VersionLog:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log. A last line that a kill tore, within a letter too, is left out: no checkpoint is of a version
-    behind it."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
+    behind it.
+
+    Raises:
+        CheckpointError: a line before it is damaged.
+    """
+    return [_read(line, path, number) for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1) if line]
+
+
+def _read(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(
+            "a line of the run's log is damaged",
+            where=f"{path}, line {number}",
+            got=f"{line[:80]!r}: {error}",
+            fix="bring the file back from a copy, or start the run anew",
+        ) from error
+    return found
 
 
 def _text(line: dict[str, Any]) -> str:

@@ -109,6 +109,14 @@ def test_a_run_without_a_checkpoint_begins_with_an_empty_log(tmp_path: Path) -> 
     Ledger(VersionLog(log)).load_state(state, 1)
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 15, b'{"version": 1.', b"\xff" * 15])
+def test_a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
+    log = VersionLog(tmp_path / "log.jsonl")
+    log.path.write_bytes(b'{"version": 1}\n' + damage + b'\n{"version": 3}\n')
+    with pytest.raises(CheckpointError, match=r"log\.jsonl, line 2"):
+        log.start(3)
+
+
 def test_lines_are_on_the_disk_as_the_checkpoint_is_that_counts_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
