@@ -117,10 +117,14 @@ class Mixer:
         live = [len(ids) > 0 for ids, _ in self._seen]
         if any(not alive and part.exhausted == "stop" for alive, part in zip(live, self._parts, strict=True)):
             return None
-        weights = [part.weight_at(step) if alive else 0.0 for part, alive in zip(self._parts, live, strict=True)]
-        total = sum(weights)
-        # Exhausted, or what is left has no weight any more.
-        return None if total == 0 else [weight / total for weight in weights]
+        left = [part for part, alive in zip(self._parts, live, strict=True) if alive]
+        # Those that a schedule brings in later share what one leaves that is through early: they begin then.
+        later = sorted({at for part in left for at, _ in part.weight if at > step})
+        for at in (step, *later):
+            weights = [part.weight_at(at) if alive else 0.0 for part, alive in zip(self._parts, live, strict=True)]
+            if (total := sum(weights)) > 0:
+                return [weight / total for weight in weights]
+        return None  # exhausted, or what is left has no weight any more
 
     def _look_ahead(self, step: int, shares: list[float] | None) -> _Plan:
         """The next choices, until one of the sources has given all that it showed."""

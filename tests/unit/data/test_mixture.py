@@ -112,6 +112,19 @@ def test_dropping_leaves_the_rest_to_the_others(store: TokenStore) -> None:
     assert Counter(names[30:90]) == {"big": 30, "mid": 30} and set(names[90:]) == {"big"}
 
 
+def test_what_a_schedule_brings_in_later_begins_when_the_others_are_through(store: TokenStore) -> None:
+    """The mixture says that it does not end; it ended where the first phase was through before its last step."""
+    later = [(1, 0.0), (1000, 0.0), (1001, 1.0)]
+    shares = {
+        "small": SourceShare(weight=[(1, 1.0), (1000, 1.0), (1001, 0.0)], exhausted="drop"),
+        "mid": SourceShare(weight=later),
+        "big": SourceShare(weight=0.0),
+    }
+    feed = _feed(store, sources=shares)
+    assert not feed.mixer.ends()
+    assert _names(store, _draw(feed, 110)) == ["small"] * 10 + ["mid"] * 100
+
+
 def test_stopping_ends_with_the_first_that_is_through(store: TokenStore) -> None:
     even = {name: SourceShare(1.0) for name in SIZES}
     names = _names(store, _draw(_feed(store, sources=even, exhausted="stop"), 10_000))
