@@ -346,10 +346,14 @@ def group_of(row: Mapping[str, Any], messages: Iterable[Message], field: str | N
 
 
 def named_group(row: Mapping[str, Any], field: str | None) -> str | None:
-    """The group that the row names, if it does: ``<field>:<value>``."""
-    if field is None or row.get(field) is None:
+    """The group that the row names, if it does: ``<field>:<value>``.
+
+    A column of integers of which some are missing comes as floats: 7.0 names the group that 7 names, NaN none.
+    """
+    value = None if field is None else row.get(field)
+    if value is None or value != value:
         return None
-    named = f"{field}:{row[field]}"
+    named = f"{field}:{int(value) if isinstance(value, float) and value.is_integer() else value}"
     return f"={named}" if named.startswith(_BY_QUESTION) else named
 
 

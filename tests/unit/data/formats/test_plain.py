@@ -117,3 +117,13 @@ def test_tokens_refused(row: dict[str, Any], reason: str) -> None:
         tokens(row)
     assert caught.value.reason == reason
     assert caught.value.detail
+
+
+@pytest.mark.parametrize(("value", "group"), [(7, "id:7"), (7.0, "id:7"), ("7", "id:7"), (7.5, "id:7.5")])
+def test_a_group_is_the_same_as_whatever_number_it_is_written(value: Any, group: str) -> None:
+    """Else rows of one conversation, from JSON and from Parquet, stand on both sides of the split."""
+    assert get_format("text")({"text": "t", "id": value}, "s", "r", "id", {}).group == group
+
+
+def test_a_group_that_is_no_number_is_none() -> None:
+    assert get_format("text")({"text": "t", "id": float("nan")}, "s", "r", "id", {}).group is None
