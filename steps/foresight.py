@@ -135,7 +135,7 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def _check_prompts(config: RunConfig, tasks: Sequence[str]) -> None:
-    """Some source gives prompts where something asks the run's own held-out ones; ``tasks``: names of those that do."""
+    """Where something asks the run's own held-out prompts, a source gives some; ``tasks``: names of those that ask."""
     asking = [*(["exact_match_prompts"] if config.evaluation.exact_match_prompts else []), *tasks]
     if asking and all(source.format in _WITHOUT_PROMPTS for source in config.data.sources):
         raise ConfigError(
@@ -198,7 +198,7 @@ def _check_rollouts(config: RunConfig) -> None:
     is the user's, is not made."""
     if config.grpo is None:
         return
-    from posttrain_lib.rl.advantages import rule_of
+    from posttrain_lib.rl.advantages import RULES
     from posttrain_lib.rl.constrain import named_constraint
     from posttrain_lib.rl.environments.base import ENVIRONMENTS, environment_maker
     from posttrain_lib.rl.rewards.base import check_grader
@@ -214,7 +214,7 @@ def _check_rollouts(config: RunConfig) -> None:
             resolve(played.name, ENVIRONMENTS, what="environment", where="grpo.environment.name")
     if (bound := constraint(config)) is not None:
         named_constraint(bound)
-    rule_of(config.grpo.advantage)
+    resolve(config.grpo.advantage, RULES, what="advantage rule", where="grpo.advantage")
     check_engine(config.grpo.rollout.engine, config.grpo.rollout.options)
 
 
