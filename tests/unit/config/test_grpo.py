@@ -51,9 +51,13 @@ def test_a_frozen_model_is_there_where_it_is_compared_with() -> None:
     [
         ("grpo.rewards=[{name: exact, weight: 0}]", "nothing would be learned"),
         ("grpo.rewards=[{name: exact}, {name: exact}]", "give them titles"),
+        ("grpo.rewards=[{name: exact, title: mean}]", "a figure of the whole batch"),
+        ("grpo.rewards=[{name: 'my_rewards:failed'}]", "a figure of the whole batch"),
         ("grpo.rewards=[]", "rewards"),
         ("grpo.updates_per_batch=17", "learns from whole groups"),
         ("grpo.group_size=1", "compares an answer with others"),
+        ("grpo.group_size=1,grpo.advantage=reinforce_plus_plus,grpo.drop_no_signal=true", "groups of one reward"),
+        ("grpo.rollout.stop_strings=['']", "stop_strings"),
         ("grpo.reference={path: x}", "where kl_weight is above 0"),
         ("grpo.kl_unbiased=true", "weighs the KL of kl_weight"),
         ("grpo.teacher={weight: 1.0}", "a teacher needs a path"),

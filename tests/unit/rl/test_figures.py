@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from posttrain_lib.config.grpo import REWARD_FIGURES
 from posttrain_lib.rl import figures
-from posttrain_lib.rl.figures import Busy, Times, held_out_figures, held_out_scores, held_out_value
-from posttrain_lib.rl.trajectories import Trajectory
+from posttrain_lib.rl.figures import Busy, Times, batch_figures, held_out_figures, held_out_scores, held_out_value
+from posttrain_lib.rl.prompts import RolloutPrompt
+from posttrain_lib.rl.trajectories import Group, Trajectory
 from posttrain_lib.schema.rollouts import Answer, Grade
 
 FAILED = Grade(None, {"exact": 1.0}, None, "exact: took too long")
@@ -57,6 +59,15 @@ def test_where_nothing_was_graded_there_is_no_value() -> None:
     found = told([FAILED, FAILED])
     assert "held_out" not in found and found["held_out_figures"]["failed"] == 2.0
     assert held_out_value(held_out_scores([FAILED], 1)) is None
+
+
+def test_the_batchs_own_figures_are_names_that_no_reward_may_have() -> None:
+    answer = Answer(prompt=(), text="", expected=None, extra={}, tokens=1, finished=True)
+    trained, logprobs = np.array([False, True]), np.zeros(1, np.float32)
+    one = Trajectory(np.zeros(2, np.int32), 1, trained, logprobs, np.zeros(1, np.int32), answer, True)
+    group = Group(0, RolloutPrompt((1,), (), None, "s", "0"), [one, one], [RIGHT, WRONG])
+    told = {name for name in batch_figures([group], [np.zeros(2)], 0, {0: 0}) if name.startswith("reward/")}
+    assert told - {"reward/exact"} == {f"reward/{name}" for name in REWARD_FIGURES}
 
 
 class Clock:
