@@ -49,8 +49,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
-    """The model before and after, held-out prompts, the tokenizer, the rows of tasks."""
-    found = evaluate.inputs(config, manifests)
+    """The model before and after, held-out prompts, the tokenizer, the rows of tasks, reward models that grade."""
+    found = {**evaluate.inputs(config, manifests), **rollouts.judges(config)}
     return {**found, "model": rollouts.start_model(config, manifests)}
 
 

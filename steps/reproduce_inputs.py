@@ -104,6 +104,9 @@ def _places(
         if step or f"warm_start.{own}" not in inputs:
             listed += warm["data"]["sources"]
         yield from ((each, "path") for each in listed if each["name"] == source and each["path"] is not None)
+    if kind == "grader":
+        terms = config["grpo"]["rewards"]
+        yield from ((term["options"], "folder") for term in terms if (term["title"] or term["name"]) == source)
     wanted = {
         "model": [(config["model"], "path")],
         "companion": [((config.get(recipe) or {}).get(part) or {}, "path") for recipe, part in _COMPANIONS],

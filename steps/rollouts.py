@@ -9,7 +9,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.grpo import GRPO
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.schema.manifests import ArtifactRef
-from steps.base import Manifests, StepContext
+from steps.base import Manifests, StepContext, known_digests
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
@@ -56,6 +56,22 @@ def specs(grpo: GRPO) -> tuple[RewardSpec, ...]:
     return tuple(
         RewardSpec(term.name, term.shown_as, term.weight, term.options, term.deadline_seconds) for term in grpo.rewards
     )
+
+
+def judges(config: RunConfig) -> dict[str, ArtifactRef]:
+    """The reward models among the graders, by their content.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    from steps.foresight import local_folder
+
+    found = {}
+    for spec in () if config.grpo is None else specs(config.grpo):
+        folder = spec.options.get("folder") if spec.name == "model" else None
+        if folder is not None and (local := local_folder(folder, f"grpo.rewards: {spec.title}")) is not None:
+            found[f"grader:{spec.title}"] = ArtifactRef(folder, "model", known_digests().path(local))
+    return found
 
 
 def check_answers(config: RunConfig, manifests: Manifests) -> None:

@@ -56,12 +56,13 @@ def work_settings(config: RunConfig) -> dict[str, Any]:
 
 def inputs(config: RunConfig, manifests: Manifests) -> dict[str, ArtifactRef]:
     """Token stores, the tokenizer that they must have been made with, the model with the proof that it was verified,
-    and the rows themselves where training tokenises them."""
+    reward models among the graders, and the rows themselves where training tokenises them."""
     rollouts.check_answers(config, manifests)
     data, model = manifests["prepare_data"].outputs, manifests["convert_model"].outputs
     rows = prepare_data.inputs(config, manifests)
     return {
         **beside.inputs(config, manifests),
+        **rollouts.judges(config),
         **{name: ref for name, ref in rows.items() if config.data.on_the_fly or not name.startswith("source:")},
         "train": data["train"],
         "held_out": data["held_out"],

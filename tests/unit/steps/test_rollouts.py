@@ -46,3 +46,22 @@ def test_a_stop_string_that_no_text_has_is_refused(tmp_path: Path, text: str) ->
     grpo = config({}, rollout={"stop_strings": ["</end>", "\n\n"]}).grpo
     assert grpo is not None
     assert rollouts.sampling(grpo, tokenizer).stop_strings == ("</end>", "\n\n")
+
+
+def test_a_reward_model_among_the_graders_comes_in_by_its_content(tmp_path: Path) -> None:
+    """One that is replaced in its place gives other grades: what it graded before is not taken for its own."""
+    (tmp_path / "weights").write_text("one")
+    graded = config(
+        {}, rewards=[{"name": "exact"}, {"name": "model", "title": "taste", "options": {"folder": str(tmp_path)}}]
+    )
+    found = rollouts.judges(graded)
+    assert [*found] == ["grader:taste"] and found["grader:taste"].uri == str(tmp_path)
+    (tmp_path / "weights").write_text("two")
+    assert rollouts.judges(graded)["grader:taste"].digest != found["grader:taste"].digest
+    assert rollouts.judges(config({})) == {}
+
+
+def test_a_reward_model_that_is_not_there_is_refused() -> None:
+    gone = config({}, rewards=[{"name": "model", "options": {"folder": "/gone/model"}}])
+    with pytest.raises(ConfigError, match=r"does not exist.*\n.*grpo.rewards: model"):
+        rollouts.judges(gone)
