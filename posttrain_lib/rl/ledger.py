@@ -90,9 +90,11 @@ class Ledger:
         self._unwritten = []
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready; of a moment right after :meth:`close_update`."""
+        """JSON-ready, for a checkpoint, with which the log is on the disk; of a moment after :meth:`close_update`."""
         if self._unwritten:
             raise ValueError("visits were settled that no update's line has: a checkpoint would lose them")
+        if self.log is not None:
+            self.log.flush()
         waiting = sorted([*self.in_flight, *self._again])
         return {"next": self.next, "in_flight": waiting, "counts": dict(self.counts)}
 

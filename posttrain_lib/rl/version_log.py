@@ -13,10 +13,7 @@ from posttrain_lib.lineage.digests import sync_folder, write_atomically
 
 
 class VersionLog:
-    """JSON lines with a ``version`` each, in a file of one run.
-
-    A line is on the disk when it is told of: a checkpoint counts on those of its version, and is on the disk itself.
-    """
+    """JSON lines with a ``version`` each, in a file of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +30,10 @@ class VersionLog:
         """Add lines."""
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write("".join(map(_text, lines)))
-            handle.flush()
+
+    def flush(self) -> None:
+        """Put the lines on the disk, for a checkpoint that counts on them and is on the disk itself."""
+        with open(self.path, "a", encoding="utf-8") as handle:
             os.fsync(handle.fileno())
 
 

@@ -131,14 +131,17 @@ def test_lines_are_on_the_disk_as_the_checkpoint_is_that_counts_on_them(
 
     monkeypatch.setattr(os, "fsync", noted)
     log = VersionLog(tmp_path / "log.jsonl")
-    log.start(0)
-    log.append([{"version": 1}])
-    log.append([{"version": 2}])
+    ledger = Ledger(log)
+    ledger.begin()
+    for version in (1, 2):
+        settle(ledger, ledger.issue(2))
+        ledger.close_update(version)
+    state = ledger.state()
     for _ in range(2):
         found = log.path.stat()
         assert flushed[found.st_ino] == found.st_size > 0
         assert tmp_path.stat().st_ino in flushed, "its name"
-        log.start(1)
+        Ledger(log).load_state(state, 2)
 
 
 def test_a_kill_may_tear_a_line_anywhere(tmp_path: Path) -> None:
