@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,9 @@ from posttrain_lib.config.data import DataConfig
 from posttrain_lib.config.objectives import Objective
 from posttrain_lib.config.origin import ModelOrigin
 from posttrain_lib.config.train import TrainConfig
+
+#: what ``rl.figures`` reports as ``reward/<name>`` of a batch itself, beside the parts by title
+REWARD_FIGURES = frozenset({"mean", "std", "group_std", "failed"})
 
 
 class RewardTerm(Section):
@@ -35,7 +38,7 @@ class Rollout(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the engine")
     max_new_tokens: int = Field(256, ge=1, description="of one answer")
     temperature: float = Field(1.0, gt=0, description="of training's answers")
-    stop_strings: tuple[str, ...] = Field(
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="an answer ends behind any of them, besides at its turn's end"
     )
     max_mismatch: float | None = Field(
@@ -224,6 +227,8 @@ class GRPO(Objective):
         titles = [term.shown_as for term in self.rewards]
         if twice := sorted({title for title in titles if titles.count(title) > 1}):
             raise ValueError(f"two rewards are called {twice[0]!r}: give them titles")
+        if taken := sorted(REWARD_FIGURES.intersection(titles)):
+            raise ValueError(f"reward/{taken[0]} is a figure of the whole batch: give the reward another title")
         if self.teacher is None and not any(term.weight for term in self.rewards):
             raise ValueError("all rewards have weight 0: nothing would be learned")
         if self.teacher is not None and self.needs_reference:
@@ -249,5 +254,9 @@ class GRPO(Objective):
             raise ValueError(
                 f"advantage {self.advantage} compares an answer with others to its prompt: set group_size to 2 or "
                 "more, or advantage: reinforce_plus_plus"
+            )
+        if self.group_size == 1 and self.drop_no_signal:
+            raise ValueError(
+                "drop_no_signal leaves out groups of one reward, and with group_size 1 all are: change one"
             )
         return self
