@@ -103,13 +103,16 @@ class Controller:
         self.desk = GradingDesk(roles.reward)
         self.times = Times()
         self.batch = 0
+        #: ``rl.figures.held_out_value`` before the first update
+        self.first_held_out: float | None = None
         self._learned: dict[int, int] = {}
         self._stopping = False
         self._policy_thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the controller; JSON-ready."""
-        return {"batch": self.batch, "ledger": self.ledger.state(), "rates": self.curriculum.state()}
+        known = {"batch": self.batch, "first_held_out": self.first_held_out}
+        return {**known, "ledger": self.ledger.state(), "rates": self.curriculum.state()}
 
     def run(self) -> Generator[StepReport, None, None]:
         """A report for each update, the first one of the policy as it is found.
@@ -147,7 +150,7 @@ class Controller:
         known = await self._on_policy(policy.resume)
         if known is not None:
             state, report = known
-            self.batch = int(state["batch"])
+            self.batch, self.first_held_out = int(state["batch"]), state["first_held_out"]
             self.ledger.load_state(state["ledger"], policy.version)
             self.curriculum.load_state(state["rates"])
             if self.answers is not None:
@@ -159,7 +162,9 @@ class Controller:
             if self.answers is not None:
                 self.answers.start(0)
             await self._push()
-            reports.put_nowait(dataclasses.replace(first_report(settings.updates), **await self._look()))
+            looked = await self._look()
+            self.first_held_out = looked.get("held_out", {}).get("all")
+            reports.put_nowait(dataclasses.replace(first_report(settings.updates), **looked))
         ahead: dict[int, asyncio.Task[list[Group]]] = {}
         while left := settings.batches_left(policy.version):
             self.times.begin(self.pump.busy.seconds, self.desk.busy.seconds)

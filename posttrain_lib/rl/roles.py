@@ -97,7 +97,8 @@ class PolicyRole(Protocol):
         there; otherwise it may be written while the next rollouts are made."""
 
     def result(self) -> TrainResult:
-        """What the run came to: its last checkpoint, which is saved, and its best one."""
+        """What the run came to: its last checkpoint, which is saved, and its best one. How it began, the controller
+        knows."""
 
     def close(self) -> None:
         """Wait for what is being written, and give everything up."""

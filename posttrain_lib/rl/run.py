@@ -86,7 +86,7 @@ def train_on_rollouts(
             )
             for report in controller.run():
                 yield _with_notes(report, notes)
-            return roles.policy.result()
+            return dataclasses.replace(roles.policy.result(), first_held_out=controller.first_held_out)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,8 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
         assert comparable(report) == comparable(next(one for one in whole if one.step == step))
     one, other = weights(result), weights(resumed)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert whole[0].held_out is not None
+    assert whole[0].held_out["all"] == result.first_held_out == resumed.first_held_out
     visits = trained_visits(read_log(tmp_path / "killed" / LEDGER))
     assert visits == trained_visits(read_log(tmp_path / "whole" / LEDGER)) == list(range(16))
     assert read_log(tmp_path / "killed" / ANSWERS) == read_log(tmp_path / "whole" / ANSWERS)
