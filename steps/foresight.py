@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from posttrain_lib.data.formats import FORMATS, check_fields
 from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.registry import resolve
-
-HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(@(?P<revision>.+))?")
 
 #: row format -> what its rows become; those of all others become documents
 _KINDS = {"preference": "pair", "prompts": "prompt"}
@@ -160,26 +157,6 @@ def _figures(config: RunConfig) -> tuple[str, ...]:
     return figures if config.reward is None else (*figures, *METRICS)
 
 
-def local_folder(path: str, field: str) -> Path | None:
-    """The local folder or file that a path names; None where it is a hub id, to be fetched when the run starts.
-
-    Raises:
-        ConfigError: neither.
-    """
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    if HUB_ID.fullmatch(path) is None:
-        raise ConfigError(
-            "the path does not exist",
-            where=field,
-            got=path,
-            expected="an existing path or a hub id owner/name[@revision]"
-            + (", SFTFlow/<run id>, SFTFlow/latest, models/<name>" if field == "model.path" else ""),
-        )
-    return None
-
-
 def check_model(config: RunConfig, folder: Path, tokenizer: str | Path | None) -> None:
     """A model folder by its headers, and the files of its tokenizer, which is its own where none is given.
 
@@ -198,7 +175,7 @@ def _check_rollouts(config: RunConfig) -> None:
     is the user's, is not made."""
     if config.grpo is None:
         return
-    from posttrain_lib.rl.advantages import RULES
+    from posttrain_lib.rl.advantages import rule_of
     from posttrain_lib.rl.constrain import named_constraint
     from posttrain_lib.rl.environments.base import ENVIRONMENTS, environment_maker
     from posttrain_lib.rl.rewards.base import check_grader
@@ -214,7 +191,7 @@ def _check_rollouts(config: RunConfig) -> None:
             resolve(played.name, ENVIRONMENTS, what="environment", where="grpo.environment.name")
     if (bound := constraint(config)) is not None:
         named_constraint(bound)
-    resolve(config.grpo.advantage, RULES, what="advantage rule", where="grpo.advantage")
+    rule_of(config.grpo.advantage)
     check_engine(config.grpo.rollout.engine, config.grpo.rollout.options)
 
 

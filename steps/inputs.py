@@ -24,7 +24,8 @@ from posttrain_lib.lineage.pointer import rollback_command
 from posttrain_lib.lineage.store import default_root, disk_errors
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
-from steps.foresight import COMPANION_FIELDS, HUB_ID, check_evaluation, check_model, check_start, local_folder
+from steps.foresight import COMPANION_FIELDS, check_evaluation, check_model, check_start
+from steps.places import HUB_ID, local_folder
 
 
 def settings(config: RunConfig) -> dict[str, Any]:

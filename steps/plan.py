@@ -21,8 +21,9 @@ from posttrain_lib.models.families import get_family, read_hf_config, spec_from_
 from posttrain_lib.models.hf_spec import LACKS, HFSpec, check_workers, hf_spec_from_config
 from posttrain_lib.models.spec import ModelSpec, check_prefixes, matmul_parameters, parameter_count
 from steps import warm_start
-from steps.foresight import COMPANION_FIELDS, check_model, check_names, local_folder
+from steps.foresight import COMPANION_FIELDS, check_model, check_names
 from steps.pipeline import add_config_arguments, plain_errors
+from steps.places import local_folder
 from steps.start_from import told, with_models_found
 
 _FLOAT32_BYTES = 4

@@ -10,6 +10,7 @@ from posttrain_lib.config.grpo import GRPO
 from posttrain_lib.errors import ConfigError, DataError
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, StepContext, known_digests
+from steps.places import local_folder
 
 if TYPE_CHECKING:
     from posttrain_lib.data.chat_tokenizer import ChatTokenizer
@@ -64,8 +65,6 @@ def judges(config: RunConfig) -> dict[str, ArtifactRef]:
     Raises:
         ConfigError: there is no such folder.
     """
-    from steps.foresight import local_folder
-
     found = {}
     for spec in () if config.grpo is None else specs(config.grpo):
         folder = spec.options.get("folder") if spec.name == "model" else None
@@ -220,7 +219,7 @@ def job(context: StepContext, tokenizer: ChatTokenizer) -> RolloutJob | None:
         constraint=constraint(config),
         engine=rollout.engine,
         engine_options=rollout.options,
-        reference=inputs["companion"].uri if grpo.needs_reference else None,
+        reference=inputs["companion"].uri if config.has_kl else None,
         teacher=inputs["companion"].uri if grpo.teacher is not None else None,
         grader_processes=grpo.grader_processes,
         max_mismatch=rollout.max_mismatch,

@@ -12,7 +12,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
-from steps.foresight import local_folder
+from steps.places import local_folder
 from steps.rollouts import check_answers
 
 

@@ -208,11 +208,6 @@ class GRPO(Objective):
         }
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether a frozen model is compared with."""
-        return self.kl_weight > 0
-
-    @property
     def placed(self) -> Literal["colocated", "split"]:
         """The placement, its default known."""
         return self.placement or ("split" if self.max_staleness else "colocated")
@@ -231,8 +226,6 @@ class GRPO(Objective):
             raise ValueError(f"reward/{taken[0]} is a figure of the whole batch: give the reward another title")
         if self.teacher is None and not any(term.weight for term in self.rewards):
             raise ValueError("all rewards have weight 0: nothing would be learned")
-        if self.teacher is not None and self.needs_reference:
-            raise ValueError("a teacher and a reference (kl_weight) are two frozen models: leave one of them out")
         if self.teacher is not None and self.teacher.path is None:
             raise ValueError("a teacher needs a path: the model that the policy starts as has nothing to teach it")
         if self.updates_per_batch > self.prompts_per_step:
@@ -240,10 +233,8 @@ class GRPO(Objective):
                 f"updates_per_batch ({self.updates_per_batch}) is above prompts_per_step ({self.prompts_per_step}): an "
                 "update learns from whole groups"
             )
-        if self.kl_unbiased and not self.needs_reference:
+        if self.kl_unbiased and not self.kl_weight:
             raise ValueError("kl_unbiased weighs the KL of kl_weight: set that above 0, or leave kl_unbiased out")
-        if self.reference != FrozenPolicy() and not self.needs_reference:
-            raise ValueError("reference is compared with where kl_weight is above 0: set that, or leave reference out")
         if self.placement == "colocated" and self.max_staleness:
             raise ValueError(
                 "an engine that sleeps while the policy learns asks nothing ahead: set max_staleness: 0, or placement: "

@@ -149,11 +149,18 @@ class RunConfig(Section):
         return self.train.model_copy(update={"loss": name, "loss_options": options})
 
     @property
+    def has_kl(self) -> bool:
+        """Whether the loss of rollouts holds the policy near to a frozen model: its options have a ``kl_weight`` above
+        0, the section's or, of a loss of one's own, ``train.loss_options``."""
+        weight = self.trained.loss_options.get("kl_weight", 0)
+        return self.grpo is not None and isinstance(weight, int | float) and weight > 0
+
+    @property
     def companion(self) -> Reference | Teacher | FrozenPolicy | None:
         """The frozen model that the recipe compares with; None where there is none."""
         if self.dpo is not None and self.dpo.needs_reference:
             return self.dpo.reference
-        if self.grpo is not None and self.grpo.needs_reference:
+        if self.grpo is not None and self.has_kl:
             return self.grpo.reference
         if self.grpo is not None and self.grpo.teacher is not None:
             return self.grpo.teacher
@@ -185,6 +192,13 @@ class RunConfig(Section):
         if self.grpo is None:
             return self
         train, data, rollout = self.train, self.data, self.grpo.rollout
+        if self.grpo.teacher is not None and self.has_kl:
+            raise ValueError("a teacher and a reference (kl_weight) are two frozen models: leave one of them out")
+        if self.grpo.reference != FrozenPolicy() and not self.has_kl:
+            raise ValueError(
+                "grpo.reference is compared with where kl_weight is above 0 (grpo.kl_weight; of a loss of one's own "
+                "train.loss_options.kl_weight): set that, or leave grpo.reference out"
+            )
         if train.steps is None:
             raise ValueError("recipe grpo needs train.steps, which counts updates: its data has no end")
         fields = type(train).model_fields

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain_lib.config import RunConfig, load_run_config
+from posttrain_lib.config.grpo import FrozenPolicy
 from posttrain_lib.config.load import build_run_config
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
@@ -77,6 +78,16 @@ def test_what_cannot_be_is_refused(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as told:
         resolved(override)
     assert said in str(told.value)
+
+
+def test_a_loss_of_ones_own_with_a_kl_has_a_reference() -> None:
+    own = "train.loss=my_losses:Mine,train.loss_options="
+    assert resolved(own + "{kl_weight: 0.1}").companion == FrozenPolicy()
+    assert resolved(own + "{kl_weight: 0.1},grpo.reference={path: x}").companion == FrozenPolicy(path="x")
+    for options in ("{}", "{kl_weight: 0}", "{kl_weight: adaptive}"):
+        assert resolved(own + options).companion is None
+    with pytest.raises(ConfigError, match="two frozen models"):
+        resolved(own + "{kl_weight: 0.1},grpo.teacher={path: x}")
 
 
 def test_other_recipes_have_no_such_section() -> None:

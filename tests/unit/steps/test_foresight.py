@@ -128,12 +128,3 @@ def test_a_device_is_looked_for_where_the_run_stays_on_this_machine(monkeypatch:
 def test_a_template_that_is_not_there_is_named() -> None:
     with pytest.raises(DataError, match="template cannot be read"):
         foresight.check_names(config_of(data={"chat_template": "/nowhere/own.jinja"}))
-
-
-def test_a_path_is_a_folder_a_hub_id_or_a_mistake(tmp_path: Path) -> None:
-    assert foresight.local_folder(str(tmp_path), "model.path") == tmp_path
-    assert foresight.local_folder("owner/name@main", "model.path") is None
-    for wrong in ("/nope/x", "./owner/name", "a/b/c", "name"):
-        with pytest.raises(ConfigError, match="does not exist") as caught:
-            foresight.local_folder(wrong, "model.path")
-        assert caught.value.where == "model.path"
