@@ -193,7 +193,7 @@ class PolicyRank:
             last_checkpoint=str(path(progress.step)),
             best_checkpoint=None if progress.best_step is None else str(path(progress.best_step)),
             best_held_out=progress.best_held_out,
-            first_held_out=progress.first_held_out,
+            first_held_out=None,  # the controller's to say
             stopped_early=False,
             incidents=progress.incidents,
         )

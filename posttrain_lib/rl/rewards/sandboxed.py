@@ -49,7 +49,7 @@ def run_tests(program: str, tests: list[str]) -> list[bool]:
 def _compiled(text: str) -> CodeType | None:
     try:
         return compile(text, _NAME, "exec")
-    except BaseException:  # SyntaxError, or ValueError, MemoryError, RecursionError: none of them is a pass
+    except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError):
         return None
 
 
