@@ -292,15 +292,17 @@ def _check_identity(own: dict[str, Any], state: dict[str, Any]) -> None:
         )
 
 
-def count_steps(feed: StoreFeed, *, row_tokens: int, rows_per_step: int, packing_buffer: int) -> int:
+def count_steps(
+    feed: StoreFeed, *, row_tokens: int, rows_per_step: int, packing_buffer: int, most: int | None = None
+) -> int:
     """Optimiser steps until ``feed`` ends, exact: the packer runs over the lengths (millions of units a second).
 
-    The feed is afterwards where it was before. It must end: one that repeats without end never returns.
+    The feed is afterwards where it was before. One that may repeat without end needs ``most``, where counting stops.
     """
     position = feed.mixer.state()
     planner = Planner(feed, row_tokens=row_tokens, packing_buffer=packing_buffer)
     steps = 0
-    while len(planner.rows(rows_per_step, steps + 1)):
+    while steps != most and len(planner.rows(rows_per_step, steps + 1)):
         steps += 1
     feed.load(position, ())
     return steps

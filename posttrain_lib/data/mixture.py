@@ -69,6 +69,11 @@ class Mixer:
         last = [part for part in self._parts if part.weight[-1][1] > 0]
         return any(part.exhausted == "stop" for part in last) or all(part.exhausted != "repeat" for part in last)
 
+    def may_end(self) -> bool:
+        """Whether it ends by itself at some length of the run: one that stops it and is no longer drawn at last may
+        yet be through before."""
+        return self.ends() or any(part.exhausted == "stop" for part in self._parts)
+
     def peek(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, packed lengths) of what comes next for optimiser step ``step``; none when the mixture has ended."""
         if len(self._parts) == 1:

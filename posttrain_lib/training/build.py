@@ -110,18 +110,18 @@ def planned_steps(feed: StoreFeed, config: TrainConfig) -> int:
 
     ``feed`` stands at its beginning, before and after.
     """
-    if not feed.mixer.ends():
-        if config.steps is None:
-            raise ConfigError(
-                "the mixture never ends: its sources repeat, or are no longer drawn when one should stop it",
-                where="train.steps",
-                expected="a number of steps, or another train.mixture 'exhausted'",
-            )
-        return int(config.steps)
-    counted = count_steps(
+    if config.steps is None and not feed.mixer.ends():
+        raise ConfigError(
+            "the mixture never ends: its sources repeat, or are no longer drawn when one should stop it",
+            where="train.steps",
+            expected="a number of steps, or another train.mixture 'exhausted'",
+        )
+    if config.steps is not None and not feed.mixer.may_end():
+        return config.steps  # nothing to count
+    return count_steps(
         feed,
         row_tokens=config.row_tokens,
         rows_per_step=config.rows_per_step,
         packing_buffer=config.packing_buffer,
+        most=config.steps,
     )
-    return counted if config.steps is None else min(counted, int(config.steps))

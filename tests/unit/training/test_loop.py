@@ -317,6 +317,18 @@ def test_a_mixture_that_ends_first_ends_the_run(tmp_path: Path) -> None:
     assert reports[0].event == result.data_end
 
 
+def test_a_source_that_is_through_before_it_is_faded_out_ends_the_run(tmp_path: Path) -> None:
+    """It stops the mixture as long as it is in it. The plan took it for one that never ends, and the end for a fault."""
+    fading = {"weight": [[1, 1.0], [10_000, 0.0]], "exhausted": "stop"}
+    mixture = {"sources": {SOURCES[0]: fading, SOURCES[1]: {"weight": 1.0}}}
+    reports, result = run(make_job(tmp_path, tiny_config(steps=10_000, mixture=mixture)))
+    assert result.step == reports[-1].total_steps < 10_000 and "finished" in reports[-1].event
+    assert result.data_end.startswith(f"the data ends after {result.step} of the 10,000 steps asked for")
+    fading["weight"] = [[1, 1.0], [3, 0.0]]  # and one that is not
+    _, whole = run(make_job(tmp_path, tiny_config(steps=10, mixture=mixture), work="whole"))
+    assert whole.step == 10 and not whole.data_end
+
+
 def test_a_cap_on_a_source_is_what_there_is_of_it(tmp_path: Path) -> None:
     caps = {name: {"max_examples": 25, "epochs": 2} for name in SOURCES}
     _, result = run(make_job(tmp_path, tiny_config(steps=40, mixture={"exhausted": "drop", "sources": caps})))
