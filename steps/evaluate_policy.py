@@ -31,11 +31,12 @@ METRICS = ("pass@1", "reward")
 @dataclass(frozen=True)
 class _Found:
     """Of one model: the texts of its greedy answers, the graders' scores by name and how many gradings failed, each
-    task's result; ``wrong`` is ``rl.figures.held_out_value``."""
+    task's result; ``wrong`` is ``rl.figures.held_out_value`` by ``measure``."""
 
     texts: list[str]
     scores: dict[str, Scores]
     failed: float
+    measure: str
     wrong: float
     results: Mapping[str, TaskResult]
 
@@ -73,11 +74,11 @@ def body(context: StepContext) -> StepResult:
     graders = GraderPool(rollouts.specs(grpo), workers=grpo.grader_processes)
     try:
         context.say("evaluate: the model before training")
-        before = _evaluate(context, model, playing, asked, graders, tasks)
+        before = _evaluate(context, model, playing, asked, graders, tasks, None)
         state = load_model_state(context.inputs["checkpoint"].uri)
         model.load_state_dict(trained_weights(model, state, config.model.lora))
         context.say("evaluate: the model after training")
-        after = _evaluate(context, model, playing, asked, graders, tasks)
+        after = _evaluate(context, model, playing, asked, graders, tasks, before.measure)
     finally:
         graders.close()
     metrics: dict[str, Any] = {
@@ -115,15 +116,18 @@ def _evaluate(
     prompts: Sequence[RolloutPrompt],
     graders: GraderPool,
     tasks: Mapping[str, Task],
+    measure: str | None,
 ) -> _Found:
+    """``measure``: what the model before was measured by, whose value it is compared with."""
     from posttrain_lib.data.token_store import TokenStore
     from posttrain_lib.evaluation.tasks import Given
-    from posttrain_lib.rl.figures import failed_gradings, held_out_scores, held_out_value
+    from posttrain_lib.rl.figures import failed_gradings, held_out_scores, held_out_value, measure_of
 
     config, tokenizer = context.config, playing.tokenizer
     texts, grades, ways = _answers(context, model, playing, prompts, graders)
     scores = held_out_scores(grades, ways)
-    if (wrong := held_out_value(scores)) is None:
+    measure = measure or measure_of(scores)
+    if measure is None or (wrong := held_out_value(scores, measure)) is None:
         raise RolloutError(
             "no greedy answer to a held-out prompt was graded",
             where="grpo.rewards",
@@ -135,7 +139,7 @@ def _evaluate(
         store, config.train.row_tokens, read_prompts(Path(context.inputs["prompts"].uri)), config.evaluation.seed
     )
     results = {title: evaluate.run_task(context, title, task, model, tokenizer, given) for title, task in tasks.items()}
-    return _Found(texts[::ways], scores, failed_gradings(grades), wrong, results)
+    return _Found(texts[::ways], scores, failed_gradings(grades), measure, wrong, results)
 
 
 def _mean(found: _Found, name: str) -> str:

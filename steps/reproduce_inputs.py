@@ -105,8 +105,11 @@ def _places(
             listed += warm["data"]["sources"]
         yield from ((each, "path") for each in listed if each["name"] == source and each["path"] is not None)
     if kind == "grader":
+        title, _, option = source.rpartition(":")
         terms = config["grpo"]["rewards"]
-        yield from ((term["options"], "folder") for term in terms if (term["title"] or term["name"]) == source)
+        yield from (
+            (term["options"], option) for term in terms if (term["title"] or term["name"].rpartition(":")[2]) == title
+        )
     wanted = {
         "model": [(config["model"], "path")],
         "companion": [((config.get(recipe) or {}).get(part) or {}, "path") for recipe, part in _COMPANIONS],

@@ -60,16 +60,20 @@ def specs(grpo: GRPO) -> tuple[RewardSpec, ...]:
 
 
 def judges(config: RunConfig) -> dict[str, ArtifactRef]:
-    """The reward models among the graders, by their content.
+    """The files and folders that graders read, reward models above all, by their content.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such path, or no such grader.
     """
+    from posttrain_lib.rl.rewards.base import named_grader
+
     found = {}
     for spec in () if config.grpo is None else specs(config.grpo):
-        folder = spec.options.get("folder") if spec.name == "model" else None
-        if folder is not None and (local := local_folder(folder, f"grpo.rewards: {spec.title}")) is not None:
-            found[f"grader:{spec.title}"] = ArtifactRef(folder, "model", known_digests().path(local))
+        for option in getattr(named_grader(spec), "reads", ()):
+            path = spec.options.get(option)
+            if path is not None and (local := local_folder(path, f"grpo.rewards: {spec.title}")) is not None:
+                digest = known_digests().path(local)
+                found[f"grader:{spec.title}:{option}"] = ArtifactRef(path, "grader", digest)
     return found
 
 

@@ -136,7 +136,7 @@ def body(context: StepContext) -> StepResult:
             "plan": planned,
             **marks(context.config.model.backend),
         },
-        summary=summary(result, of_rollouts=context.config.grpo is not None),
+        summary=summary(result),
     )
 
 
@@ -190,15 +190,13 @@ def _link(file: str, link: str) -> None:
         shutil.copyfile(file, link)
 
 
-def summary(result: TrainResult, *, of_rollouts: bool = False) -> str:
-    """One line for the terminal. ``of_rollouts``: what picks the best checkpoint is no loss, but the share of wrong
-    held-out answers, or their reward with the sign changed."""
+def summary(result: TrainResult) -> str:
+    """One line for the terminal."""
     parts = [f"{result.step} steps{' (stopped early)' if result.stopped_early else ''}"]
     if result.data_end:
         parts.append(result.data_end)
     if result.best_held_out is not None:
-        what = "best share of wrong held-out answers, or minus their reward," if of_rollouts else "best held-out loss"
-        parts.append(f"{what} {result.best_held_out:.4f}")
+        parts.append(f"best {result.held_out_is} {result.best_held_out:.4f}")
         if result.first_held_out is not None and result.best_held_out > result.first_held_out:
             parts[-1] += f", worse than the {result.first_held_out:.4f} before training"
     return "; ".join(parts)

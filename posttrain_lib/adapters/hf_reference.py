@@ -17,6 +17,10 @@ from posttrain_lib.models.score import is_score_config
 _IMPLEMENTATION = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
+#: what model code reads and the configuration classes of some families do not list
+_UNLISTED = {"head_dim", "rope_theta", "rope_scaling"}
+
+
 def architecture_config(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a new model: transformers' configuration class of ``model_type`` with these fields.
 
@@ -27,7 +31,7 @@ def architecture_config(model_type: str, fields: Mapping[str, Any]) -> dict[str,
     from transformers import AutoConfig
 
     template = AutoConfig.for_model(model_type)
-    known = set(type(template).__dataclass_fields__) | set(template.to_dict()) | {"rope_theta", "rope_scaling"}
+    known = set(type(template).__dataclass_fields__) | set(template.to_dict()) | _UNLISTED
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)

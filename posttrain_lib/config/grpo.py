@@ -233,6 +233,11 @@ class GRPO(Objective):
                 f"updates_per_batch ({self.updates_per_batch}) is above prompts_per_step ({self.prompts_per_step}): an "
                 "update learns from whole groups"
             )
+        solved, hopeless = self.skip_solved, self.skip_hopeless
+        if solved is not None and hopeless is not None and solved <= hopeless:
+            raise ValueError(
+                f"skip_solved ({solved:g}) is not above skip_hopeless ({hopeless:g}): every prompt would be left out"
+            )
         if self.kl_unbiased and not self.kl_weight:
             raise ValueError("kl_unbiased weighs the KL of kl_weight: set that above 0, or leave kl_unbiased out")
         if self.placement == "colocated" and self.max_staleness:

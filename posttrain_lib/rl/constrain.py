@@ -78,8 +78,16 @@ class Catalogue:
         """That these are options of a catalogue.
 
         Raises:
-            ConfigError: both or neither.
+            ConfigError: both or neither, or an entry that is no text.
         """
+        if strange := [entry for entry in entries if not isinstance(entry, str)]:
+            raise ConfigError(
+                "an entry of a catalogue is no text",
+                where="grpo.constraint.options.entries",
+                got=f"{strange[0]!r}, a {type(strange[0]).__name__}",
+                expected="a text",
+                fix="write it in quotes: yes, no and numbers are none in YAML without",
+            )
         if bool(entries) == (field is not None):
             raise ConfigError(
                 "a catalogue is the run's, or each row's",

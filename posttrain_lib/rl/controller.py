@@ -36,7 +36,14 @@ from posttrain_lib.losses.policy import OLD, REFERENCE
 from posttrain_lib.rl.advantages import advantages_of
 from posttrain_lib.rl.curriculum import Curriculum
 from posttrain_lib.rl.desk import GradingDesk
-from posttrain_lib.rl.figures import Times, batch_figures, held_out_figures, shown_answers
+from posttrain_lib.rl.figures import (
+    Times,
+    batch_figures,
+    held_out_figures,
+    held_out_scores,
+    measure_of,
+    shown_answers,
+)
 from posttrain_lib.rl.ledger import Settled
 from posttrain_lib.rl.prompts import PromptOrder
 from posttrain_lib.rl.pump import EnginePump
@@ -103,7 +110,9 @@ class Controller:
         self.desk = GradingDesk(roles.reward)
         self.times = Times()
         self.batch = 0
-        #: ``rl.figures.held_out_value`` before the first update
+        #: what looks at held-out prompts are compared by, a key of ``rl.figures.MEASURES``; its value before the first
+        #: update
+        self.measure: str | None = None
         self.first_held_out: float | None = None
         self._learned: dict[int, int] = {}
         self._stopping = False
@@ -111,7 +120,7 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the controller; JSON-ready."""
-        known = {"batch": self.batch, "first_held_out": self.first_held_out}
+        known = {"batch": self.batch, "measure": self.measure, "first_held_out": self.first_held_out}
         return {**known, "ledger": self.ledger.state(), "rates": self.curriculum.state()}
 
     def run(self) -> Generator[StepReport, None, None]:
@@ -150,7 +159,8 @@ class Controller:
         known = await self._on_policy(policy.resume)
         if known is not None:
             state, report = known
-            self.batch, self.first_held_out = int(state["batch"]), state["first_held_out"]
+            self.batch, self.measure = int(state["batch"]), state["measure"]
+            self.first_held_out = state["first_held_out"]
             self.ledger.load_state(state["ledger"], policy.version)
             self.curriculum.load_state(state["rates"])
             if self.answers is not None:
@@ -387,7 +397,9 @@ class Controller:
         ]
         trajectories = await asyncio.gather(*playing)
         grades = with_failures(trajectories, await self.desk.grade(to_grade(trajectories)))
-        return held_out_figures(grades, trajectories, len(ways))
+        scores = held_out_scores(grades, len(ways))
+        self.measure = self.measure or measure_of(scores)
+        return held_out_figures(scores, self.measure, grades, trajectories, len(ways))
 
     async def _on_policy(self, work: Callable[[], T]) -> T:
         """Run in the policy's own thread, so that the loops go on."""

@@ -16,6 +16,9 @@ from posttrain_lib.evaluation.pass_rate import pass_at_k
 from posttrain_lib.rl.trajectories import Group, Trajectory
 from posttrain_lib.schema.rollouts import Grade
 
+#: how looks at held-out prompts may be compared -> what of it the value is, the lower the better
+MEASURES = {"pass@1": "share of wrong held-out answers", "reward": "held-out reward, its sign changed,"}
+
 
 def batch_figures(
     groups: Sequence[Group], advantages: Sequence[np.ndarray], batch: int, learned: Mapping[int, int]
@@ -67,18 +70,23 @@ def _share_correct(grades: Sequence[Grade]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def held_out_figures(grades: Sequence[Grade], trajectories: Sequence[Trajectory], ways: int) -> dict[str, Any]:
+def held_out_figures(
+    scores: Mapping[str, Scores],
+    measure: str | None,
+    grades: Sequence[Grade],
+    trajectories: Sequence[Trajectory],
+    ways: int,
+) -> dict[str, Any]:
     """Fields of a step's report of held-out prompts, each answered ``ways`` times in a row, greedily at first.
 
-    ``held_out_figures`` are the means of :func:`held_out_scores`, the greedy answers' tokens, and how many gradings
-    ``failed``. ``held_out`` has :func:`held_out_value`; it is left out where nothing was graded.
+    ``held_out_figures`` are the means of ``scores``, which are :func:`held_out_scores`, the greedy answers' tokens, and
+    how many gradings ``failed``. ``held_out`` has :func:`held_out_value`; it is left out where nothing was graded.
     """
-    scores = held_out_scores(grades, ways)
     figures = {
         "tokens": float(np.mean([len(one.logprobs) for one in trajectories[::ways]])),
         "failed": failed_gradings(grades),
     }
-    value = held_out_value(scores)
+    value = held_out_value(scores, measure)
     known = {} if value is None else {"held_out": {"all": value}}
     means = {name: one.mean for name, one in scores.items() if one.mean is not None}
     return {**known, "held_out_figures": {**means, **figures}}
@@ -127,17 +135,19 @@ def _sampled_pass_rates(drawn: Sequence[Sequence[Grade]]) -> dict[str, Scores]:
     return found
 
 
-def held_out_value(scores: Mapping[str, Scores]) -> float | None:
-    """The share of prompts whose greedy answer is wrong, the lower the better as any held-out loss.
+def measure_of(scores: Mapping[str, Scores]) -> str | None:
+    """What looks at held-out prompts are compared by: a key of ``MEASURES``, pass@1 where a grader says what is right;
+    None where nothing was graded. A run keeps to its first one, for one is not comparable with the other."""
+    if scores["reward"].mean is None:
+        return None
+    return "pass@1" if "pass@1" in scores else "reward"
 
-    Where no grader says what is right, the greedy answers' mean reward with the sign changed; None where nothing was
-    graded.
-    """
-    reward = scores["reward"].mean
-    if reward is None or "pass@1" not in scores:
-        return None if reward is None else -reward
-    right = scores["pass@1"].mean
-    return None if right is None else 1.0 - right
+
+def held_out_value(scores: Mapping[str, Scores], measure: str | None) -> float | None:
+    """What ``MEASURES`` says of the measure, None where nothing was graded."""
+    if measure is None or measure not in scores or (found := scores[measure].mean) is None:
+        return None
+    return 1.0 - found if measure == "pass@1" else -found
 
 
 def failed_gradings(grades: Sequence[Grade]) -> float:

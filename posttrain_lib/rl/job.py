@@ -33,8 +33,8 @@ class RolloutJob:
     settings: RLSettings
     rewards: tuple[RewardSpec, ...]
     longest_prompt: int
+    template_date: str
     chat_template: str | None = None
-    template_date: str = "2026-01-01"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     engine: str = "embedded"
     engine_options: Mapping[str, Any] = field(default_factory=dict)

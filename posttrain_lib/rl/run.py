@@ -19,6 +19,7 @@ from posttrain_lib.registry import check_options, resolve
 from posttrain_lib.rl.advantages import rule_of
 from posttrain_lib.rl.controller import Controller, Roles
 from posttrain_lib.rl.engine.embedded import EmbeddedEngine
+from posttrain_lib.rl.figures import MEASURES
 from posttrain_lib.rl.ledger import LEDGER, Ledger
 from posttrain_lib.rl.playing import Playing, make_playing
 from posttrain_lib.rl.prompts import fitting, read_prompts
@@ -86,7 +87,11 @@ def train_on_rollouts(
             )
             for report in controller.run():
                 yield _with_notes(report, notes)
-            return dataclasses.replace(roles.policy.result(), first_held_out=controller.first_held_out)
+            return dataclasses.replace(
+                roles.policy.result(),
+                first_held_out=controller.first_held_out,
+                held_out_is=MEASURES[controller.measure or "reward"],
+            )
 
 
 @contextlib.contextmanager

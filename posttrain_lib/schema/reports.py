@@ -108,7 +108,8 @@ def first_report(total_steps: int, **fields: Any) -> StepReport:
 class TrainResult:
     """What a finished job returns: which checkpoints stand, and how it ended.
 
-    ``data_end`` says after how many of the steps asked for the data ended; empty where it did not end before them.
+    ``held_out_is`` names what ``best_held_out`` and ``first_held_out`` are, the lower the better. ``data_end`` says
+    after how many of the steps asked for the data ended; empty where it did not end before them.
     """
 
     step: int
@@ -118,5 +119,6 @@ class TrainResult:
     best_held_out: float | None
     first_held_out: float | None
     stopped_early: bool
+    held_out_is: str = "held-out loss"
     data_end: str = ""
     incidents: int = 0

@@ -93,6 +93,7 @@ def _rollout_job(setup: Setup, config: RunConfig) -> RolloutJob:
         settings=dataclasses.replace(settings, save_every=_NEVER, shown=0, held_out=HeldOut(0, 0, _NEVER)),
         rewards=rollouts.specs(grpo),
         longest_prompt=rollouts.longest_prompt(config),
+        template_date=config.data.template_date,
         max_mismatch=grpo.rollout.max_mismatch,
         max_canary_difference=grpo.rollout.max_canary_difference,
     )

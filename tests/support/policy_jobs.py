@@ -38,6 +38,7 @@ def policy_job(
         settings=RLSettings(updates=4, prompts_per_batch=2, group_size=2, sampling=Sampling(8)),
         rewards=(),
         longest_prompt=16,
+        template_date="2026-01-01",
         reference=job.model_folder if reference else None,
     )
     return TrainJob(**{**vars(job), "rollouts": rollouts})

@@ -105,6 +105,7 @@ def rollout_job(
             settings=rl_settings(tokenizer, **settings),
             rewards=tuple(rewards),
             longest_prompt=160 - NEW_TOKENS,
+            template_date="2026-01-01",
             **{"max_mismatch": 1e-3, **(rollouts or {})},
         ),
     )

@@ -43,7 +43,8 @@ class Verdict:
 
 #: Gives a number, or a Verdict. One that has ``grade_many`` as well (a list of answers -> as many numbers or Verdicts,
 #: in order) is asked for several at once. One whose ``needs_answer`` is true (a class says it of all that it makes)
-#: compares with the rows' answers: a run in which no row has one stops before it trains.
+#: compares with the rows' answers: a run in which no row has one stops before it trains. A class or function whose
+#: ``reads`` names options that are paths has what lies there among the run's inputs: other content is another run.
 Grader = Callable[["Answer"], "float | Verdict"]
 
 

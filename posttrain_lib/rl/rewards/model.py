@@ -31,6 +31,8 @@ class RewardModel:
         ConfigError, ModelError, DataError: no folder, not a reward model's, no tokenizer or template.
     """
 
+    reads = ("folder",)
+
     def __init__(self, folder: str, device: str = "cpu", row_tokens: int = 4096) -> None:
         self._padding = check_reward_folder(folder, "rewards: folder")
         self._tokenizer = ChatTokenizer(folder, engine="hf")

@@ -60,6 +60,7 @@ def test_a_frozen_model_is_there_where_it_is_compared_with() -> None:
         ("grpo.group_size=1,grpo.advantage=reinforce_plus_plus,grpo.drop_no_signal=true", "groups of one reward"),
         ("grpo.rollout.stop_strings=['']", "stop_strings"),
         ("grpo.reference={path: x}", "where kl_weight is above 0"),
+        ("grpo.skip_solved=0.2,grpo.skip_hopeless=0.5", "every prompt would be left out"),
         ("grpo.kl_unbiased=true", "weighs the KL of kl_weight"),
         ("grpo.teacher={weight: 1.0}", "a teacher needs a path"),
         ("grpo.teacher={path: x},grpo.kl_weight=0.1", "two frozen models"),

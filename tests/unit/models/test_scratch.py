@@ -55,6 +55,17 @@ def test_the_folder_loads_in_transformers(family, tokenizer, tmp_path):
         assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_head_may_have_another_size_where_transformers_class_does_not_list_it(tokenizer, tmp_path):
+    """Qwen3-MoE's released models have heads of 128 whatever hidden size / heads comes to."""
+    from transformers import AutoModelForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    write_scratch_model("qwen3_moe", {**ARCHITECTURE, **experts, "head_dim": 16}, tokenizer, 0, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (4 * 16, 32)
+    assert spec_from_folder(tmp_path / "model").config.layers[0].attention.head_dim == 16
+
+
 def test_the_seed_decides_every_byte_whatever_the_threads(tokenizer, tmp_path):
     threads = torch.get_num_threads()
     digests = []

@@ -236,6 +236,7 @@ def test_a_row_may_have_its_own_catalogue(tokenizer: ChatTokenizer) -> None:
         (ConstraintSpec("trie", {"entries": ["a"], "field": "b"}), "the run's, or each row's"),
         (ConstraintSpec("trie", {"words": ["a"]}), "does not take these options"),
         (ConstraintSpec("trie", {"entries": ["a", ""]}), "entry 1"),
+        (ConstraintSpec("trie", {"entries": ["maybe", True]}), "True, a bool"),
     ],
 )
 def test_constraints_that_cannot_be(spec: ConstraintSpec, said: str, tokenizer: ChatTokenizer) -> None:

@@ -7,7 +7,15 @@ import pytest
 
 from posttrain_lib.config.grpo import REWARD_FIGURES
 from posttrain_lib.rl import figures
-from posttrain_lib.rl.figures import Busy, Times, batch_figures, held_out_figures, held_out_scores, held_out_value
+from posttrain_lib.rl.figures import (
+    Busy,
+    Times,
+    batch_figures,
+    held_out_figures,
+    held_out_scores,
+    held_out_value,
+    measure_of,
+)
 from posttrain_lib.rl.prompts import RolloutPrompt
 from posttrain_lib.rl.trajectories import Group, Trajectory
 from posttrain_lib.schema.rollouts import Answer, Grade
@@ -20,7 +28,8 @@ def told(grades: list[Grade], ways: int = 1) -> dict[str, dict[str, float]]:
     nothing = np.zeros(0, np.float32)
     answer = Answer(prompt=(), text="", expected=None, extra={}, tokens=0, finished=True)
     one = Trajectory(np.zeros(3, np.int32), 3, np.zeros(3, bool), nothing, nothing.astype(np.int32), answer, True)
-    return held_out_figures(grades, [one] * len(grades), ways)
+    scores = held_out_scores(grades, ways)
+    return held_out_figures(scores, measure_of(scores), grades, [one] * len(grades), ways)
 
 
 def test_a_failed_grading_is_left_out_of_every_mean_and_counted() -> None:
@@ -58,7 +67,14 @@ def test_without_a_word_on_what_is_right_the_reward_counts() -> None:
 def test_where_nothing_was_graded_there_is_no_value() -> None:
     found = told([FAILED, FAILED])
     assert "held_out" not in found and found["held_out_figures"]["failed"] == 2.0
-    assert held_out_value(held_out_scores([FAILED], 1)) is None
+    assert measure_of(held_out_scores([FAILED], 1)) is None
+
+
+def test_a_run_that_is_measured_by_what_is_right_has_no_value_where_nobody_says_it() -> None:
+    """The reward with its sign changed would be below every share: that look would have been the best of all."""
+    silent = held_out_scores([Grade(2.0, {"form": 2.0})] * 2, 1)
+    assert held_out_value(silent, measure_of(silent)) == -2.0
+    assert held_out_value(silent, measure_of(held_out_scores([RIGHT, WRONG], 1))) is None
 
 
 def test_the_batchs_own_figures_are_names_that_no_reward_may_have() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from posttrain_lib.checkpoint.manager import load_model_state
 from posttrain_lib.errors import ConfigError, RolloutError, TrainingError
+from posttrain_lib.rl.figures import MEASURES
 from posttrain_lib.rl.ledger import FATES, LEDGER
 from posttrain_lib.rl.rewards.base import RewardSpec
 from posttrain_lib.rl.run import ANSWERS, train_on_rollouts
@@ -92,6 +93,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert whole[0].held_out is not None
     assert whole[0].held_out["all"] == result.first_held_out == resumed.first_held_out
+    assert result.held_out_is == resumed.held_out_is == MEASURES["pass@1"]
     visits = trained_visits(read_log(tmp_path / "killed" / LEDGER))
     assert visits == trained_visits(read_log(tmp_path / "whole" / LEDGER)) == list(range(16))
     assert read_log(tmp_path / "killed" / ANSWERS) == read_log(tmp_path / "whole" / ANSWERS)

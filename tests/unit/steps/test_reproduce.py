@@ -72,6 +72,7 @@ def test_every_kind_of_input_has_its_place(recorded: Recorded) -> None:
             "rewards": [
                 {"name": "exact", "title": None, "options": {}},
                 {"name": "model", "title": "taste", "options": {"folder": "j"}},
+                {"name": "own.module:judge", "title": None, "options": {"words": "w"}},
             ],
             "warm_start": {
                 "data": {"sources": [dict(source)], "chat_template": "w"},
@@ -82,7 +83,7 @@ def test_every_kind_of_input_has_its_place(recorded: Recorded) -> None:
     }
     names = (
         "source:a", "warm_start.source:a", "model", "companion", "tokenizer", "chat_template", "scratch_tokenizer",
-        "warm_start:chat_template", "grader:taste",
+        "warm_start:chat_template", "grader:taste:folder", "grader:judge:words",
     )  # fmt: skip
     inputs = {name: ArtifactRef(f"new {name}", "x", "0" * 64) for name in names}
     inputs["task:choices:0"] = ArtifactRef("task.jsonl", "rows", "0" * 64)
@@ -93,7 +94,9 @@ def test_every_kind_of_input_has_its_place(recorded: Recorded) -> None:
     assert found["grpo"]["warm_start"]["data"]["chat_template"] == "new warm_start:chat_template"
     assert (found["model"]["path"], found["model"]["origin"]) == ("moved model", None)
     assert found["grpo"]["reference"]["path"] == "new companion" and found["grpo"]["teacher"] is None
-    assert [term["options"] for term in found["grpo"]["rewards"]] == [{}, {"folder": "new grader:taste"}]
+    assert [term["options"] for term in found["grpo"]["rewards"]] == [
+        {}, {"folder": "new grader:taste:folder"}, {"words": "new grader:judge:words"}
+    ]  # fmt: skip
     assert (found["data"]["tokenizer"], found["data"]["chat_template"]) == ("new tokenizer", "new chat_template")
     assert found["model"]["from_scratch"]["tokenizer"] == "new scratch_tokenizer"
     assert found["evaluation"]["tasks"][0]["options"]["path"] == "moved task"

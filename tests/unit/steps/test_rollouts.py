@@ -55,10 +55,28 @@ def test_a_reward_model_among_the_graders_comes_in_by_its_content(tmp_path: Path
         {}, rewards=[{"name": "exact"}, {"name": "model", "title": "taste", "options": {"folder": str(tmp_path)}}]
     )
     found = rollouts.judges(graded)
-    assert [*found] == ["grader:taste"] and found["grader:taste"].uri == str(tmp_path)
+    assert [*found] == ["grader:taste:folder"] and found["grader:taste:folder"].uri == str(tmp_path)
     (tmp_path / "weights").write_text("two")
-    assert rollouts.judges(graded)["grader:taste"].digest != found["grader:taste"].digest
+    assert rollouts.judges(graded)["grader:taste:folder"].digest != found["grader:taste:folder"].digest
     assert rollouts.judges(config({})) == {}
+
+
+def reads_its_words(answer: Any, words: str = "", limit: float = 1.0) -> float:
+    """A grader of one's own that reads a file."""
+    return min(limit, float(answer.text in Path(words).read_text(encoding="utf-8")))
+
+
+reads_its_words.reads = ("words",)  # type: ignore[attr-defined]
+
+
+def test_what_a_grader_of_ones_own_says_that_it_reads_comes_in(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("yes")
+    name = f"{__name__}:reads_its_words"
+    graded = config({}, rewards=[{"name": name, "options": {"words": str(tmp_path / "words.txt"), "limit": 0.5}}])
+    found = rollouts.judges(graded)
+    (tmp_path / "words.txt").write_text("no")
+    assert [*found] == ["grader:reads_its_words:words"] and rollouts.judges(graded) != found
+    assert rollouts.judges(config({}, rewards=[{"name": name}])) == {}  # its own default
 
 
 def test_a_reward_model_that_is_not_there_is_refused() -> None:

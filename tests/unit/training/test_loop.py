@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,8 +319,8 @@ def test_a_mixture_that_ends_first_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_source_that_is_through_before_it_is_faded_out_ends_the_run(tmp_path: Path) -> None:
-    """It stops the mixture as long as it is in it. The plan took it for one that never ends, and the end for a fault."""
-    fading = {"weight": [[1, 1.0], [10_000, 0.0]], "exhausted": "stop"}
+    """It stops the mixture while it is in it. The plan took it for one that never ends, the end for a fault."""
+    fading: dict[str, Any] = {"weight": [[1, 1.0], [10_000, 0.0]], "exhausted": "stop"}
     mixture = {"sources": {SOURCES[0]: fading, SOURCES[1]: {"weight": 1.0}}}
     reports, result = run(make_job(tmp_path, tiny_config(steps=10_000, mixture=mixture)))
     assert result.step == reports[-1].total_steps < 10_000 and "finished" in reports[-1].event
