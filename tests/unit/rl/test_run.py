@@ -93,7 +93,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert whole[0].held_out is not None
     assert whole[0].held_out["all"] == result.first_held_out == resumed.first_held_out
-    assert result.held_out_is == resumed.held_out_is == MEASURES["pass@1"]
+    assert result.held_out_is == resumed.held_out_is == MEASURES["reward"]
     visits = trained_visits(read_log(tmp_path / "killed" / LEDGER))
     assert visits == trained_visits(read_log(tmp_path / "whole" / LEDGER)) == list(range(16))
     assert read_log(tmp_path / "killed" / ANSWERS) == read_log(tmp_path / "whole" / ANSWERS)
