@@ -161,12 +161,12 @@ class Controller:
             state, report = known
             self.batch, self.measure = int(state["batch"]), state["measure"]
             self.first_held_out = state["first_held_out"]
-            self.ledger.load_state(state["ledger"], policy.version)
+            told = self.ledger.load_state(state["ledger"], policy.version)
             self.curriculum.load_state(state["rates"])
             if self.answers is not None:
                 self.answers.start(policy.version)
             await self._push()
-            reports.put_nowait(dataclasses.replace(report, event="resumed"))
+            reports.put_nowait(dataclasses.replace(report, event=f"resumed, {told}" if told else "resumed"))
         else:
             self.ledger.begin()
             if self.answers is not None:

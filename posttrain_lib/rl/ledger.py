@@ -6,7 +6,8 @@
 
 A *visit* is one asking of a prompt (``rl.prompts.PromptOrder``). The state is small: visits below ``next`` that are not
 in flight are settled. What each one became stands in a log beside the run, a line for each update, whose lines behind a
-checkpoint are cut off when the run goes on from it.
+checkpoint are cut off when the run goes on from it. A run that goes on where there is no log, its checkpoints being in
+an object store and the machine another one, begins it with a line that counts the visits before (``before``).
 """
 
 from __future__ import annotations
@@ -103,8 +104,11 @@ class Ledger:
         if self.log is not None:
             self.log.start(0)
 
-    def load_state(self, state: dict[str, Any], version: int) -> None:
+    def load_state(self, state: dict[str, Any], version: int) -> str:
         """Go on from a checkpoint of ``version``: what was in flight is issued again, and lines of later updates go.
+
+        Returns:
+            What is to be said of it; empty: nothing.
 
         Raises:
             CheckpointError: the log lacks lines that the checkpoint counts on.
@@ -113,16 +117,22 @@ class Ledger:
         self.in_flight, self._unwritten = set(), []
         self.counts = {fate: int(state["counts"][fate]) for fate in FATES}
         if self.log is None:
-            return
-        known = sum(len(line[fate]) for line in self.log.start(version) for fate in FATES)
-        if known != sum(self.counts.values()):
+            return ""
+        settled = sum(self.counts.values())
+        if settled and not self.log.path.exists():
+            self.log.replace([{"version": version, "before": dict(self.counts), **{fate: [] for fate in FATES}}])
+            return f"{self.log.path.name} is not here: it begins anew, and only counts the {settled:,} prompts before"
+        lines = self.log.start(version)
+        known = sum(len(line[fate]) + line.get("before", {}).get(fate, 0) for line in lines for fate in FATES)
+        if known != settled:
             raise CheckpointError(
                 "the ledger's log and the checkpoint tell of different visits",
                 where=self.log.path,
                 got=f"{known} settled visits up to version {version}",
-                expected=f"{sum(self.counts.values())}",
-                fix="the log was changed or lost: start the run anew",
+                expected=f"{settled}",
+                fix="the log was changed: bring it back from a copy; without the file the run goes on from its counts",
             )
+        return ""
 
     def _count(self, one: Settled) -> None:
         self.counts[one.fate] += 1

@@ -22,9 +22,13 @@ class VersionLog:
         """The lines up to a version, from which the run goes on; later ones are cut off. 0: a run begins, with none."""
         lines = read_log(self.path) if self.path.exists() and version else []
         kept = [line for line in lines if line["version"] <= version]
-        write_atomically(self.path, "".join(map(_text, kept)))
-        sync_folder(self.path.parent)
+        self.replace(kept)
         return kept
+
+    def replace(self, lines: Iterable[dict[str, Any]]) -> None:
+        """These lines and no others; the file has them all, or what it had before."""
+        write_atomically(self.path, "".join(map(_text, lines)))
+        sync_folder(self.path.parent)
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add lines."""

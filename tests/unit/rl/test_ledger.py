@@ -94,6 +94,26 @@ def test_a_log_that_was_cut_is_noticed(tmp_path: Path) -> None:
         Ledger(VersionLog(log)).load_state(state, 1)
 
 
+def test_without_a_log_a_run_goes_on_from_its_checkpoints_counts(tmp_path: Path) -> None:
+    """Its checkpoints lie elsewhere, and the machine is another one."""
+    here, there = (VersionLog(tmp_path / f"{name}.jsonl") for name in ("here", "there"))
+    ledger = Ledger(here)
+    settle(ledger, ledger.issue(2))
+    ledger.close_update(1)
+    ledger.issue(1)
+    again = Ledger(there)
+    told = again.load_state(ledger.state(), 1)
+    assert told == "there.jsonl is not here: it begins anew, and only counts the 2 prompts before"
+    assert again.issue(2) == [2, 3], "the one in flight, and the next"
+    settle(again, [2, 3])
+    again.close_update(2)
+    assert [line["trained"] for line in read_log(there.path)] == [[], [[2, "s: 2"], [3, "s: 3"]]]
+    assert Ledger(there).load_state(again.state(), 2) == "", "its counts and lines are all there is"
+    there.path.write_text("", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="different visits"):
+        Ledger(there).load_state(again.state(), 2)
+
+
 def test_a_run_without_a_checkpoint_begins_with_an_empty_log(tmp_path: Path) -> None:
     """Killed before its first checkpoint, it had settled visits already."""
     log = tmp_path / "ledger.jsonl"

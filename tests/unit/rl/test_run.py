@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,22 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
     visits = trained_visits(read_log(tmp_path / "killed" / LEDGER))
     assert visits == trained_visits(read_log(tmp_path / "whole" / LEDGER)) == list(range(16))
     assert read_log(tmp_path / "killed" / ANSWERS) == read_log(tmp_path / "whole" / ANSWERS)
+
+
+def test_a_run_goes_on_from_its_checkpoints_alone(tmp_path: Path) -> None:
+    """They lie in an object store, and the machine that had the rest is gone."""
+    _, result = run(rollout_job(tmp_path, "whole", updates=6))
+    changes: dict[str, Any] = {"updates": 6, "train": {"checkpoint": {"folder": "memory://elsewhere"}}}
+    killed_after(rollout_job(tmp_path, "work", **changes), 4)
+    shutil.rmtree(tmp_path / "work")
+    pulse.begin()
+    again, resumed = run(rollout_job(tmp_path, "work", **changes))
+    assert "ledger.jsonl is not here" in again[0].event and again[0].step > 0
+    one, other = weights(result), weights(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, *lines = read_log(tmp_path / "work" / LEDGER)
+    before = sum(first["before"].values())
+    assert trained_visits(lines) == trained_visits(read_log(tmp_path / "whole" / LEDGER))[before:]
 
 
 def short_batches(folder: Path, work: str, **changes: Any) -> TrainJob:
