@@ -129,4 +129,4 @@ def test_a_lost_actor_is_said_and_none_is_left(models: Path, own_ray: None) -> N
         os.kill(actors()[1], signal.SIGKILL)
         with pytest.raises(WorkerLostError, match="died"):
             policy.logprobs(random_samples(0))
-    wait_for(lambda: not actors(), 30, "the other actor to end")
+    wait_for(lambda: not actors(), 120, "the other actor to end")

@@ -84,7 +84,7 @@ def test_ray_workers_stop_together_whoever_is_asked(to: str, tmp_path: Path) -> 
         assert process.wait(timeout=60) == RETRY_EXIT_CODE, output.read_text()
     assert "PreemptedError" in output.read_text()
     assert len(list((tmp_path / "work/checkpoints").glob("step-*"))) == 1
-    wait_for(lambda: not family.alive(), 60, "the end of all processes")
+    wait_for(lambda: not family.alive(), 180, "the end of all processes")
 
 
 @pytest.mark.slow
@@ -150,4 +150,4 @@ def test_tokenising_processes_end_with_a_killed_trainer(tmp_path: Path) -> None:
         family = Family(process.pid)
         assert len(family.alive()) >= 3
         process.kill()
-    wait_for(lambda: not family.alive(), 60, "the end of the pool's processes")
+    wait_for(lambda: not family.alive(), 180, "the end of the pool's processes")

@@ -83,6 +83,6 @@ def test_nothing_outlives_torchrun(how: signal.Signals, tmp_path: Path) -> None:
         family = Family(process.pid)
         process.send_signal(how)
         process.wait(timeout=60)
-    wait_for(lambda: not family.alive(), 60, "the end of all ranks")
+    wait_for(lambda: not family.alive(), 180, "the end of all ranks")
     checkpoints = list((tmp_path / "work/checkpoints").glob("step-*"))
     assert bool(checkpoints) == (how == signal.SIGTERM), "asked to stop it checkpoints, killed it cannot"

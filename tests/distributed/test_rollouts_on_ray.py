@@ -45,7 +45,7 @@ def test_two_actors_are_trained_as_one_process_is(folder: Path) -> None:
     assert not (folder / "two" / SESSION_FILE).exists()
     assert sorted(path.name for path in (folder / "two" / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
     ended = [pid for pid in family[-1].alive() if pid != os.getpid()]
-    wait_for(lambda: not [pid for pid in family[-1].alive() if pid in ended], 60, "Ray's processes to end")
+    wait_for(lambda: not [pid for pid in family[-1].alive() if pid in ended], 180, "Ray's processes to end")
 
 
 @pytest.mark.slow
@@ -88,5 +88,5 @@ def test_a_killed_driver_leaves_no_actor(folder: Path, tmp_path: Path) -> None:
         wait_for(lambda: log.exists() and json.loads(log.read_text())["step"] >= 1, 200, "the first update")
         family = Family(driver.pid)
         driver.kill()
-    wait_for(lambda: not family.alive(), 60, "the watcher to end what is left")
-    wait_for(lambda: not (folder / "orphans" / SESSION_FILE).exists(), 30, "its record to be taken away")
+    wait_for(lambda: not family.alive(), 180, "the watcher to end what is left")
+    wait_for(lambda: not (folder / "orphans" / SESSION_FILE).exists(), 120, "its record to be taken away")

@@ -255,7 +255,7 @@ def test_a_run_whose_watcher_is_stopped_ends_with_all_its_processes(
 
     with pytest.raises(KeyboardInterrupt):
         reproduce._watched([sys.executable, "-c", RUNS, hears], dict(os.environ), stop)
-    wait_for(lambda: not alive(children[0]), 20, "the end of the run's own process")
+    wait_for(lambda: not alive(children[0]), 120, "the end of the run's own process")
 
 
 def alive(pid: int) -> bool:
