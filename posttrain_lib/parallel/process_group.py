@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import os
+import random
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -49,10 +51,19 @@ def process_group(rank: int, world: int, rendezvous: str | None, device: torch.d
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that nobody listens at.
+
+    It is none of those that outgoing connections are given (from 32768 on): any of them could take it before a rank
+    listens there.
+
+    Raises:
+        OSError: none of some tens is free.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 50):  # seeded generators stay as they are
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "no free port among 50 between 20000 and 32767")
 
 
 def bind_to_interface_of(host: str) -> None:
