@@ -130,15 +130,23 @@ class Store:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A fresh folder on the store's disk, removed if it was not published."""
-        folder = self.root / "tmp" / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        with self.lock("tmp", folder.name):  # the clean-up leaves it alone, however long the step takes
+        with self._place_aside() as folder:
             with disk_errors("making a folder in the store", folder):
-                folder.mkdir(parents=True)
+                folder.mkdir()
+            yield folder
+
+    @contextlib.contextmanager
+    def _place_aside(self) -> Iterator[Path]:
+        """A path in ``tmp/`` at which nothing is yet; what is then left there is removed."""
+        place = self.root / "tmp" / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        with disk_errors("making a folder in the store", place.parent):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        with self.lock("tmp", place.name):  # the clean-up leaves it alone, however long the step takes
             try:
-                yield folder
+                yield place
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
-                self._lock_file("tmp", folder.name).unlink()  # no other process will ask for this name
+                shutil.rmtree(place, ignore_errors=True)
+                self._lock_file("tmp", place.name).unlink()  # no other process will ask for this name
 
     def publish(self, folder: Path, manifest: StepManifest) -> StepManifest:
         """Make ``folder`` the result of (manifest.step, manifest.key), at once and whole; the manifest comes back with
@@ -150,9 +158,9 @@ class Store:
             write_atomically(folder / FILES, json.dumps(listing, indent=1, sort_keys=True))
             write_atomically(folder / MANIFEST, json.dumps(manifest.to_dict(), indent=1, sort_keys=True))
             target.parent.mkdir(parents=True, exist_ok=True)
-            with self.scratch() as aside:  # one that work done afresh replaces is there up to here, and goes whole
+            with self._place_aside() as aside:  # one that work done afresh replaces is there up to here, and goes whole
                 if target.exists():
-                    os.rename(target, aside / "replaced")
+                    os.rename(target, aside)
                 os.rename(folder, target)
             sync_folder(target.parent)
         return manifest
@@ -171,10 +179,7 @@ class Store:
                     f"{step}: the same work is under way in another run ({handle.read().strip() or 'unknown'}); waiting"
                 )
                 _wait_for_lock(handle)
-            handle.seek(0)
-            handle.truncate()
-            handle.write(f"process {os.getpid()}")
-            handle.flush()
+            _note_holder(handle)
             yield
 
     @contextlib.contextmanager
@@ -222,8 +227,8 @@ class Store:
                     return False
             if not entry.path.exists() or _size_and_use(entry.path)[1] > entry.used_at:
                 return False
-            with self.scratch() as folder:  # held, so that another clean-up does not take it for left over
-                aside = folder / "removed"
+            # Held, so that another clean-up does not take it for left over. No folder is made: a full disk has no room.
+            with self._place_aside() as aside:
                 os.rename(entry.path, aside)
                 if aside.is_dir():
                     shutil.rmtree(aside)
@@ -280,6 +285,13 @@ def _wait_for_lock(handle: IO[str]) -> None:
     # Polling instead of a blocking flock: a blocked system call would hold up Ctrl-C and Metaflow's @timeout.
     while not _try_lock(handle):
         time.sleep(0.5)
+
+
+def _note_holder(handle: IO[str]) -> None:
+    # For people alone: on a full disk the lock holds all the same, and the clean-up, which makes room, needs it.
+    with contextlib.suppress(OSError):
+        os.ftruncate(handle.fileno(), 0)
+        os.write(handle.fileno(), f"process {os.getpid()}".encode())
 
 
 def published_place(uri: str) -> tuple[Path, str, str] | None:

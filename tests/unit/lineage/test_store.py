@@ -1,9 +1,11 @@
 """The store publishes whole results or none, and never hands out a damaged one."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -307,7 +309,7 @@ def test_what_one_clean_up_is_removing_another_leaves_alone(tmp_path: Path, monk
     real = shutil.rmtree
 
     def rmtree(folder: Path, **options: bool) -> None:
-        if folder.name == "removed":
+        if folder.parent.name == "tmp" and folder.is_dir():
             others.extend(store.remove(entry) for entry in store.entries())
         real(folder, **options)
 
@@ -315,6 +317,31 @@ def test_what_one_clean_up_is_removing_another_leaves_alone(tmp_path: Path, monk
     (entry,) = store.entries()
     assert store.remove(entry)
     assert others == [False] and not list((tmp_path / "tmp").iterdir())
+
+
+def _remove_without_room(root: Path) -> None:
+    make = os.mkdir
+
+    def mkdir(path: Path, *arguments: int) -> None:
+        if not os.path.isdir(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        make(path, *arguments)
+
+    os.mkdir = mkdir  # type: ignore[assignment] - this process ends with this function
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    store = Store(root)
+    assert all(store.remove(entry) for entry in store.entries())
+
+
+def test_the_clean_up_makes_room_where_there_is_none(tmp_path: Path) -> None:
+    """Not for one byte, nor for a folder, which takes a block of a disk."""
+    store = Store(tmp_path)
+    publish(store)
+    store.work_folder("train", "w1").mkdir(parents=True)
+    process = multiprocessing.get_context("fork").Process(target=_remove_without_room, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and not store.entries()
 
 
 def test_what_a_killed_step_was_writing_goes(tmp_path: Path) -> None:
