@@ -15,6 +15,7 @@ import pytest
 from posttrain_lib.checkpoint.hf_files import read_headers
 from posttrain_lib.checkpoint.weight_files import POINTER
 from posttrain_lib.config.load import build_run_config
+from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import ConfigError, DataError, ModelError, StoreError
 from posttrain_lib.lineage.digests import FileDigests
 from posttrain_lib.lineage.store import Store
@@ -78,6 +79,29 @@ def test_rows_that_were_edited_after_the_run_began_are_refused(here: Path) -> No
     with pytest.raises(DataError, match="not what it was when the run started") as caught:
         prepare_data.body(context)
     assert "resume start" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chat_template"])
+def test_a_tokenizer_or_template_edited_after_the_run_began_makes_no_result_under_the_old_key(
+    here: Path, name: str
+) -> None:
+    """The result would be taken again once the file is as before, and then nothing would be made anew."""
+    build_tokenizer(["a text"], 300, here / "tokenizer")
+    shutil.copyfile(here / "tokenizer" / "chat_template.jinja", here / "template.jinja")
+    config = build_run_config({**RAW, "data": {**RAW["data"], "chat_template": "template.jinja"}})
+    tokenizer = ArtifactRef(str(here / "tokenizer"), "tokenizer", FileDigests().path(here / "tokenizer"))
+    context = StepContext(
+        config=config,
+        inputs={**inputs.inputs(config, {}), "tokenizer": tokenizer},
+        out=here / "out",
+        work=here / "work",
+        say=lambda text: None,
+        observe=lambda report: None,
+    )
+    edited = here / {"tokenizer": "tokenizer/tokenizer.json", "chat_template": "template.jinja"}[name]
+    edited.write_text(edited.read_text() + "\n ")
+    with pytest.raises(DataError, match=f"the {name.replace('_', ' ')} is not what it was when the run started"):
+        prepare_data.body(context)
 
 
 def cut(folder: Path) -> None:
