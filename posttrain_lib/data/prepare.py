@@ -269,8 +269,10 @@ class _Preparation:
         except DataError:
             self._quarantine.flush()
             self.rejects.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.out / QUARANTINE, self.rejects / QUARANTINE)
             self._write_receipt(self.rejects)
+            unfinished = self.rejects / f"{QUARANTINE}.tmp"
+            shutil.copyfile(self.out / QUARANTINE, unfinished)
+            os.replace(unfinished, self.rejects / QUARANTINE)  # a part of it would be taken for all that was refused
             raise
 
     def _write_receipt(self, folder: Path) -> None:
