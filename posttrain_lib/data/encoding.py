@@ -171,7 +171,7 @@ class RowEncoder:
         if isinstance(parsed, Prompt):
             ids = made.documents[0].tokens.ids.tolist()
             asked = {"prompt_ids": ids, "messages": [_plain(message) for message in parsed.messages]}
-            more = {"tools": list(parsed.tools), "extra": parsed.extra}
+            more = {"tools": _as_json(list(parsed.tools)), "extra": _as_json(parsed.extra)}
             return {"source": parsed.source, "row_id": parsed.row_id, **asked, "answer": parsed.answer, **more}
         before: tuple[Message, ...]
         if isinstance(parsed, PreferencePair):  # answered as the chosen one begins
@@ -326,4 +326,9 @@ def _plain(message: Message) -> dict[str, Any]:
         "tool_calls": list(message.tool_calls),
         **message.extra,
     }
-    return {key: json.loads(json.dumps(value, default=str)) for key, value in plain.items() if value not in (None, [])}
+    return {key: _as_json(value) for key, value in plain.items() if value not in (None, [])}
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON has it: rows of Parquet and Arrow hold times, bytes and decimals, too, which become text."""
+    return json.loads(json.dumps(value, default=str))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from pathlib import Path
@@ -103,22 +102,6 @@ def test_too_many_refused_rows_stop_it_and_leave_the_quarantine(preparation: Pre
     assert len(preparation.lines("quarantine.jsonl", preparation.rejects)) == 3
     with pytest.raises(DataError, match="not a token store"):
         TokenStore(preparation.out / "train")
-
-
-def test_a_quarantine_that_was_copied_in_part_is_none(
-    preparation: Preparation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever looks at the refused rows would take it for all of them."""
-
-    def full(source: Path, target: Path) -> None:
-        target.write_bytes(source.read_bytes()[:-9])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    preparation.write(*("{" for _ in range(3)), *(row(number) for number in range(97)))
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(OSError, match="No space"):
-        preparation.run()
-    assert not (preparation.rejects / "quarantine.jsonl").exists()
 
 
 @pytest.mark.parametrize(
