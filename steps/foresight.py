@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
+from posttrain_lib.config.data import GENERATED_FORMATS, Source
 from posttrain_lib.data.formats import FORMATS, check_fields
 from posttrain_lib.data.sources import files_of
 from posttrain_lib.errors import ConfigError
@@ -51,7 +52,8 @@ def check_names(config: RunConfig) -> None:
 
 
 def check_start(config: RunConfig) -> None:
-    """What the first step needs and no file tells: rows that the loss learns from, something to make a tokenizer of.
+    """What the first step needs and no file tells: rows that the loss learns from and, where they are generated, of a
+    format in which they are; something to make a tokenizer of.
 
     Raises:
         ConfigError: naming the source, or the field.
@@ -62,6 +64,7 @@ def check_start(config: RunConfig) -> None:
     loss = loss_of(config.trained)
     wanted = loss.kind
     for source in config.data.sources:
+        _check_generated(source)
         kind = _KINDS.get(source.format, "document")
         if kind != wanted:
             fitting = ", ".join(name for name in sorted(FORMATS) if _KINDS.get(name, "document") == wanted)
@@ -78,6 +81,17 @@ def check_start(config: RunConfig) -> None:
             "there is no generated source to train a tokenizer on",
             where="model.from_scratch.tokenizer",
             fix="name a tokenizer folder, or add a source with 'generate'",
+        )
+
+
+def _check_generated(source: Source) -> None:
+    made = None if source.generate is None else GENERATED_FORMATS[source.generate.of]
+    if made is not None and source.format not in made:
+        raise ConfigError(
+            "no rows of this format are generated",
+            where=f"data.sources: {source.name}: format",
+            got=source.format,
+            expected=" or ".join(made),
         )
 
 

@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from posttrain_lib.config.base import Section
 
+#: what is generated -> the formats of which rows of it are made
+GENERATED_FORMATS = {"events": ("messages", "preference"), "lookups": ("messages", "prompts")}
+
 
 def check_source_name(name: str) -> str:
     """The name of a source, where it is not what the mean over all of them is called.
@@ -63,7 +66,7 @@ class Source(Section):
         if self.generate is not None and pairs != (self.format == "preference"):
             raise ValueError("generate.pairs: true goes with format: preference, and the one needs the other")
         if self.generate is not None:
-            made = {"events": ("messages", "preference"), "lookups": ("messages", "prompts")}[self.generate.of]
+            made = GENERATED_FORMATS[self.generate.of]
             if self.format not in made and self.format in ("messages", "preference", "prompts"):
                 raise ValueError(f"generate.of: {self.generate.of} makes rows of format {' or '.join(made)}")
         return self

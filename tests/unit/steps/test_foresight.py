@@ -128,3 +128,13 @@ def test_a_device_is_looked_for_where_the_run_stays_on_this_machine(monkeypatch:
 def test_a_template_that_is_not_there_is_named() -> None:
     with pytest.raises(DataError, match="template cannot be read"):
         foresight.check_names(config_of(data={"chat_template": "/nowhere/own.jinja"}))
+
+
+@pytest.mark.parametrize("what", ["events", "lookups"])
+def test_a_format_in_which_nothing_is_generated_is_refused(what: str) -> None:
+    source = {"name": "a", "generate": {"rows": 10, "of": what}, "format": "sharegpt"}
+    config = config_of(data={"sources": [source], "max_example_tokens": 64})
+    with pytest.raises(ConfigError, match="no rows of this format are generated") as caught:
+        foresight.check_start(config)
+    assert (caught.value.where, caught.value.got) == ("data.sources: a: format", "sharegpt")
+    assert "messages or " in str(caught.value.expected)
