@@ -107,7 +107,8 @@ def open_prepared(config: RunConfig, preparing: str) -> Inspection:
 def _result(store: Store, step: Step, config: RunConfig, manifests: dict[str, StepManifest]) -> tuple[Path | None, str]:
     """The folder of a step's result, added to ``manifests``; else None, and how the newest one differs."""
     key, parts = content_key(step, config, step.inputs(config, manifests))
-    found = store.find(step.name, key)
+    with store.lock(step.name, key):
+        found = store.find(step.name, key)
     if found is not None:
         manifests[step.name] = found
         return store.result_folder(step.name, key), ""

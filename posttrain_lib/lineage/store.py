@@ -80,7 +80,8 @@ class Store:
         return self.root / "work" / step / key
 
     def find(self, step: str, key: str) -> StepManifest | None:
-        """The published result, or None. A result whose files went missing or changed size is set aside, not used."""
+        """The published result, or None. A result whose files went missing or changed size is set aside, not used: ask
+        under the lock of (step, key), or one that is just being replaced looks like that."""
         folder = self.result_folder(step, key)
         if not folder.exists():
             return None
@@ -95,7 +96,8 @@ class Store:
                 f"{step}: stored result {key[:12]} is damaged ({problem}); set aside at {aside}, doing the work again"
             )
             return None
-        os.utime(folder / MANIFEST)  # last use, for the clean-up
+        with disk_errors("noting the use of a result", folder):
+            os.utime(folder / MANIFEST)  # last use, for the clean-up
         return None if manifest is None else self._as_placed_now(manifest)
 
     def _as_placed_now(self, manifest: StepManifest) -> StepManifest:
@@ -119,6 +121,13 @@ class Store:
     def newest(self, step: str, flow: str | None = None) -> StepManifest | None:
         """The last published or reused result of ``step`` whatever its key, to say what changed since; the last that a
         run of ``flow`` made, where there is one."""
+        while True:
+            try:
+                return self._newest(step, flow)
+            except FileNotFoundError:
+                continue  # a clean-up or another run removed or replaced a result meanwhile
+
+    def _newest(self, step: str, flow: str | None) -> StepManifest | None:
         files = sorted((self.root / "steps" / step).glob(f"*/{MANIFEST}"), key=lambda file: -file.stat().st_mtime)
         for file in files if flow is not None else ():
             if f'"{flow}"' in file.read_text(encoding="utf-8"):  # others need not be read as manifests

@@ -303,6 +303,25 @@ def test_files_that_vanish_while_the_store_is_listed_count_nothing(
     assert entry.size_bytes == (2 if len(looked) == looks else 6)
 
 
+@pytest.mark.parametrize("flow", [None, "SFTFlow"])
+def test_results_that_vanish_while_the_newest_is_looked_for_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow: str | None
+) -> None:
+    """It is asked for to say what changed since: no reason for a run to fail."""
+    store = Store(tmp_path)
+    kept, gone = publish(store, key="k1"), publish(store, key="k2")
+    os.utime(kept / "manifest.json", (1, 1))
+    read = Path.read_text
+
+    def read_text(path: Path, **options: str) -> str:
+        shutil.rmtree(gone, ignore_errors=True)
+        return read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    found = store.newest("prepare", flow)
+    assert found is not None and found.key == "k1"
+
+
 def test_what_one_clean_up_is_removing_another_leaves_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, others = Store(tmp_path), []
     os.utime(publish(store) / "manifest.json", (1, 1))

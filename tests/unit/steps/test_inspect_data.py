@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import re
@@ -21,7 +22,9 @@ from posttrain_lib.data.inspection_view import visible
 from posttrain_lib.data.token_store import TokenStore
 from posttrain_lib.embedded.conversations import generate_rows
 from posttrain_lib.embedded.tokenizer import build_tokenizer
+from posttrain_lib.lineage.store import Store
 from posttrain_lib.models.scratch import write_scratch_model
+from posttrain_lib.schema.manifests import StepManifest
 from steps import inspect_data, pipeline
 from steps.inspect_data import coloured, open_prepared, print_row
 
@@ -223,6 +226,24 @@ def test_data_that_is_not_prepared_says_what_to_run(
     error = fails(capsys, prepared, "--set", "data.max_example_tokens=256")
     assert "the data of this run file is not prepared" in error and str(isolated_store) in error
     assert f"python -m steps.prepare_data --config {prepared} --set data.max_example_tokens=256" in error
+
+
+def test_a_result_is_looked_at_while_nobody_replaces_it(
+    capsys: pytest.CaptureFixture[str], prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is just being replaced looks like a damaged one, and would be set aside."""
+    found: list[str] = []
+
+    def find(store: Store, step: str, key: str) -> StepManifest | None:
+        with open(store.root / "locks" / f"{step}-{key}.lock") as handle, pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found.append(step)
+        return real(store, step, key)
+
+    real = Store.find
+    monkeypatch.setattr(Store, "find", find)
+    inspect(capsys, prepared)
+    assert found == ["inputs", "prepare_data"]
 
 
 def test_of_other_settings_it_says_what_differs(capsys: pytest.CaptureFixture[str], prepared: Path) -> None:
