@@ -30,6 +30,8 @@ _BATCH_ROWS = 1024
 #: a row group up to this size is fetched whole, and the next ones ahead; of a larger one, each column by itself
 _WHOLE_GROUP_BYTES = 16 << 20
 _ARROW_FILE_MAGIC = b"ARROW1"
+#: what a writer of an Arrow stream that comes to its end puts behind the last batch
+_ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 #: characters between the place that the decoder blames and the end of a text, where more text may mend it: it blames
 #: the start of a token, of which "\\ud83d\\ude00" is the longest, and of a string, which is told from its message
 _LONGEST_TOKEN = 12
@@ -346,7 +348,27 @@ def _record_batches(file: str, stack: ExitStack) -> tuple[Any, Iterator[Any], Ca
         table = pyarrow.ipc.open_file(source)
         return table.schema, map(table.get_batch, range(table.num_record_batches)), check
     table = pyarrow.ipc.open_stream(source)
-    return table.schema, iter(table), check
+    return table.schema, _whole(table, source, file), check
+
+
+def _whole(table: Any, source: Any, file: str) -> Iterator[Any]:
+    """Record batches of a stream.
+
+    Raises:
+        DataError: at its end, which Arrow's reader takes for good: it was cut between two batches, or another stream
+            stands behind it.
+    """
+    yield from table
+    source.seek(source.tell() - len(_ARROW_STREAM_END))
+    cut = source.read(len(_ARROW_STREAM_END)) != _ARROW_STREAM_END
+    if cut or source.read(1):
+        raise DataError(
+            "the Arrow stream has no end mark: it was cut, or its writer was stopped"
+            if cut
+            else "there is more behind the end of the Arrow stream, and it would not be read",
+            where=file,
+            fix="write it again",
+        )
 
 
 def _nothing() -> None:

@@ -193,6 +193,21 @@ def test_a_cut_stream_gives_whole_rows_only_and_is_named(tmp_path: Path) -> None
             assert 0 < len(found) < len(rows) and found == rows[: len(found)]
 
 
+@pytest.mark.parametrize(("made", "said"), [("cut", "has no end mark"), ("joined", "more behind the end")])
+def test_a_stream_of_arrow_that_ends_where_a_batch_ends_is_named(tmp_path: Path, made: str, said: str) -> None:
+    """Arrow's reader gives the rows up to there, and says nothing."""
+    table, sink = pa.table({"n": range(40)}), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+        at_end_of_a_batch = sink.tell()
+    whole = sink.getvalue().to_pybytes()
+    (tmp_path / "rows.arrow").write_bytes(whole[:at_end_of_a_batch] if made == "cut" else whole + whole)
+    found: list[Any] = []
+    with pytest.raises(DataError, match=said) as caught:
+        found.extend(row for _, row in iter_rows(str(tmp_path / "rows.arrow")))
+    assert "rows.arrow" in str(caught.value.where) and found == [{"n": number} for number in range(40)]
+
+
 def test_damage_in_a_stream_is_found_by_its_checksum(tmp_path: Path) -> None:
     whole = bytearray(gzip.compress(b'{"n": 1}\n' * 100))
     whole[-6] ^= 1  # in the checksum: every row decompresses
