@@ -37,6 +37,8 @@ from posttrain_lib.schema.manifests import FORMAT_VERSION, ArtifactRef, StepMani
 STORE_VARIABLE = "POSTTRAIN_STORE"
 MANIFEST = "manifest.json"
 FILES = "files.json"
+#: times that the results of a step are listed again because one was gone by the time that it was looked at
+_LOOKS = 8
 _PUBLISHED = re.compile(r"(?P<folder>/.*/steps/(?P<step>\w+)/(?P<key>[0-9a-f]{64}))(?:/.*)?")
 
 
@@ -121,11 +123,10 @@ class Store:
     def newest(self, step: str, flow: str | None = None) -> StepManifest | None:
         """The last published or reused result of ``step`` whatever its key, to say what changed since; the last that a
         run of ``flow`` made, where there is one."""
-        while True:
-            try:
+        for _ in range(_LOOKS):
+            with contextlib.suppress(FileNotFoundError):  # a clean-up or another run may take or replace one meanwhile
                 return self._newest(step, flow)
-            except FileNotFoundError:
-                continue  # a clean-up or another run removed or replaced a result meanwhile
+        return None
 
     def _newest(self, step: str, flow: str | None) -> StepManifest | None:
         files = sorted((self.root / "steps" / step).glob(f"*/{MANIFEST}"), key=lambda file: -file.stat().st_mtime)
