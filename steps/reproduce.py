@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -332,8 +333,8 @@ def report(plan: Plan, made: Reproduction, *, store: Store | None = None, say: S
 def clear_away(plan: Plan, report: dict[str, Any], *, keep: bool, store: Store | None = None) -> None:
     """Remove what was made, where it is what there was already."""
     if report["reproduced"] and not keep:
-        folder = plan.folder
-        (store or Store()).remove(Entry("tmp", "-", folder.name, folder, 0, folder.stat().st_mtime))
+        # However young: it is the run's own, and the lock says whether anybody works there.
+        (store or Store()).remove(Entry("tmp", "-", plan.folder.name, plan.folder, 0, math.inf))
 
 
 def check(report: dict[str, Any], say: Say = say_line) -> None:

@@ -202,7 +202,7 @@ def test_a_lock_that_the_code_does_not_have(tmp_path: Path) -> None:
 
 def test_a_report_that_fails_names_step_cause_and_place(recorded: Recorded, store: Store, tmp_path: Path) -> None:
     plan = reproduce.make_plan(recorded, store.root / "tmp" / "again")
-    plan.folder.mkdir(parents=True)
+    (plan.folder / "store").mkdir(parents=True)
     ref = dataclasses.replace(recorded.manifests["export"].outputs["hf"], digest="0" * 64)
     export = dataclasses.replace(recorded.manifests["export"], outputs={"hf": ref})
     made = reproduce.Reproduction("SFTFlow/2", {**recorded.manifests, "export": export}, 1.0, None)
@@ -220,6 +220,8 @@ def test_a_report_that_fails_names_step_cause_and_place(recorded: Recorded, stor
     reproduce.check(same)
     reproduce.clear_away(plan, same, keep=True)
     assert plan.folder.is_dir()
+    (plan.folder / "store" / "written last").touch()  # the folder itself was last changed before
+    os.utime(plan.folder, (0, 0))
     reproduce.clear_away(plan, same, keep=False)
     assert not plan.folder.exists()
 
