@@ -20,7 +20,7 @@ from posttrain_lib.lineage.source_digest import PROJECT_ROOT
 os.environ.setdefault("METAFLOW_DATASTORE_SYSROOT_LOCAL", str(PROJECT_ROOT))
 
 from metaflow import Flow, Metaflow, Run, get_namespace, namespace
-from metaflow.exception import MetaflowNotFound
+from metaflow.exception import MetaflowNotFound, MetaflowUnknownUser
 
 #: how many of a flow's runs are looked through for one that an error can name
 _LOOKED_THROUGH = 200
@@ -138,7 +138,10 @@ def flow_file(flow: str) -> str:
 @contextmanager
 def every_user() -> Iterator[None]:
     """Runs of all users are seen inside."""
-    before = get_namespace()
+    try:
+        before = get_namespace()
+    except MetaflowUnknownUser:
+        before = None  # root, or a uid without a name, as in many containers: there are no runs of its own to go back to
     namespace(None)
     try:
         yield

@@ -20,8 +20,15 @@ print(json.dumps([found.state, sorted(found.manifests), found.config]))
 """
 
 
-def python(home: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(home), "PYTHONPATH": str(ROOT)}
+NAMELESS = """
+import sys
+from posttrain_lib.adapters.metaflow_runs import flows, run_by_id
+print(flows(), run_by_id("GrowingFlow", sys.argv[1], where="here").config)
+"""
+
+
+def python(home: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(home), "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run(
         [sys.executable, *command], env=environment, cwd=home, capture_output=True, text=True, check=False
     )
@@ -38,3 +45,13 @@ def test_a_resumed_run_that_was_killed_has_all_of_its_manifests(tmp_path: Path) 
     state, manifests, config = json.loads(asked.stdout)
     assert state.startswith("not finished")
     assert manifests == ["second", "start", "third"] and config == {"name": "growing"}
+
+
+def test_who_has_no_name_sees_every_run(tmp_path: Path) -> None:
+    """As root in a container: the flows name such a user for Metaflow, and ``python -m steps...`` looks runs up, too."""
+    python(tmp_path, str(ROOT / "tests/support/growing_flow.py"), "--no-pylint", "run", METAFLOW_USER="ann")
+    (start,) = tmp_path.glob(".metaflow/GrowingFlow/*/start")
+    nobody = dict.fromkeys(("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"), "root")
+    asked = python(tmp_path, "-c", NAMELESS, start.parent.name, **nobody)
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.strip() == "('GrowingFlow',) {'name': 'growing'}"
