@@ -111,16 +111,18 @@ class Controller:
         self.times = Times()
         self.batch = 0
         #: what looks at held-out prompts are compared by, a key of ``rl.figures.MEASURES``; its value before the first
-        #: update
+        #: update, and the lowest behind one
         self.measure: str | None = None
         self.first_held_out: float | None = None
+        self.best_held_out: float | None = None
         self._learned: dict[int, int] = {}
         self._stopping = False
         self._policy_thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the controller; JSON-ready."""
-        known = {"batch": self.batch, "measure": self.measure, "first_held_out": self.first_held_out}
+        looks = {"measure": self.measure, "first_held_out": self.first_held_out, "best_held_out": self.best_held_out}
+        known = {"batch": self.batch, **looks}
         return {**known, "ledger": self.ledger.state(), "rates": self.curriculum.state()}
 
     def run(self) -> Generator[StepReport, None, None]:
@@ -160,7 +162,7 @@ class Controller:
         if known is not None:
             state, report = known
             self.batch, self.measure = int(state["batch"]), state["measure"]
-            self.first_held_out = state["first_held_out"]
+            self.first_held_out, self.best_held_out = state["first_held_out"], state["best_held_out"]
             told = self.ledger.load_state(state["ledger"], policy.version)
             self.curriculum.load_state(state["rates"])
             if self.answers is not None:
@@ -302,7 +304,7 @@ class Controller:
         yield await self._after_batch(dataclasses.replace(report, answers=tuple(shown)), figures, since)
 
     async def _after_batch(self, report: StepReport, figures: dict[str, float], since: int) -> StepReport:
-        """Look and save where it is due, and tell. ``since``: the version that the batch began with."""
+        """Look where it is due, save there and at a new best, and tell. ``since``: the version that the batch began with."""
         settings, policy = self.settings, self.roles.policy
         over = policy.version >= settings.updates
         looked, events = {}, [report.event] if report.event else []
@@ -311,9 +313,11 @@ class Controller:
                 looked = await self._look()
         else:  # a long run's reports stay small: every answer that is shown stands in a file of its own
             report = dataclasses.replace(report, answers=())
+        best = self._is_best(looked)
         # Asked once, for a stop may come at any moment: who says that a checkpoint is written goes by the same answer.
         self._stopping = pulse.stop_reason() is not None
-        saves = over or self._stopping or _passed(settings.save_every, since, policy.version)
+        saves = over or best or self._stopping or _passed(settings.save_every, since, policy.version)
+        events += ["best"] if best else []
         events += ["checkpoint"] if saves else []
         events += ["finished"] if over else []
         times = self.times.figures(self.pump.busy.seconds, self.desk.busy.seconds)
@@ -327,6 +331,14 @@ class Controller:
             state = self.state()
             await self._on_policy(lambda: policy.save(state, report, wait=over or self._stopping))
         return report
+
+    def _is_best(self, looked: dict[str, Any]) -> bool:
+        """Whether a look found the policy better than every one behind an earlier update."""
+        value = looked.get("held_out", {}).get("all")
+        if value is None or (self.best_held_out is not None and value >= self.best_held_out):
+            return False
+        self.best_held_out = value
+        return True
 
     def _advantages(self, groups: list[Group]) -> list[np.ndarray]:
         settings = self.settings

@@ -129,6 +129,18 @@ def test_a_table_learns_what_is_rewarded(folder: Path) -> None:
     assert policy.version == 30 and sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15, rewards
 
 
+def test_the_best_look_is_a_checkpoint_whenever_it_was(folder: Path) -> None:
+    """Looks and checkpoints have steps of their own; what is called the best is the best that was seen."""
+    policy = policy_in(folder)
+    reports = run(folder, engine_in(folder), policy, settings_of(save_every=4, held_out=HeldOut(2, every_steps=1)))
+    looks = {report.step: report.held_out["all"] for report in reports[1:] if report.held_out is not None}
+    lowest = min(looks, key=lambda step: (looks[step], step))
+    assert len(looks) == UPDATES and lowest % 4 and lowest != UPDATES, "else any rule would find it"
+    result = policy.result()
+    assert result.best_checkpoint is not None and int(Path(result.best_checkpoint).name) == lowest
+    assert result.best_held_out == looks[lowest] and "best, checkpoint" in reports[lowest].event
+
+
 class Mortal(TableEngine):
     """Dies in the call of that number, of whatever kind, and stays dead."""
 
@@ -241,10 +253,10 @@ def test_an_engine_that_lies_ends_the_run(kind: type[TableEngine], said: str, fo
 
 
 class Refusing(TablePolicy):
-    """Takes three updates."""
+    """Takes five updates."""
 
     def update(self, samples: Sequence[TrainSample]) -> StepReport:
-        if self.version == 3:
+        if self.version == 5:
             raise TrainingError("the loss is not finite")
         return super().update(samples)
 
@@ -263,7 +275,7 @@ def test_what_a_policy_raises_ends_the_run_and_the_next_goes_on(folder: Path) ->
         run(folder, engine_in(folder), policy_in(folder, kind=Refusing))
     policy = policy_in(folder)
     reports = run(folder, engine_in(folder), policy)
-    assert (reports[0].step, reports[0].event) == (2, "resumed") and visits_in(folder) == EVERY_VISIT
+    assert (reports[0].step, reports[0].event) == (4, "resumed") and visits_in(folder) == EVERY_VISIT
     assert same(policy, whole)
 
 

@@ -45,13 +45,13 @@ def engine_processes() -> list[int]:
 
 
 def test_a_killed_engine_ends_the_run_by_name_and_the_next_goes_on(tmp_path: Path) -> None:
-    """Killed behind update 3, one after the checkpoint, whatever the engine does then."""
+    """Killed behind update 5, one after the checkpoint, whatever the engine does then."""
     rollouts: dict[str, Any] = {"engine": "vllm", "engine_options": {"options": {"block_size": 32}}}
     job = rollout_job(tmp_path, rollouts=rollouts)
     assert job.rollouts is not None
     events = train_on_rollouts(job, job.rollouts)
     for report in events:
-        if report.step == 3:
+        if report.step == 5:
             break
     (engine,) = engine_processes()
     os.kill(engine, signal.SIGKILL)
@@ -61,8 +61,8 @@ def test_a_killed_engine_ends_the_run_by_name_and_the_next_goes_on(tmp_path: Pat
     assert engine_processes() == []
     pulse.begin()
     again = list(train_on_rollouts(job, job.rollouts))
-    assert (again[0].step, again[0].event) == (2, "resumed")
-    assert [report.step for report in again[1:]] == [3, 4, 5, 6] and "finished" in again[-1].event
+    assert (again[0].step, again[0].event) == (4, "resumed")
+    assert [report.step for report in again[1:]] == [5, 6] and "finished" in again[-1].event
     lines = read_log(tmp_path / "work" / LEDGER)
     assert [line["version"] for line in lines] == list(range(1, 7))
     settled = sorted(visit[0] for line in lines for fate in FATES for visit in line[fate])
