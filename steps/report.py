@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any
         "tokens_seen": training["tokens_seen"],
         "held_out_before": before,
         "held_out_after": after,
-        "held_out_ratio": after / before if before else None,  # of rollouts it is 0 where nothing was wrong
+        # Of rollouts it is 0 where nothing was wrong, and below where it is a reward with its sign changed.
+        "held_out_ratio": after / before if before > 0 else None,
         "exact_match": evaluation.get("exact_match"),
         "comparison": [*evaluation.get("comparison", []), *_on_the_export(manifests)],
         "tokens_per_second": training["tokens_per_second"],
@@ -56,7 +57,7 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     """
     match = summary["exact_match"] or {}
     worse = " (training made it worse)" if summary["held_out_after"] > summary["held_out_before"] else ""
-    name = held_out_name(run_config["recipe"])
+    name = held_out_name(run_config["recipe"], summary.get("comparison", []))
     print(f"{name} {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}{worse}")
     if summary["data_end"]:
         print(summary["data_end"])
@@ -165,15 +166,19 @@ def _plain(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def held_out_name(recipe: str) -> str:
-    """What a recipe's held-out value is, the lower the better."""
-    return "share of held-out prompts answered wrong" if recipe == "grpo" else "held-out loss"
+def held_out_name(recipe: str, comparison: Iterable[Mapping[str, Any]]) -> str:
+    """What a recipe's held-out value is, the lower the better (of rollouts ``rl.figures.held_out_value``)."""
+    if recipe != "grpo":
+        return "held-out loss"
+    if any((row["task"], row["metric"]) == ("held_out", "pass@1") for row in comparison):
+        return "share of held-out prompts answered wrong"
+    return "held-out reward, its sign changed"
 
 
 def _headline(recipe: str, manifests: Manifests) -> list[list[str]]:
     evaluation = manifests["evaluate"].metrics
     before, after = evaluation["held_out_before"], evaluation["held_out_after"]
-    called = held_out_name(recipe)
+    called = held_out_name(recipe, evaluation.get("comparison", []))
     rows = [[f"{called}, {name}", f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in before]
     match = evaluation.get("exact_match")
     if match:

@@ -118,6 +118,30 @@ def test_a_model_that_answers_everything_right_has_no_ratio() -> None:
         check_gates(config(max_held_out_loss_ratio=0.5), summary)
 
 
+def test_rewards_alone_are_no_share_of_wrong_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no grader says what is right, what picks the best checkpoint is the reward with its sign changed, and a
+    ratio of such numbers is larger the better it went."""
+    measured = {
+        name: 1.0 for name in ("step", "data_end", "tokens_seen", "tokens_per_second", "fill", "peak_memory_gib")
+    }
+    trained = manifest("train", {**measured, **dict.fromkeys(("data_wait_share", "mfu", "mfu_measured", "hfu"))})
+    rows = [{"task": "held_out", "metric": "reward", "group": "all", "before": {"mean": 0.5}, "after": {"mean": 1.5}}]
+    values = {"held_out_before": {"all": -0.5}, "held_out_after": {"all": -1.5}}
+    of_rollouts = load_run_config(DEFAULT_CONFIG.parents[1] / "grpo/default.yaml", []).model_dump(mode="json")
+    of_rollouts["evaluation"]["gates"]["metrics"] = {}
+    summaries = {}
+    for title, comparison in {"rewards": rows, "judged": [*rows, {**rows[0], "metric": "pass@1"}]}.items():
+        evaluated = manifest("evaluate", {**values, "comparison": comparison})
+        export = manifest("export", {}, hf=Path("folder"))
+        summaries[title] = summarise(config(), {"train": trained, "evaluate": evaluated, "export": export})
+        check_gates(of_rollouts, summaries[title])
+    said = capsys.readouterr().out
+    assert "held-out reward, its sign changed -0.5000 -> -1.5000" in said
+    assert said.count("share of held-out prompts answered wrong -0.5000") == 1
+    with pytest.raises(TrainingError, match=r"(?s)held-out loss ratio.*not measured"):
+        check_gates(config(max_held_out_loss_ratio=0.5), summaries["rewards"])
+
+
 def test_a_figure_that_was_measured_after_training_alone_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """As a grader's part of the reward, all of whose gradings failed before."""
     row = {"task": "held_out", "metric": "reward/maths", "group": "all", "before": None, "after": {"mean": 0.5}}
