@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from posttrain_lib.rl.settings import RLSettings
     from posttrain_lib.schema.rollouts import Sampling
 
-#: how the run is watched, and how much of it: no weight depends on these
-_HABITS: Any = dict.fromkeys(
-    ("held_out", "shown_answers", "grader_processes", "warm_start", "reference", "placement"), True
-)
+#: how the run is watched, and how much of it: no weight depends on these, nor which checkpoint is called the best
+_HABITS: Any = {
+    **dict.fromkeys(("shown_answers", "grader_processes", "warm_start", "reference", "placement"), True),
+    "held_out": {"samples", "every_steps"},
+}
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What of the section decides the weights, the warm start aside: that comes in as the model. Prompts come in as
-    they were rendered; what an environment adds to them, its tools and turns, is rendered by training itself."""
+    """What of the section decides the weights and the best of them, the warm start aside: that comes in as the model.
+    Prompts come in as they were rendered; what an environment adds to them, its tools and turns, is rendered by
+    training itself."""
     assert config.grpo is not None
     found = config.grpo.model_dump(mode="json", exclude={**_HABITS, "teacher": {"path", "origin"}})
     if config.grpo.environment is not None:

@@ -11,7 +11,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.load import load_run_config
 from posttrain_lib.errors import ConfigError
 from posttrain_lib.lineage.source_digest import PROJECT_ROOT
-from steps import rollouts
+from steps import rollouts, train
 from tests.support.dialogues import tokenizer_of, write_talker
 
 
@@ -32,6 +32,18 @@ def test_the_templates_variables_decide_where_training_renders(data: dict[str, A
     assert rollouts.settings(config(data)) == rollouts.settings(config({}))
     with_tools = [rollouts.settings(config(each, environment=calculator)) for each in (data, {})]
     assert with_tools[0] != with_tools[1]
+
+
+def test_a_run_that_is_watched_by_other_prompts_is_another(tmp_path: Path) -> None:
+    """Which checkpoint is the best is told by them: half of a run's looks at other prompts would pick it. How often,
+    and by how many draws besides, may change in the middle."""
+    found = config({}).grpo
+    assert found is not None
+    held_out = found.held_out.model_dump()
+    begun = train.work_settings(config({}))
+    for name, value in {"every_steps": 3, "samples": 1}.items():
+        assert train.work_settings(config({}, held_out={**held_out, name: value})) == begun, name
+    assert train.work_settings(config({}, held_out={**held_out, "prompts": 7})) != begun
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "Done.<|im_end|>"])
