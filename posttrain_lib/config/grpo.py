@@ -240,6 +240,10 @@ class GRPO(Objective):
             )
         if self.kl_unbiased and not self.kl_weight:
             raise ValueError("kl_unbiased weighs the KL of kl_weight: set that above 0, or leave kl_unbiased out")
+        if self.dual_clip is not None and self.objective != "clip":
+            raise ValueError(f"dual_clip is of objective clip, and {self.objective} does not read it: leave it out")
+        if self.ratio == "sequence" and self.objective == "reinforce":
+            raise ValueError("objective reinforce has no ratio: leave ratio: sequence out, or set clip or cispo")
         if self.placement == "colocated" and self.max_staleness:
             raise ValueError(
                 "an engine that sleeps while the policy learns asks nothing ahead: set max_staleness: 0, or placement: "
@@ -250,6 +254,17 @@ class GRPO(Objective):
             raise ValueError(
                 f"advantage {self.advantage} compares an answer with others to its prompt: set group_size to 2 or "
                 "more, or advantage: reinforce_plus_plus"
+            )
+        if self.group_size == 1 and self.normalise == "group":
+            raise ValueError(
+                "normalise: group compares a reward with others to its prompt, and with group_size 1 makes 0 of all: "
+                "set group_size to 2 or more, or normalise: batch"
+            )
+        batchwise = self.advantage == "reinforce_plus_plus" or self.normalise == "batch"
+        if self.group_size * self.prompts_per_step == 1 and batchwise and self.teacher is None:
+            raise ValueError(
+                "a batch of one answer is compared with nothing, and every advantage is 0: set prompts_per_step to 2 "
+                "or more, or group_size"
             )
         if self.group_size == 1 and self.drop_no_signal:
             raise ValueError(
