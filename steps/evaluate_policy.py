@@ -59,6 +59,7 @@ def body(context: StepContext) -> StepResult:
     """Let the starting model answer, then the trained weights in the same module."""
     from posttrain_lib.checkpoint.adapters import trained_weights
     from posttrain_lib.checkpoint.manager import load_model_state
+    from posttrain_lib.rl.figures import MEASURES
     from posttrain_lib.rl.prompts import fitting
     from posttrain_lib.rl.prompts import read_prompts as read_rollout_prompts
     from posttrain_lib.rl.rewards.pool import GraderPool
@@ -82,6 +83,7 @@ def body(context: StepContext) -> StepResult:
     finally:
         graders.close()
     metrics: dict[str, Any] = {
+        "held_out_is": MEASURES[before.measure],
         "held_out_before": {"all": before.wrong},
         "held_out_after": {"all": after.wrong},
         "failed_gradings": {"before": before.failed, "after": after.failed},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from posttrain_lib.config import RunConfig
 from posttrain_lib.config.evaluation import MetricGate
 from posttrain_lib.errors import TrainingError
 from posttrain_lib.schema.manifests import StepManifest
+from posttrain_lib.schema.reports import HELD_OUT_LOSS
 from steps.recorded import lineage_of
 
 Manifests = Mapping[str, StepManifest]
@@ -31,6 +32,7 @@ def summarise(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any
         "steps": training["step"],
         "data_end": training["data_end"],
         "tokens_seen": training["tokens_seen"],
+        "held_out_is": evaluation.get("held_out_is", HELD_OUT_LOSS),
         "held_out_before": before,
         "held_out_after": after,
         # Of rollouts it is 0 where nothing was wrong, and below where it is a reward with its sign changed.
@@ -57,8 +59,7 @@ def check_gates(run_config: dict[str, Any], summary: Mapping[str, Any]) -> None:
     """
     match = summary["exact_match"] or {}
     worse = " (training made it worse)" if summary["held_out_after"] > summary["held_out_before"] else ""
-    name = held_out_name(run_config["recipe"], summary.get("comparison", []))
-    print(f"{name} {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}{worse}")
+    print(f"{summary['held_out_is']} {summary['held_out_before']:.4f} -> {summary['held_out_after']:.4f}{worse}")
     if summary["data_end"]:
         print(summary["data_end"])
     for row in [row for row in summary.get("comparison", []) if row["task"] == "held_out" and "/" in row["metric"]][:2]:
@@ -137,7 +138,7 @@ def collect(run_config: dict[str, Any], manifests: Manifests) -> dict[str, Any]:
         "recipe": run_config["recipe"].upper(),
         "started_from": _started_from(manifests),
         "lacks": train.metrics.get("lacks", []),
-        "headline": _headline(run_config["recipe"], manifests),
+        "headline": _headline(manifests),
         "data_end": train.metrics["data_end"],
         "reports": reports,
         "performance": _performance_table(train.metrics) + _batches_table(reports),
@@ -166,19 +167,10 @@ def _plain(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def held_out_name(recipe: str, comparison: Iterable[Mapping[str, Any]]) -> str:
-    """What a recipe's held-out value is, the lower the better (of rollouts ``rl.figures.held_out_value``)."""
-    if recipe != "grpo":
-        return "held-out loss"
-    if any((row["task"], row["metric"]) == ("held_out", "pass@1") for row in comparison):
-        return "share of held-out prompts answered wrong"
-    return "held-out reward, its sign changed"
-
-
-def _headline(recipe: str, manifests: Manifests) -> list[list[str]]:
+def _headline(manifests: Manifests) -> list[list[str]]:
     evaluation = manifests["evaluate"].metrics
     before, after = evaluation["held_out_before"], evaluation["held_out_after"]
-    called = held_out_name(recipe, evaluation.get("comparison", []))
+    called = evaluation.get("held_out_is", HELD_OUT_LOSS)
     rows = [[f"{called}, {name}", f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in before]
     match = evaluation.get("exact_match")
     if match:

@@ -141,7 +141,9 @@ def every_user() -> Iterator[None]:
     try:
         before = get_namespace()
     except MetaflowUnknownUser:
-        before = None  # root, or a uid without a name, as in many containers: there are no runs of its own to go back to
+        before = (
+            None  # root, or a uid without a name, as in many containers: there are no runs of its own to go back to
+        )
     namespace(None)
     try:
         yield

@@ -304,7 +304,7 @@ class Controller:
         yield await self._after_batch(dataclasses.replace(report, answers=tuple(shown)), figures, since)
 
     async def _after_batch(self, report: StepReport, figures: dict[str, float], since: int) -> StepReport:
-        """Look where it is due, save there and at a new best, and tell. ``since``: the version that the batch began with."""
+        """Look and save where it is due, save a new best, too, and tell. ``since``: the batch's first version."""
         settings, policy = self.settings, self.roles.policy
         over = policy.version >= settings.updates
         looked, events = {}, [report.event] if report.event else []

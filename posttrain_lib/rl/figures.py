@@ -17,7 +17,7 @@ from posttrain_lib.rl.trajectories import Group, Trajectory
 from posttrain_lib.schema.rollouts import Grade
 
 #: how looks at held-out prompts may be compared -> what of it the value is, the lower the better
-MEASURES = {"pass@1": "share of wrong held-out answers", "reward": "held-out reward, its sign changed,"}
+MEASURES = {"pass@1": "share of wrong held-out answers", "reward": "held-out reward with its sign changed"}
 
 
 def batch_figures(

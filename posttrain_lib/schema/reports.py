@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+#: what the value of a look at held-out examples is called, the lower the better, where a recipe does not name another
+HELD_OUT_LOSS = "held-out loss"
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -119,6 +122,6 @@ class TrainResult:
     best_held_out: float | None
     first_held_out: float | None
     stopped_early: bool
-    held_out_is: str = "held-out loss"
+    held_out_is: str = HELD_OUT_LOSS
     data_end: str = ""
     incidents: int = 0

@@ -48,7 +48,7 @@ def test_a_resumed_run_that_was_killed_has_all_of_its_manifests(tmp_path: Path) 
 
 
 def test_who_has_no_name_sees_every_run(tmp_path: Path) -> None:
-    """As root in a container: the flows name such a user for Metaflow, and ``python -m steps...`` looks runs up, too."""
+    """As root in a container: flows name such a user for Metaflow, and ``python -m steps...`` looks runs up, too."""
     python(tmp_path, str(ROOT / "tests/support/growing_flow.py"), "--no-pylint", "run", METAFLOW_USER="ann")
     (start,) = tmp_path.glob(".metaflow/GrowingFlow/*/start")
     nobody = dict.fromkeys(("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"), "root")

@@ -16,6 +16,7 @@ from posttrain_lib.data.prepare import RECEIPT, SAMPLES, prepare_dataset
 from posttrain_lib.embedded.conversations import generate_rows
 from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import TrainingError
+from posttrain_lib.rl.figures import MEASURES
 from posttrain_lib.schema.manifests import ArtifactRef, Check, StepManifest
 from posttrain_lib.schema.reports import StepReport
 from steps.pipeline import DEFAULT_CONFIG
@@ -24,6 +25,7 @@ from steps.train import shares, throughput
 
 DATA_END = "the data ends after 2 of the 40 steps asked for (a: 3 examples)"
 SUMMARY: dict[str, Any] = {
+    "held_out_is": "held-out loss",
     "held_out_before": 6.0,
     "held_out_after": 1.5,
     "held_out_ratio": 0.25,
@@ -130,14 +132,14 @@ def test_rewards_alone_are_no_share_of_wrong_answers(capsys: pytest.CaptureFixtu
     of_rollouts = load_run_config(DEFAULT_CONFIG.parents[1] / "grpo/default.yaml", []).model_dump(mode="json")
     of_rollouts["evaluation"]["gates"]["metrics"] = {}
     summaries = {}
-    for title, comparison in {"rewards": rows, "judged": [*rows, {**rows[0], "metric": "pass@1"}]}.items():
-        evaluated = manifest("evaluate", {**values, "comparison": comparison})
+    for title, measure in {"rewards": "reward", "judged": "pass@1"}.items():
+        evaluated = manifest("evaluate", {**values, "held_out_is": MEASURES[measure], "comparison": rows})
         export = manifest("export", {}, hf=Path("folder"))
         summaries[title] = summarise(config(), {"train": trained, "evaluate": evaluated, "export": export})
         check_gates(of_rollouts, summaries[title])
     said = capsys.readouterr().out
-    assert "held-out reward, its sign changed -0.5000 -> -1.5000" in said
-    assert said.count("share of held-out prompts answered wrong -0.5000") == 1
+    assert "held-out reward with its sign changed -0.5000 -> -1.5000" in said
+    assert said.count("share of wrong held-out answers -0.5000") == 1
     with pytest.raises(TrainingError, match=r"(?s)held-out loss ratio.*not measured"):
         check_gates(config(max_held_out_loss_ratio=0.5), summaries["rewards"])
 

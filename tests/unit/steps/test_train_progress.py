@@ -84,7 +84,7 @@ def test_the_summary_says_where_training_made_it_worse() -> None:
     said = summary(replace(RESULT, first_held_out=6.3856))
     assert said == "2 steps; best held-out loss 6.4052, worse than the 6.3856 before training"
     said = summary(replace(RESULT, best_held_out=-0.125, first_held_out=-0.594, held_out_is=MEASURES["reward"]))
-    assert "best held-out reward, its sign changed, -0.1250, worse than the -0.5940 before training" in said
+    assert "best held-out reward with its sign changed -0.1250, worse than the -0.5940 before training" in said
 
 
 def test_the_summary_says_where_the_data_ended() -> None:
