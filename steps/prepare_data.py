@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """The data section, without where the rows lie: their content is an input."""
     elsewhere = {"tokenizer", "chat_template", "serving_check", "serving_accepts", "serving_samples"}
     section = config.data.model_dump(mode="json", exclude={*elsewhere, "workers"})
+    section["template_kwargs"] = json.dumps(config.data.template_kwargs)  # a template prints mappings in their order
     section["sources"] = [source.model_dump(include={"name", "format", "fields"}) for source in config.data.sources]
     return section
 

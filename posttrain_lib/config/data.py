@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -139,6 +140,13 @@ class DataConfig(Section):
     def _off_is_a_word(cls, value: object) -> object:
         """YAML reads an unquoted off as false."""
         return "off" if value is False else value
+
+    @field_validator("template_kwargs", mode="before")
+    @classmethod
+    def _as_json(cls, value: object) -> object:
+        """As a flow hands the config on from step to step, and as a server gets it: a template is to see the same in
+        either. What YAML reads as a date is its text."""
+        return json.loads(json.dumps(value, default=str, allow_nan=False))
 
     @field_validator("template_date", mode="before")
     @classmethod
