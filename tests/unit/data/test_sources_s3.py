@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from posttrain_lib.data import remote
-from posttrain_lib.data.sources import digest_rows, files_of, iter_rows, list_files
+from posttrain_lib.data.sources import digest_rows, files_of, iter_rows, list_files, look_of
 from posttrain_lib.errors import DataError
 from posttrain_lib.lineage.digests import FileDigests
 from tests.support.s3 import s3_environment, s3_server
@@ -61,6 +61,19 @@ def test_digests_follow_the_object(bucket: str) -> None:
     changed = digest_rows(glob, FileDigests())
     filesystem.pipe("rows/a/part-0.jsonl", LINES)
     assert changed != before
+
+
+def test_a_file_looks_as_it_was_listed_in_a_bucket_that_keeps_versions(bucket: str) -> None:
+    """Which a listing does not tell. Training that reads the rows itself would take the file for another one."""
+    filesystem = fsspec.filesystem("s3")
+    filesystem.mkdir("versions")
+    filesystem.make_bucket_versioned("versions", True)
+    for number in range(2):
+        filesystem.pipe(f"versions/part-{number}.jsonl", LINES)
+    listed = list_files("s3://versions/*.jsonl", FileDigests())
+    assert len(listed) == 2 and all(look_of(file) == digest for file, digest in listed)
+    filesystem.pipe("versions/part-0.jsonl", LINES + b"{}\n")
+    assert [look_of(file) == digest for file, digest in listed] == [False, True]
 
 
 @pytest.mark.parametrize("path", ["a/*.csv", "nothing/here.jsonl"])
