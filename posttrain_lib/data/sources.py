@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -243,6 +244,13 @@ def _expand(path: str) -> list[tuple[str, dict[str, Any]]]:
         found = {}
     if not found:
         raise DataError("no file matches the data path", where=path, fix="check the path; a glob needs quotes in YAML")
+    if odd := [name for name in found if not _is_text(name)]:
+        raise DataError(
+            "names of data files are no UTF-8, and a row is named by its file",
+            where=path,
+            got=_named([os.fsencode(name).decode("utf-8", "backslashreplace") for name in odd]),
+            fix="rename them (convmv does so), or name the others by a glob",
+        )
     if strays := [name for name, told in found.items() if told["type"] not in ("file", "directory")]:
         raise DataError(
             "links among the data lead to no file: to a folder, or to nothing",
@@ -251,6 +259,14 @@ def _expand(path: str) -> list[tuple[str, dict[str, Any]]]:
             fix="mend or remove them; a folder behind a link is read where a source names it",
         )
     return sorted((filesystem.unstrip_protocol(name), told) for name, told in found.items())
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _all_below(folder: str) -> list[tuple[str, dict[str, Any]]]:

@@ -6,6 +6,7 @@ import errno
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -245,6 +246,17 @@ def test_links_are_followed_and_an_unreadable_folder_is_no_empty_one(tmp_path: P
     assert len(digest_rows(pinned(str(tmp_path / "linked")), FileDigests())) == 64
     with pytest.raises(DataError, match="no file matches"):
         files_of(str(tmp_path / "nothing" / "*.jsonl"))
+
+
+def test_a_file_whose_name_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    """As archives of other systems unpack it. Row ids are written into files of UTF-8."""
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "w") as handle:
+        handle.write('{"n": 2}\n')
+    with pytest.raises(DataError, match="no UTF-8") as caught:
+        digest_rows(str(tmp_path), FileDigests())
+    assert str(caught.value.got).endswith(r"/caf\xe9.jsonl")
+    assert [row for _, row in iter_rows(f"{tmp_path}/a*")] == [{"n": 1}]
 
 
 def test_a_folder_below_that_cannot_be_listed_is_no_empty_one(tmp_path: Path) -> None:
