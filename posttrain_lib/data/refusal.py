@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -20,7 +20,7 @@ class RefusedRow(Exception):
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words: it may come from Parquet or Arrow as well."""
+    """What a value is, in JSON's words; in Python's where it comes from Parquet or Arrow, and JSON has none."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -29,4 +29,6 @@ def kind_of(value: Any) -> str:
         return "a number"
     if isinstance(value, str):
         return "a text that holds JSON" if value.lstrip().startswith(("[", "{")) else "a text"
-    return "an object" if isinstance(value, Mapping) else "a list"
+    if isinstance(value, Mapping):
+        return "an object"
+    return f"a {type(value).__name__}" if isinstance(value, bytes) or not isinstance(value, Sequence) else "a list"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,22 @@ def test_text_rows() -> None:
     assert text({"text": " Once upon a time"}) == PlainText("source", "row:1", " Once upon a time")
     assert text({"text": "a", "group": 2}).group == "group:2"
     assert text({"body": "a"}, text="body").text == "a"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (["a"], "a list"),
+        ({"a": 1}, "an object"),
+        (b"a", "a bytes"),
+        (datetime.datetime(2026, 1, 1), "a datetime"),
+        (decimal.Decimal(1), "a Decimal"),
+    ],
+)
+def test_what_is_no_text_is_told_as_what_it_is(value: Any, said: str) -> None:
+    """The last three come from Parquet."""
+    with pytest.raises(RefusedRow, match=f"'text' is {said}, expected text"):
+        text({"text": value})
 
 
 @pytest.mark.parametrize(
