@@ -187,7 +187,7 @@ def _file_digest(file: str, told: dict[str, Any], known: FileDigests) -> str:
             expected=f"one of {', '.join(VERSION_FIELDS)}",
             fix="copy the file to a local disk or an object store",
         )
-    # A tag says it all. Of the rest, a listing and an answer on one file tell unlike things: versions, parts of seconds.
+    # A tag says it all. Of the rest, a listing and an answer on one file tell unlike things: versions, split seconds.
     tags = {name: version[name] for name in ("ETag", "etag") if name in version}
     return digest_value({**(tags or version), "size": told.get("size")})
 
