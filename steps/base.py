@@ -230,7 +230,8 @@ def _tell_unfinished(step: Step, config: RunConfig, inputs: Mapping[str, Artifac
     settings = {**step.work_settings(config), "inputs": {name: ref.digest[:12] for name, ref in inputs.items()}}
     if (line := unfinished.left_behind(work, settings)) is not None:
         say(f"{step.name}: {line}")
-    unfinished.record(work, settings)
+    with disk_errors("noting what is begun", work):
+        unfinished.record(work, settings)
 
 
 def _reason(store: Store, step: Step, config: RunConfig, parts: dict[str, str], reuse: bool) -> str:

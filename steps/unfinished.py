@@ -75,15 +75,25 @@ def left_behind(work: Path, settings: Any) -> str | None:
     nothing to tell."""
     if (work / RECORD).is_file():
         return None
-    records = sorted(work.parent.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    if not records:
+    found = _newest_record(work.parent)
+    if found is None:
         return None
-    known = json.loads(records[-1].read_text(encoding="utf-8"))
+    folder, known = found
     differs = told(differences(known, json.loads(json.dumps(settings)))) or "another environment or source"
     return (
-        f"beginning anew; the unfinished work in {records[-1].parent} is of other settings ({differs}) and goes on "
+        f"beginning anew; the unfinished work in {folder} is of other settings ({differs}) and goes on "
         "with its own"
     )
+
+
+def _newest_record(folder: Path) -> tuple[Path, Any] | None:
+    """The work folder below ``folder`` that was begun last, and its settings."""
+    while True:
+        try:
+            records = sorted(folder.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+            return (records[-1].parent, json.loads(records[-1].read_text(encoding="utf-8"))) if records else None
+        except FileNotFoundError:
+            continue  # a run that got through removed its work meanwhile
 
 
 def _shown(value: Any) -> str:

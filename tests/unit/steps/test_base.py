@@ -228,6 +228,13 @@ def test_unfinished_work_of_other_settings_is_told(tmp_path: Path, config: RunCo
     assert str(tmp_path / "work" / "fake") in told[0]
 
 
+def test_work_that_cannot_be_begun_is_a_store_error(tmp_path: Path, config: RunConfig) -> None:
+    (tmp_path / "work").write_text("no folder")
+    step = dataclasses.replace(Recorder().step(), work_settings=lambda config: {})
+    with pytest.raises(StoreError, match="noting what is begun failed"):
+        run(step, config, Store(tmp_path))
+
+
 def test_training_goes_on_with_another_way_of_saving_and_looking(config: RunConfig) -> None:
     def changed(**values: object) -> RunConfig:
         return config.model_copy(update={"train": config.train.model_copy(update=values)})

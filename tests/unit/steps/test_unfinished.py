@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
-from steps.unfinished import differences, left_behind, record, told
+import pytest
+
+from steps.unfinished import RECORD, differences, left_behind, record, told
 
 
 def test_differences_are_named_by_their_keys() -> None:
@@ -50,3 +54,20 @@ def test_work_of_other_settings_is_told_once_and_own_work_never(tmp_path: Path) 
     assert line is not None and "seed 2 -> 1" in line and str(other) in line
     record(own, {"seed": 1})
     assert left_behind(own, {"seed": 1}) is None
+
+
+def test_work_that_another_run_ends_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told of for the user's sake: no reason for a run to fail."""
+    kept, gone = tmp_path / "kept", tmp_path / "gone"
+    record(kept, {"seed": 2})
+    record(gone, {"seed": 3})
+    os.utime(kept / RECORD, (1, 1))
+    read = Path.read_text
+
+    def read_text(path: Path, **options: str) -> str:
+        shutil.rmtree(gone, ignore_errors=True)
+        return read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    line = left_behind(tmp_path / "own", {"seed": 1})
+    assert line is not None and "seed 2 -> 1" in line
