@@ -46,8 +46,17 @@ def digest_file(path: str | Path) -> str:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Every file below ``folder``, sorted by relative POSIX path; links are followed, caches of editors are not."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
+    """Every file below ``folder``, sorted by relative POSIX path; links are followed, to folders too, but for one that
+    leads to a folder which is there already."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(at)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [path for name in names if (path := Path(at, name)).is_file()]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 

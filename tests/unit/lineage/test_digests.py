@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain_lib.lineage.digests import FileDigests, digest_file, digest_value, write_atomically
+from posttrain_lib.lineage.digests import FileDigests, digest_file, digest_value, list_files, write_atomically
 
 
 @given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=5))
@@ -27,6 +27,23 @@ def test_folder_digest_changes_with_content_and_name(tmp_path: Path) -> None:
     second = FileDigests().path(folder)
     (folder / "a").rename(folder / "b")
     assert len({first, second, FileDigests().path(folder)}) == 3
+
+
+def test_what_lies_behind_a_link_to_a_folder_counts(tmp_path: Path) -> None:
+    """As templates that several models of one family share. A link to where it stands leads nowhere new."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "template.jinja").write_text("one")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "templates").symlink_to(tmp_path / "shared")
+    (tmp_path / "model" / "itself").symlink_to(tmp_path / "model")
+    assert [path.relative_to(tmp_path).as_posix() for path in list_files(tmp_path / "model")] == [
+        "model/config.json",
+        "model/templates/template.jinja",
+    ]
+    before = FileDigests().path(tmp_path / "model")
+    (tmp_path / "shared" / "template.jinja").write_text("two")
+    assert FileDigests().path(tmp_path / "model") != before
 
 
 def test_memory_is_used_and_refreshed(tmp_path: Path) -> None:
