@@ -80,10 +80,7 @@ def left_behind(work: Path, settings: Any) -> str | None:
         return None
     folder, known = found
     differs = told(differences(known, json.loads(json.dumps(settings)))) or "another environment or source"
-    return (
-        f"beginning anew; the unfinished work in {folder} is of other settings ({differs}) and goes on "
-        "with its own"
-    )
+    return f"beginning anew; the unfinished work in {folder} is of other settings ({differs}) and goes on with its own"
 
 
 def _newest_record(folder: Path) -> tuple[Path, Any] | None:

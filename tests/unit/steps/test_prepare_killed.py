@@ -1,5 +1,5 @@
-"""A preparation that is killed before any of its file operations: the next one gives what one that was not killed gives,
-and nothing that a killed one left is taken for a result."""
+"""A preparation that is killed before any of its file operations: the next one gives what an undisturbed one gives, and
+nothing that a killed one left is taken for a result."""
 
 from __future__ import annotations
 
