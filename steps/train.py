@@ -162,7 +162,7 @@ def _planned(context: StepContext) -> dict[str, Any] | None:
 
 def _finite(result: TrainResult, reports: list[StepReport]) -> Check:
     """What of the steps reached the weights."""
-    name, steps = "every step's loss was finite", len(reports)
+    name, steps = "every step's loss was finite", sum(report.step > 0 for report in reports)
     if not result.incidents:
         return Check(name, True, steps, reason="a non-finite one stops training, unless train.incidents says otherwise")
     reason = f"{result.incidents} steps went wrong and were left out, as train.incidents says; see {INCIDENTS}"

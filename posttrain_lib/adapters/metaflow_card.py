@@ -92,7 +92,7 @@ def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
     steps = [r for r in thin if r.step > 0]
     peaks = {"MFU": "mfu", "MFU of the measured peak": "mfu_measured", "HFU": "hfu"}
     return {
-        "loss": line_chart("Loss (nats per trained token, or per pair)", loss),
+        "loss": line_chart(_loss_title(reports), loss),
         **_figure_charts(thin, held),
         "throughput": line_chart(
             "Throughput (real tokens per second)",
@@ -125,20 +125,30 @@ def curves(reports: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _loss_title(reports: Sequence[StepReport]) -> str:
+    if any("reward" in report.held_out_figures or "reward/mean" in report.figures for report in reports):
+        return "Loss of the policy (no unit: its gradient counts, and no value of it is a good one)"
+    return "Loss (nats per trained token, or per pair)"
+
+
 def _held_out_loss(report: StepReport) -> dict[str, float]:
     """By source; of rollouts the value that picks the best checkpoint is none, and stands among their figures."""
     return {} if "reward" in report.held_out_figures else report.held_out or {}
 
 
 def _figure_charts(steps: Sequence[StepReport], held: Sequence[StepReport]) -> dict[str, dict[str, Any]]:
-    """A chart for each figure of the loss's own, of the steps and of the held-out examples."""
+    """A chart for each figure of the loss's own, of the steps and of the held-out examples. A line alone has no legend:
+    that it is of held-out examples stands in the title."""
     told = [(report.step, "training", report.figures) for report in steps]
     told += [(report.step, "held-out", report.held_out_figures) for report in held]
     values: dict[str, list[dict[str, Any]]] = {}
     for step, curve, figures in told:
         for name, value in figures.items():
             values.setdefault(name, []).append({"step": step, "value": value, "curve": curve})
-    return {name: line_chart(name, points) for name, points in values.items()}
+    alone = {name for name, points in values.items() if all(point["curve"] == "held-out" for point in points)}
+    return {
+        name: line_chart(f"{name} (held-out)" if name in alone else name, points) for name, points in values.items()
+    }
 
 
 def line_chart(title: str, values: list[dict[str, Any]]) -> dict[str, Any]:

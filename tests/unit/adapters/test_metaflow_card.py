@@ -66,6 +66,18 @@ def test_of_rollouts_the_value_that_picks_a_checkpoint_is_called_no_loss() -> No
     assert headline(replace(start, held_out=None, held_out_figures={})) == "step **0** of 10"
 
 
+def test_a_chart_says_what_its_lines_are() -> None:
+    """A policy's loss has no unit; a figure of held-out answers alone would look as if it was of training's."""
+    looked = {"pass@1": 0.25, "reward": 0.5, "reward/exact": 0.5}
+    report = replace(REPORT, held_out={"all": 0.75}, held_out_figures=looked, figures={"reward/mean": 0.1})
+    charts = curves([report, replace(report, step=2, figures={"reward/mean": 0.2, "reward/exact": 0.2})])
+    titles = {name: chart["title"] for name, chart in charts.items()}
+    assert "no unit" in titles["loss"] and "nats" not in titles["loss"] and "nats" in curves([REPORT])["loss"]["title"]
+    assert titles["pass@1"] == "pass@1 (held-out)" and titles["reward/mean"] == "reward/mean"
+    both = charts["reward/exact"]
+    assert both["title"] == "reward/exact" and both["encoding"]["color"]["legend"] is not None
+
+
 def test_a_sample_escapes_markup_and_colours_trained_tokens_only() -> None:
     sample = {"source": "s", "row_id": "1", "tokens": ["<|im_start|>", "hi\n\nthere"], "weights": [0.0, 1.0]}
     text = coloured_sample(sample)._text

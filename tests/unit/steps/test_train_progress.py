@@ -14,7 +14,7 @@ from posttrain_lib.rl.figures import MEASURES
 from posttrain_lib.schema.reports import StepReport, TrainResult
 from posttrain_lib.tracking.terminal import ProgressLine
 from steps.base import StepContext
-from steps.train import _bring_checkpoints, summary, throughput
+from steps.train import _bring_checkpoints, _finite, summary, throughput
 from steps.watch import watch
 from tests.oracles.tiny_job import make_job, tiny_config
 from tests.unit.training.test_loop import run
@@ -78,6 +78,10 @@ RESULT = TrainResult(
 def test_the_summary_says_what_was_reached() -> None:
     assert summary(RESULT) == "2 steps; best held-out loss 6.4052"
     assert summary(replace(RESULT, best_held_out=None, stopped_early=True)) == "2 steps (stopped early)"
+
+
+def test_the_check_counts_steps_and_not_the_look_before_them() -> None:
+    assert _finite(RESULT, [replace(REPORT, step=step) for step in range(3)]).value == RESULT.step
 
 
 def test_the_summary_says_where_training_made_it_worse() -> None:
