@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -60,11 +61,15 @@ if TYPE_CHECKING:
     from posttrain_lib.rl.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole
     from posttrain_lib.rl.settings import RLSettings
     from posttrain_lib.rl.sync_guard import SyncGuard
-    from posttrain_lib.rl.trajectories import Player
+    from posttrain_lib.rl.trajectories import Player, Trajectory
     from posttrain_lib.rl.version_log import VersionLog
     from posttrain_lib.schema.reports import StepReport
+    from posttrain_lib.schema.rollouts import Grade
 
 T = TypeVar("T")
+
+#: characters of a reason in a message
+_SHOWN_REASON = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,9 @@ class Controller:
         self.measure: str | None = None
         self.first_held_out: float | None = None
         self.best_held_out: float | None = None
+        #: why answers have no grade, graders' failures and environments': of the whole run here, and since the last report
+        self.failures: Counter[str] = Counter()
+        self._untold: Counter[str] = Counter()
         self._learned: dict[int, int] = {}
         self._stopping = False
         self._policy_thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
@@ -231,8 +239,7 @@ class Controller:
     def _told(self) -> str:
         """What became of visits so far, and what graders failed on most."""
         fates = ", ".join(f"{count} {fate}" for fate, count in self.ledger.counts.items())
-        failed = "; ".join(f"{count} x {reason}" for reason, count in self.desk.failures.most_common(3))
-        return f"{fates}{'; gradings that failed: ' + failed if failed else ''}"
+        return f"{fates}{'; gradings that failed: ' + _most(self.failures) if self.failures else ''}"
 
     def _unfit(self, group: Group) -> tuple[Any, str] | None:
         """(fate, reason) of a group that is not learned from; None: it is."""
@@ -258,8 +265,15 @@ class Controller:
             for number in range(settings.group_size)
         )
         trajectories = await asyncio.gather(*playing)
-        grades = with_failures(trajectories, await self.desk.grade(to_grade(trajectories)))
+        grades = await self._graded(trajectories)
         return Group(visit, prompt, trajectories, grades)
+
+    async def _graded(self, trajectories: Sequence[Trajectory]) -> list[Grade]:
+        """A grade for each; why some have none is counted."""
+        grades = with_failures(trajectories, await self.desk.grade(to_grade(trajectories)))
+        for counted in (self.failures, self._untold):
+            counted.update(grade.failure for grade in grades if grade.failure)
+        return grades
 
     async def _learn(self, groups: list[Group]) -> Any:
         """The updates of one batch, and what is due behind the last one."""
@@ -320,6 +334,8 @@ class Controller:
         events += ["best"] if best else []
         events += ["checkpoint"] if saves else []
         events += ["finished"] if over else []
+        events += [f"{self._untold.total()} gradings failed: {_most(self._untold)}"] if self._untold else []
+        self._untold.clear()
         times = self.times.figures(self.pump.busy.seconds, self.desk.busy.seconds)
         counts = {f"rollout/{fate}": float(count) for fate, count in self.ledger.counts.items()}
         report = dataclasses.replace(
@@ -408,7 +424,7 @@ class Controller:
             for number, way in enumerate(ways)
         ]
         trajectories = await asyncio.gather(*playing)
-        grades = with_failures(trajectories, await self.desk.grade(to_grade(trajectories)))
+        grades = await self._graded(trajectories)
         scores = held_out_scores(grades, len(ways))
         self.measure = self.measure or measure_of(scores)
         return held_out_figures(scores, self.measure, grades, trajectories, len(ways))
@@ -416,6 +432,11 @@ class Controller:
     async def _on_policy(self, work: Callable[[], T]) -> T:
         """Run in the policy's own thread, so that the loops go on."""
         return await asyncio.get_running_loop().run_in_executor(self._policy_thread, work)
+
+
+def _most(failures: Counter[str]) -> str:
+    """The most frequent reasons, with their numbers."""
+    return "; ".join(f"{count} x {reason[:_SHOWN_REASON]}" for reason, count in failures.most_common(3))
 
 
 def _passed(every: int, since: int, version: int) -> bool:

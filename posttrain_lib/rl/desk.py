@@ -7,7 +7,6 @@ when the graders are free goes to them at once, as one call: they have workers o
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -20,12 +19,11 @@ if TYPE_CHECKING:
 
 
 class GradingDesk:
-    """Asks a reward role for whoever awaits grades. Use it in one event loop. ``failures`` counts by reason."""
+    """Asks a reward role for whoever awaits grades. Use it in one event loop."""
 
     def __init__(self, reward: RewardRole) -> None:
         self.reward = reward
         self.busy = Busy()
-        self.failures: Counter[str] = Counter()
         self._waiting: list[tuple[Sequence[Answer], asyncio.Future[list[Grade]]]] = []
         self._wanted = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
@@ -47,7 +45,6 @@ class GradingDesk:
             answers = [answer for part, _ in waiting for answer in part]
             with self.busy.working():
                 grades = await loop.run_in_executor(self._thread, self.reward.grade, answers)
-            self.failures.update(grade.failure for grade in grades if grade.failure)
             for part, future in waiting:
                 own, grades = grades[: len(part)], grades[len(part) :]
                 if not future.done():

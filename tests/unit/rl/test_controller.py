@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -139,6 +140,27 @@ def test_the_best_look_is_a_checkpoint_whenever_it_was(folder: Path) -> None:
     result = policy.result()
     assert result.best_checkpoint is not None and int(Path(result.best_checkpoint).name) == lowest
     assert result.best_held_out == looks[lowest] and "best, checkpoint" in reports[lowest].event
+
+
+class Moody(Evens):
+    """Has no word for answers that begin with an A."""
+
+    def grade(self, answers: Sequence[Answer]) -> list[Grade]:
+        fails = [answer.text.startswith("A") for answer in answers]
+        return [
+            Grade(None, failure="moody: an A") if bad else one
+            for bad, one in zip(fails, super().grade(answers), strict=True)
+        ]
+
+
+def test_why_answers_have_no_grade_is_told_once_by_the_report_of_their_step(folder: Path) -> None:
+    """In groups that are learned from, too, of which no other file says why."""
+    settings = settings_of(held_out=HeldOut(prompts=0), group_size=8, updates=20)
+    reports = run(folder, engine_in(folder), policy_in(folder), settings, reward=Moody())
+    told = [int(found[1]) for each in reports if (found := re.search(r"(\d+) x moody: an A", each.event))]
+    failed = [figures["reward/failed"] for each in reports if (figures := each.figures)]
+    assert told and told == [count for count in failed if count]
+    assert not any("gradings failed" in each.event for each in reports if not each.figures.get("reward/failed"))
 
 
 class Mortal(TableEngine):

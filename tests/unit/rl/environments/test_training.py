@@ -100,6 +100,7 @@ def test_failures_are_counted_and_the_run_goes_on(talker: Path, tokenizer: ChatT
     assert reports[-1].step == 2 and reports[-1].figures["rollout/quarantined"] == 2.0
     settled = (tmp_path / "job" / "ledger.jsonl").read_text()
     assert "environment: raised ValueError: not this one" in settled
+    assert any("gradings failed: " in each.event and "environment: raised ValueError" in each.event for each in reports)
 
 
 def test_prompts_with_tools_have_the_date_of_those_without(
