@@ -120,7 +120,7 @@ class Controller:
         self.measure: str | None = None
         self.first_held_out: float | None = None
         self.best_held_out: float | None = None
-        #: why answers have no grade, graders' failures and environments': of the whole run here, and since the last report
+        #: why answers have no grade, graders' failures and environments': of the run so far, and since the last report
         self.failures: Counter[str] = Counter()
         self._untold: Counter[str] = Counter()
         self._learned: dict[int, int] = {}
@@ -435,8 +435,9 @@ class Controller:
 
 
 def _most(failures: Counter[str]) -> str:
-    """The most frequent reasons, with their numbers."""
-    return "; ".join(f"{count} x {reason[:_SHOWN_REASON]}" for reason, count in failures.most_common(3))
+    """The most frequent reasons, with their numbers, on one line."""
+    shown = ((" ".join(reason.split())[:_SHOWN_REASON], count) for reason, count in failures.most_common(3))
+    return "; ".join(f"{count} x {reason}" for reason, count in shown)
 
 
 def _passed(every: int, since: int, version: int) -> bool:
