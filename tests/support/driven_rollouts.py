@@ -74,6 +74,7 @@ def job_in(folder: Path, work: str, updates: int = 3, reference: bool = True) ->
         ),
         rewards=(RewardSpec("tests.support.driven_rollouts:even", "even"),),
         longest_prompt=16,
+        template_date="2026-01-01",
         reference=str(folder / "model") if reference else None,
         max_mismatch=1e-3,
     )

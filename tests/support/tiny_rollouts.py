@@ -93,7 +93,6 @@ def train_tiny(
         settings=told,
         rewards=(RewardSpec(f"{__name__}:by_tokens", "tokens"),),
         longest_prompt=row_tokens - new_tokens,
-        template_date="2026-01-01",
-        **rollouts,
+        **{"template_date": "2026-01-01", **rollouts},
     )
     return list(train_on_rollouts(dataclasses.replace(job, rollouts=wanted), wanted))
