@@ -317,8 +317,8 @@ def check_order(messages: Sequence[Message], tools: Sequence[Any] = (), *, answe
     if answered and ("user" not in roles or "assistant" not in roles[roles.index("user") :]):
         raise RefusedRow("no_assistant_turn", f"roles are {roles}")
     if not answered and (not roles or roles[-1] not in ("user", "tool")):
-        said = "empty" if not roles else f"ends with a turn of {roles[-1]}"
-        raise RefusedRow("roles_out_of_order", f"the prompt is {said}, expected user or tool at its end")
+        said = "is empty" if not roles else f"ends with a turn of {roles[-1]}"
+        raise RefusedRow("roles_out_of_order", f"the prompt {said}, expected user or tool at its end")
 
 
 def _check_follows(before: Message | None, message: Message, index: int) -> None:
