@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
-from posttrain_lib.errors import StoreError
+from posttrain_lib.errors import DataError, StoreError
 from posttrain_lib.lineage.digests import FileDigests, digest_value
 from posttrain_lib.lineage.environment import describe_hardware, environment_digest
 from posttrain_lib.lineage.kept import keep_code, keep_environment, keep_sources
@@ -122,6 +122,9 @@ def run_step(
 
     Equal work in two processes is done once: the second waits for the first. Whatever the body wrote before an
     exception is thrown away, save for its ``work`` folder.
+
+    Raises:
+        DataError: an input that lies outside the store is not what it was when the run found it.
     """
     store = store or Store()
     inputs = step.inputs(config, manifests)
@@ -131,6 +134,7 @@ def run_step(
         if found is not None:
             say(f"{step.name}: reused {key[:12]} (same config, inputs, source and environment)")
             return dataclasses.replace(found, reused=True)
+        _check_unchanged(inputs, manifests)
         say(f"{step.name}: running, {_reason(store, step, config, parts, reuse)}")
         work_key = key
         if step.work_settings is not None:
@@ -198,6 +202,24 @@ def _do(
     if work.exists():
         _remove_tree(work)
     return manifest
+
+
+def _check_unchanged(inputs: Mapping[str, ArtifactRef], manifests: Manifests) -> None:
+    """What an earlier step found outside the store and handed on is what it was then: a resumed run may find it edited,
+    and the result would stand under the key of the old content. Rows are large, and looked at by those who read them.
+    """
+    known = known_digests()
+    handed_on = [ref for manifest in manifests.values() for ref in manifest.outputs.values()]
+    for name, ref in inputs.items():
+        outside = "://" not in ref.uri and published_place(ref.uri) is None and ref in handed_on
+        if outside and ref.kind != "rows" and known.path(Path(ref.uri)) != ref.digest:
+            raise DataError(
+                f"the {name.replace('_', ' ')} is not what it was when the run started",
+                where=ref.uri,
+                got=None if Path(ref.uri).exists() else "nothing is there",
+                expected=f"content {ref.digest[:12]}",
+                fix="start a new run (or `resume start`), so that the results are kept under the new content",
+            )
 
 
 @contextlib.contextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from posttrain_lib.config import RunConfig
 from posttrain_lib.errors import DataError
-from posttrain_lib.lineage.store import published_place
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 
@@ -67,10 +65,10 @@ def body(context: StepContext) -> StepResult:
 
 
 def check_unchanged(context: StepContext) -> None:
-    """Rows, tokenizer and template are those that the run's key was made of; a resumed run may find them edited.
+    """The rows are those that the run's key was made of; a resumed run may find them edited.
 
     Raises:
-        DataError: naming the one that is not.
+        DataError: naming the source.
     """
     from posttrain_lib.data.sources import digest_rows
 
@@ -78,22 +76,12 @@ def check_unchanged(context: StepContext) -> None:
     for source in context.config.data.sources:
         wanted = context.inputs[f"source:{source.name}"]
         if source.path is not None and digest_rows(wanted.uri, known) != wanted.digest:
-            raise _changed("data", f"source {source.name}", wanted)
-    for name in ("tokenizer", "chat_template"):
-        found = context.inputs.get(name)
-        if found is None or published_place(found.uri) is not None:  # what was published stays what it is
-            continue
-        if known.path(Path(found.uri)) != found.digest:
-            raise _changed(name.replace("_", " "), name, found)
-
-
-def _changed(what: str, where: str, wanted: ArtifactRef) -> DataError:
-    return DataError(
-        f"the {what} is not what it was when the run started",
-        where=f"{where}: {wanted.uri}",
-        expected=f"content {wanted.digest[:12]}",
-        fix="start a new run (or `resume start`), so that the results are kept under the new content",
-    )
+            raise DataError(
+                "the data is not what it was when the run started",
+                where=f"source {source.name}: {wanted.uri}",
+                expected=f"content {wanted.digest[:12]}",
+                fix="start a new run (or `resume start`), so that the results are kept under the new content",
+            )
 
 
 STEP: Step = Step("prepare_data", 1, "steps.prepare_data", settings, inputs, body)

@@ -19,6 +19,7 @@ from posttrain_lib.embedded.tokenizer import build_tokenizer
 from posttrain_lib.errors import ConfigError, DataError, ModelError, StoreError
 from posttrain_lib.lineage.digests import FileDigests
 from posttrain_lib.lineage.store import Store
+from posttrain_lib.models.scratch import write_scratch_model
 from posttrain_lib.schema.manifests import ArtifactRef
 from steps import inputs, prepare_data
 from steps.base import StepContext, run_step
@@ -88,20 +89,18 @@ def test_a_tokenizer_or_template_edited_after_the_run_began_makes_no_result_unde
     """The result would be taken again once the file is as before, and then nothing would be made anew."""
     build_tokenizer(["a text"], 300, here / "tokenizer")
     shutil.copyfile(here / "tokenizer" / "chat_template.jinja", here / "template.jinja")
-    config = build_run_config({**RAW, "data": {**RAW["data"], "chat_template": "template.jinja"}})
-    tokenizer = ArtifactRef(str(here / "tokenizer"), "tokenizer", FileDigests().path(here / "tokenizer"))
-    context = StepContext(
-        config=config,
-        inputs={**inputs.inputs(config, {}), "tokenizer": tokenizer},
-        out=here / "out",
-        work=here / "work",
-        say=lambda text: None,
-        observe=lambda report: None,
+    (here / "rows.jsonl").write_text(
+        json.dumps({"messages": [{"role": role, "content": "a text"} for role in ("user", "assistant")]}) + "\n"
     )
+    data = {**RAW["data"], "tokenizer": "tokenizer", "chat_template": "template.jinja"}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    write_scratch_model("llama", {**sizes, "num_key_value_heads": 1}, here / "tokenizer", 0, here / "model")
+    config = build_run_config({**RAW, "data": data, "model": {"path": "model"}})
+    found = {"inputs": run_step(inputs.STEP, config, {}, say=lambda _: None)}
     edited = here / {"tokenizer": "tokenizer/tokenizer.json", "chat_template": "template.jinja"}[name]
     edited.write_text(edited.read_text() + "\n ")
     with pytest.raises(DataError, match=f"the {name.replace('_', ' ')} is not what it was when the run started"):
-        prepare_data.body(context)
+        run_step(prepare_data.STEP, config, found, say=lambda _: None)
 
 
 def cut(folder: Path) -> None:
