@@ -63,8 +63,9 @@ def record(name: str, output: Path, paths: list[str]) -> int:
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "real_data": bool(os.environ.get("POSTTRAIN_DATA")) or (ROOT.parent / "shared" / "data").is_dir(),
     }
-    # a part does not take the place of the whole
-    suites = {**known["suites"], " ".join([name, *paths]): suite}
+    # A part does not take the place of the whole; the whole takes that of its parts.
+    kept = {key: each for key, each in known["suites"].items() if paths or key.split()[0] != name}
+    suites = {**kept, " ".join([name, *paths]): suite}
     content = {"command": "./infra/env python infra/record_tests.py", "suites": suites}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
