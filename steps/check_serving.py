@@ -35,7 +35,7 @@ _SHOWN_IDS = 12
 def settings(config: RunConfig) -> dict[str, Any]:
     """What decides the ids of a row, and the sample."""
     data = config.data
-    names = ("serving_check", "serving_samples", "template_date", "template_kwargs", "trained_turns", "train_on")
+    names = ("serving_check", "serving_samples", "template_variables", "trained_turns", "train_on")
     return {
         **{name: getattr(data, name) for name in (*names, "control_tokens", "max_example_tokens")},
         "serving_accepts": sorted(data.serving_accepts),

@@ -52,7 +52,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "checkpoint": config.export.checkpoint,
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
-        "template": [config.data.template_date, config.data.template_kwargs],
+        "template": config.data.template_variables,
         "companion": None if config.companion is None else config.companion.kept,
         "precision": _precision(config),
         "reward": None if config.reward is None else [config.reward.pad_token, config.train.seed],

@@ -39,7 +39,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
         "pad_vocabulary_to": config.model.pad_vocabulary_to,
         **config.model.model_dump(mode="json", include={"lora", "backend"}),
         "reward": None if config.reward is None else config.reward.pad_token,
-        "template": [config.data.template_date, config.data.template_kwargs],
+        "template": config.data.template_variables,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from posttrain_lib.config import RunConfig
@@ -14,8 +13,8 @@ from steps.base import Manifests, Step, StepContext, StepResult, known_digests
 def settings(config: RunConfig) -> dict[str, Any]:
     """The data section, without where the rows lie: their content is an input."""
     elsewhere = {"tokenizer", "chat_template", "serving_check", "serving_accepts", "serving_samples"}
-    section = config.data.model_dump(mode="json", exclude={*elsewhere, "workers"})
-    section["template_kwargs"] = json.dumps(config.data.template_kwargs)  # a template prints mappings in their order
+    section = config.data.model_dump(mode="json", exclude={*elsewhere, "template_date", "template_kwargs", "workers"})
+    section["template"] = config.data.template_variables
     section["sources"] = [source.model_dump(include={"name", "format", "fields"}) for source in config.data.sources]
     return section
 

@@ -36,7 +36,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     assert config.grpo is not None
     found = config.grpo.model_dump(mode="json", exclude={**_HABITS, "teacher": {"path", "origin"}})
     if config.grpo.environment is not None:
-        found["template"] = [config.data.template_date, config.data.template_kwargs]
+        found["template"] = config.data.template_variables
     return found
 
 

@@ -141,6 +141,11 @@ class DataConfig(Section):
         """YAML reads an unquoted off as false."""
         return "off" if value is False else value
 
+    @property
+    def template_variables(self) -> list[str]:
+        """What templates see besides the messages, as a key has it: a template prints a mapping in its order."""
+        return [self.template_date, json.dumps(self.template_kwargs)]
+
     @field_validator("template_kwargs", mode="before")
     @classmethod
     def _as_json(cls, value: object) -> object:

@@ -288,7 +288,7 @@ def _deciding(config: Any) -> dict[str, Any]:
     held_out = config.held_out
     return {
         **{name: getattr(config, name) for name in _DECIDING},
-        "template": [config.template_date, json.dumps(config.template_kwargs, sort_keys=True, default=str)],
+        "template": config.template_variables,
         "held_out": [held_out.fraction, held_out.group_field, held_out.seed],
         "sources": [[source.name, source.format, dict(source.fields)] for source in config.sources],
     }
