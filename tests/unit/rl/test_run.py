@@ -126,7 +126,7 @@ def short_batches(folder: Path, work: str, **changes: Any) -> TrainJob:
 def test_short_batches_still_make_the_updates_that_were_asked_for(tmp_path: Path) -> None:
     whole, result = run(short_batches(tmp_path, "whole"))
     assert [report.step for report in whole] == list(range(9)) and result.step == 8
-    assert [report.event for report in whole].count("checkpoint, finished") == 1
+    assert sum("checkpoint, finished" in report.event for report in whole) == 1
     trained = [len(line["trained"]) for line in read_log(tmp_path / "whole" / LEDGER) if line["trained"]]
     assert min(trained) < 3 and sum(trained) >= 8, "the test needs a batch that comes out short"
     job = short_batches(tmp_path, "killed")
