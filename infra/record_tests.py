@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -37,7 +38,7 @@ def run_suite(marks: str, paths: list[str]) -> dict[str, object]:
     options = ["-o", "addopts=--import-mode=importlib --strict-markers", "-q", "-m", marks, *paths]
     status = int(pytest.main(options, plugins=[recorder]))
     told = {
-        name: test.get("reason") or test.get("error") or ""
+        name: str(test.get("reason") or test.get("error") or "").replace(tempfile.gettempdir(), "$TMPDIR")
         for name, test in recorder.tests.items()
         if test["outcome"] != "passed"
     }
