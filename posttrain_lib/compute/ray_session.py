@@ -59,7 +59,8 @@ def ray_session(work: Path, address: str | None, cores: int) -> Iterator[RaySess
     remove_orphans(work)
     # What workers print goes to logs of their own (see compute.logs), of which the driver shows the first.
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    with _environment(_ENVIRONMENT):
+    # The watcher goes last: a driver that is killed while it ends leaves as much behind as any other.
+    with _environment(_ENVIRONMENT), watched(work) if address is None else contextlib.nullcontext():
         session = RaySession(work, address is None, _session_folder() if address is None else None)
         try:
             if address is not None:
@@ -67,8 +68,7 @@ def ray_session(work: Path, address: str | None, cores: int) -> Iterator[RaySess
             else:
                 _start_private(cores, session.folder, quiet)
             session.record()
-            with watched(work) if session.private else contextlib.nullcontext():
-                yield session
+            yield session
         finally:
             ray.shutdown()
             if session.folder is not None:
