@@ -2,9 +2,8 @@
 
 A private Ray is a dozen processes. They end with their driver, but one that is killed with SIGKILL leaves some behind.
 So their ids are kept in a file of the job's work folder, and two parties read it: the next start in that folder, and a
-watcher. The watcher is a small process of its own (``python -m posttrain_lib.compute.processes <work> <driver>``) that
-sleeps until its input closes, which the kernel does when the driver dies, however it dies; or until it has another
-parent, for where a fork of the driver holds the other side its input does not close.
+watcher. The watcher is a small process of its own (``python -m posttrain_lib.compute.processes <work>``) that
+sleeps until its input closes, which the kernel does when the driver dies, however it dies.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -27,8 +25,6 @@ from posttrain_lib.lineage.digests import write_atomically
 SESSION_FILE = "ray-session.json"
 #: what Ray's own processes get to end by themselves after their driver
 _GRACE_SECONDS = 10.0
-#: how often the watcher looks whose child it is
-_ORPHAN_SECONDS = 2.0
 
 
 def record_processes(work: Path, folder: Path | None) -> None:
@@ -45,7 +41,7 @@ def record_processes(work: Path, folder: Path | None) -> None:
 @contextlib.contextmanager
 def watched(work: Path) -> Iterator[None]:
     """While inside, a watcher stands by to stop what :func:`record_processes` wrote down, should this process die."""
-    command = [sys.executable, "-m", "posttrain_lib.compute.processes", str(work), str(os.getpid())]
+    command = [sys.executable, "-m", "posttrain_lib.compute.processes", str(work)]
     # A session of its own: what kills the driver's process group must not kill the watcher.
     watcher = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -119,14 +115,13 @@ def _stat(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()
 
 
-def main(work: Path, driver: int) -> None:
+def main(work: Path) -> None:
     """Wait for the driver's death, then stop what it left."""
-    while os.getppid() == driver and not select.select([sys.stdin], [], [], _ORPHAN_SECONDS)[0]:
-        pass
+    sys.stdin.buffer.read()
     time.sleep(_GRACE_SECONDS)
     with contextlib.suppress(ConfigError):  # another driver works there by now, and has cleaned up itself
         remove_orphans(work)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))
